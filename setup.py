@@ -1,0 +1,57 @@
+"""Packaging of Twinpool. Exact versions that were tested together stand in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+# Lower bounds are what the code was written against; upper bounds stand where a major release is known to break.
+INSTALL_REQUIRES = [
+    "torch>=2.13",  # tensors, and the reference attention and linear layers
+    "transformers>=5,<6",  # model classes; 5 has the AttentionInterface that paged attention plugs into
+    "ray>=2.56",  # places and supervises workers; the plain package, its dashboard extra is not used
+    "numpy>=2",  # buffers between tensors, GGUF and the wire
+    "grpcio>=1.85.1,<2",  # KV handoff and token streams; at least the version that the stubs were written by
+    "protobuf>=7.35.1,<8",  # message runtime; the stubs of grpcio-tools 1.85 refuse an older one
+    "gguf>=0.19",  # reads and dequantizes GGUF checkpoints
+    "safetensors>=0.8",  # reads and writes checkpoints without pickle
+    "tokenizers>=0.23",  # incremental detokenization
+    "huggingface_hub>=2,<3",  # fetches checkpoints by hub id
+    "fastapi>=0.165",  # the HTTP API
+    "uvicorn>=0.54",  # serves it
+    "orjson>=3.11",  # JSON of the token stream
+    "pydantic>=2.12,<3",  # request bodies and configuration, checked
+    "pydantic-settings[yaml]>=2.12",  # one schema for environment and YAML
+    "prometheus-client>=0.22",  # /metrics
+    "xxhash>=3.6",  # checksum of every KV chunk
+    "psutil>=7",  # cores, memory and child processes of this machine
+    "rich>=14",  # tables of the command line
+    "tqdm>=4.67",  # progress of downloads and conversions
+    "aiohttp>=3.12",  # HTTP client of the load generator
+]
+
+DEV_REQUIRES = [
+    "pytest>=9",
+    "pytest-timeout>=2.4",  # a hang fails with every thread's stack instead of holding CI up
+    "hypothesis>=6.150",  # property tests of pools, queues and the wire format
+    "ruff>=0.15",  # lint and format
+    "mypy>=1.19",
+    "types-tqdm",  # stubs of packages that ship none
+    "types-psutil",
+    "types-protobuf",
+    "types-grpcio",
+    "grpcio-tools==1.85.1",  # exact: the checked-in stubs are compared byte for byte and name this version
+    "httpx>=0.28",  # drives the API in process
+    "openai>=2",  # end-to-end tests talk to the server as its users do
+    "pre-commit>=4",
+]
+
+setup(
+    name="twinpool",
+    version="0.1.0",
+    description="A disaggregated prefill/decode serving engine for large language models",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["kvcache*", "scheduler*", "workers*", "engine*", "benchmarks*"]),
+    package_data={"": ["*.proto", "*.pyi"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require={"dev": DEV_REQUIRES},
+    entry_points={"console_scripts": ["twinpool = engine.cli:main"]},
+)
