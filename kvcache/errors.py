@@ -1,0 +1,107 @@
+"""Every error that Twinpool raises on purpose.
+
+::
+
+    TwinpoolError                       catch this for "anything Twinpool told us"
+    ├── StartupError                    `twinpool serve` ends with this sentence and a non-zero exit
+    │   ├── ConfigError                 a flag, an environment variable or a YAML key
+    │   ├── ModelError                  a checkpoint that is missing, damaged or cannot run
+    │   └── ResourceError               memory, a port, a broken installation
+    ├── RequestError                    the client's fault: HTTP 400, names the field
+    │   └── UnknownModelError           HTTP 404
+    ├── OverloadedError                 back-pressure: HTTP 503 with Retry-After
+    ├── UnavailableError                no worker for a phase, or it was lost: HTTP 503
+    ├── TransferError                   a KV handoff was refused or broken; carries a reason code
+    └── InvariantError                  our own bookkeeping is wrong: a bug, never bad input
+
+All of them take positional arguments only and survive a pickle round trip, because Ray pickles
+exceptions between processes.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class TwinpoolError(Exception):
+    """Root of the tree."""
+
+
+class StartupError(TwinpoolError):
+    """Nothing was started; the message is one sentence for the operator."""
+
+
+class ConfigError(StartupError):
+    """A flag, an environment variable or a YAML key is wrong."""
+
+
+class ModelError(StartupError):
+    """A checkpoint is missing, damaged, or of an architecture that cannot run."""
+
+
+class ResourceError(StartupError):
+    """The machine does not have what the configuration needs."""
+
+
+class RequestError(TwinpoolError):
+    """A request that can never succeed as it stands. ``param`` names the field."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param)
+        self.message = message
+        self.param = param
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class UnknownModelError(RequestError):
+    """The request names a model that is not served here."""
+
+
+class OverloadedError(TwinpoolError):
+    """Not now: queues are full. Try again after ``retry_after_s`` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s)
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class UnavailableError(OverloadedError):
+    """No live worker can do a phase of this request, or the one doing it was lost."""
+
+
+class TransferFault(StrEnum):
+    """Why a KV handoff was refused or broken. The value is the metric label."""
+
+    UNKNOWN_TRANSFER = "unknown_transfer"
+    STALE_EPOCH = "stale_epoch"
+    BAD_CHECKSUM = "bad_checksum"
+    BAD_LENGTH = "bad_length"
+    OUT_OF_BOUNDS = "out_of_bounds"
+    REPEATED = "repeated"
+    INCOMPLETE = "incomplete"
+    EXPIRED = "expired"
+    ABORTED = "aborted"
+    INCOMPATIBLE = "incompatible"
+    PEER_LOST = "peer_lost"
+
+
+class TransferError(TwinpoolError):
+    """A KV handoff was refused or broken; the blocks of both sides have been or will be given back."""
+
+    def __init__(self, fault: TransferFault, message: str) -> None:
+        super().__init__(fault, message)
+        self.fault = fault
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.fault.value}: {self.message}"
+
+
+class InvariantError(TwinpoolError):
+    """Twinpool's own bookkeeping contradicts itself. Always a bug."""

@@ -1,0 +1,102 @@
+"""The decode side of a handoff: verifies every chunk, writes it into reserved blocks, says when all is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvcache.errors import ConfigError, TransferError, TransferFault
+from kvcache.lease import BlockLease, LeaseState
+from kvcache.manager import KVCacheManager
+from kvcache.storage import PagedStorage
+from kvcache.transfer import kv_transfer_pb2 as pb
+from kvcache.transfer.wire import ChunkRange, chunk_checksum, spec_from_wire
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedKV:
+    """A verified handoff, ready to be attached."""
+
+    request_id: str
+    first_token_id: int
+    payload_bytes: int
+
+
+class IncomingTransfer:
+    """One handoff as it arrives. Knows nothing of gRPC: any port feeds it messages in order.
+
+    Blocks become readable only through the ``ReceivedKV`` that ``commit`` returns. Every method raises
+    ``TransferError`` for a message that does not fit; the caller then aborts the lease, and the blocks'
+    half-written content is never read.
+    """
+
+    def __init__(self, manager: KVCacheManager, storage: PagedStorage, opening: pb.TransferOpen, now: float) -> None:
+        self._manager = manager
+        self._storage = storage
+        self.lease: BlockLease = manager.leases.find(opening.transfer_id, opening.epoch, now)
+        self._check_spec(opening)
+        if self.lease.state is not LeaseState.RESERVED:
+            raise TransferError(TransferFault.REPEATED, f"transfer {opening.transfer_id} has been opened before")
+        self._written = np.zeros((manager.spec.num_layers, len(self.lease.block_ids)), dtype=bool)
+        self._num_chunks = 0
+        self.payload_bytes = 0
+        # Last, so that a refused opening changes nothing.
+        manager.leases.start_sending(self.lease)
+        manager.leases.renew(self.lease, now)
+
+    def write(self, chunk: pb.KVChunk, now: float) -> None:
+        """Verifies one chunk and writes it into its blocks."""
+        leases = self._manager.leases
+        self._find_own_lease(chunk.transfer_id, chunk.epoch, now)
+        where = ChunkRange(chunk.layer, chunk.first_block, chunk.num_blocks)
+        self._check_bounds(where, len(chunk.payload))
+        if chunk_checksum(chunk.transfer_id, chunk.epoch, where, chunk.payload) != chunk.checksum:
+            raise TransferError(TransferFault.BAD_CHECKSUM, f"{where} of transfer {chunk.transfer_id}")
+        span = slice(where.first_block, where.first_block + where.num_blocks)
+        if self._written[where.layer, span].any():
+            raise TransferError(TransferFault.REPEATED, f"{where} of transfer {chunk.transfer_id}")
+        self._storage.write_blocks(where.layer, self.lease.block_ids[span], chunk.payload)
+        self._written[where.layer, span] = True
+        self._num_chunks += 1
+        self.payload_bytes += len(chunk.payload)
+        leases.renew(self.lease, now)
+
+    def commit(self, message: pb.TransferCommit, now: float) -> ReceivedKV:
+        """Closes the lease as committed once every block of every layer is there."""
+        self._find_own_lease(message.transfer_id, message.epoch, now)
+        if not self._written.all() or message.num_chunks != self._num_chunks:
+            missing = int((~self._written).sum())
+            raise TransferError(
+                TransferFault.INCOMPLETE,
+                f"transfer {message.transfer_id} lacks {missing} layer blocks,"
+                f" has {self._num_chunks} of {message.num_chunks} chunks",
+            )
+        self._manager.leases.commit(self.lease)
+        return ReceivedKV(self.lease.request_id, message.first_token_id, self.payload_bytes)
+
+    def _find_own_lease(self, transfer_id: str, epoch: int, now: float) -> None:
+        if self._manager.leases.find(transfer_id, epoch, now) is not self.lease:
+            raise TransferError(TransferFault.UNKNOWN_TRANSFER, f"transfer {transfer_id} is not this stream's")
+
+    def _check_spec(self, opening: pb.TransferOpen) -> None:
+        try:
+            difference = self._manager.spec.difference(spec_from_wire(opening.spec))
+        except ConfigError as error:
+            difference = str(error)
+        if difference is None and opening.num_blocks != len(self.lease.block_ids):
+            difference = f"num_blocks is {len(self.lease.block_ids)} here and {opening.num_blocks} there"
+        if difference is not None:
+            raise TransferError(TransferFault.INCOMPATIBLE, f"transfer {opening.transfer_id}: {difference}")
+
+    def _check_bounds(self, where: ChunkRange, payload_bytes: int) -> None:
+        spec, num_blocks = self._manager.spec, len(self.lease.block_ids)
+        if where.layer >= spec.num_layers or where.num_blocks < 1 or where.first_block + where.num_blocks > num_blocks:
+            raise TransferError(
+                TransferFault.OUT_OF_BOUNDS, f"{where}; the transfer has {spec.num_layers} layers, {num_blocks} blocks"
+            )
+        if payload_bytes != where.num_blocks * spec.layer_block_bytes:
+            raise TransferError(
+                TransferFault.BAD_LENGTH,
+                f"{where} has {payload_bytes} bytes, not {where.num_blocks * spec.layer_block_bytes}",
+            )

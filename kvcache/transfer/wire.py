@@ -1,0 +1,77 @@
+"""Chunks: how a handoff is cut into messages and how each proves what it is."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import xxhash
+
+from kvcache.spec import KVCacheSpec
+from kvcache.transfer import kv_transfer_pb2 as pb
+
+MAX_CHUNK_BYTES = 1 << 20
+MAX_MESSAGE_BYTES = 16 << 20  # the gRPC limit: a chunk of one block may be larger than MAX_CHUNK_BYTES
+FAULT_METADATA_KEY = "twinpool-fault"
+
+_HEADER = struct.Struct("<QIII")
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRange:
+    """A range of logical blocks of one layer."""
+
+    layer: int
+    first_block: int
+    num_blocks: int
+
+
+def plan_chunks(spec: KVCacheSpec, num_blocks: int, max_chunk_bytes: int = MAX_CHUNK_BYTES) -> Iterator[ChunkRange]:
+    """Cuts ``num_blocks`` blocks of every layer into ranges of at most ``max_chunk_bytes`` (one block at least)."""
+    blocks_per_chunk = max(1, max_chunk_bytes // spec.layer_block_bytes)
+    for layer in range(spec.num_layers):
+        for first_block in range(0, num_blocks, blocks_per_chunk):
+            yield ChunkRange(layer, first_block, min(blocks_per_chunk, num_blocks - first_block))
+
+
+def chunk_checksum(transfer_id: str, epoch: int, chunk: ChunkRange, payload: bytes | memoryview) -> int:
+    """XXH3-64 over the header and the payload, so that a bit flipped in either is seen.
+
+    The header is the transfer id in UTF-8, then epoch (u64), layer, first block and block count (u32 each),
+    little-endian.
+    """
+    digest = xxhash.xxh3_64(transfer_id.encode())
+    digest.update(_HEADER.pack(epoch, chunk.layer, chunk.first_block, chunk.num_blocks))
+    digest.update(payload)
+    return digest.intdigest()
+
+
+def make_chunk(transfer_id: str, epoch: int, chunk: ChunkRange, payload: bytes) -> pb.KVChunk:
+    return pb.KVChunk(
+        transfer_id=transfer_id,
+        epoch=epoch,
+        layer=chunk.layer,
+        first_block=chunk.first_block,
+        num_blocks=chunk.num_blocks,
+        checksum=chunk_checksum(transfer_id, epoch, chunk, payload),
+        payload=payload,
+    )
+
+
+def spec_to_wire(spec: KVCacheSpec) -> pb.KVSpec:
+    return pb.KVSpec(
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        block_size=spec.block_size,
+        dtype=spec.dtype,
+    )
+
+
+def spec_from_wire(spec: pb.KVSpec) -> KVCacheSpec:
+    """
+    Raises:
+        ConfigError: a field is zero or the dtype unknown.
+    """
+    return KVCacheSpec(spec.num_layers, spec.num_kv_heads, spec.head_size, spec.block_size, spec.dtype)
