@@ -1,0 +1,293 @@
+"""One step of one worker: who joins, who leaves, how many tokens of whom are computed next.
+
+Continuous batching (Orca, OSDI 2022) with chunked prefill under a token budget (Sarathi-Serve, OSDI 2024).
+A prompt chunk and a decoding sequence are the same thing here: a sequence with tokens whose KV is missing.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from itertools import count
+
+from kvcache.errors import InvariantError, OverloadedError, RequestError
+from kvcache.lease import BlockLease
+from kvcache.manager import KVCacheManager
+from scheduler.request import FinishReason, Request, RequestStatus, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    max_num_seqs: int = 64  # sequences that hold blocks at once
+    max_num_batched_tokens: int = 512  # tokens computed in one step
+    max_num_waiting: int = 1024  # beyond this, new work is refused
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledChunk:
+    """Tokens of one sequence to compute in this step; their KV goes to ``block_table``."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    start: int  # position of the first of them
+    num_prompt_tokens: int  # how many of them belong to the prompt
+    block_table: tuple[int, ...]
+    sampling: SamplingParams | None  # None: a prompt chunk that is not the last; nothing is sampled
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Everything the model runner needs to know of one step. Decoding sequences come first."""
+
+    chunks: tuple[ScheduledChunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """One new token of one sequence, in the order they were sampled."""
+
+    request: Request
+    token_id: int
+    finish_reason: FinishReason | None
+
+
+class Batcher:
+    """The sequences of one worker. One event loop owns it; a step may run elsewhere between plan and apply.
+
+    Blocks that a running step writes to are not given back before ``apply``: an abort in between waits.
+    """
+
+    def __init__(self, manager: KVCacheManager, limits: BatchLimits) -> None:
+        self.manager = manager
+        self.limits = limits
+        self.num_preemptions = 0
+        self._requests: dict[str, Request] = {}
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []  # oldest first
+        self._arrivals = count()
+        self._in_step: frozenset[str] = frozenset()
+        self._aborted_in_step: set[str] = set()
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks: in the batch, or in a handoff."""
+        return len(self._requests) - len(self._waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._requests
+
+    def find(self, request_id: str) -> Request | None:
+        return self._requests.get(request_id)
+
+    def add(self, request: Request) -> None:
+        """Queues a new sequence.
+
+        Raises:
+            RequestError: it could not run here even alone, or its id is taken.
+            OverloadedError: the queue is full.
+        """
+        if not request.prompt_token_ids:
+            raise RequestError("The prompt is empty.", "prompt")
+        # The last sampled token is never computed, so its KV needs no room.
+        num_tokens = request.num_prompt_tokens + (0 if request.prefill_only else request.sampling.max_tokens - 1)
+        if num_tokens > self.manager.max_tokens:
+            raise RequestError(
+                f"The request needs KV for {num_tokens} tokens; the cache of this worker holds"
+                f" {self.manager.max_tokens}.",
+                "max_tokens",
+            )
+        if request.request_id in self._requests:
+            raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
+        if len(self._waiting) >= self.limits.max_num_waiting:
+            raise OverloadedError(f"{len(self._waiting)} requests are waiting on this worker already.")
+        request.arrival = next(self._arrivals)
+        self._requests[request.request_id] = request
+        self._waiting.append(request)
+
+    def reserve_handoffs(self) -> list[Request]:
+        """Gives blocks to waiting sequences whose prompt another worker computes, oldest first.
+
+        They are in WAITING_FOR_KV afterwards; the caller starts their handoffs.
+        """
+        reserved = []
+        while self._waiting and self._waiting[0].remote_prefill and self._admit(self._waiting[0]):
+            request = self._waiting.popleft()
+            request.move_to(RequestStatus.WAITING_FOR_KV)
+            reserved.append(request)
+        return reserved
+
+    def attach(self, request_id: str, first_token_id: int) -> SampledToken:
+        """A handoff was committed: the prompt's KV is in the sequence's blocks, and its first token is known.
+
+        Raises:
+            InvariantError: the sequence does not wait for KV.
+        """
+        request = self._requests.get(request_id)
+        if request is None or request.status is not RequestStatus.WAITING_FOR_KV:
+            raise InvariantError(f"request {request_id} does not wait for KV")
+        request.num_computed_tokens = request.num_prompt_tokens
+        self._join(request)
+        return self._append(request, first_token_id)
+
+    def plan(self) -> StepPlan | None:
+        """The next step, or None when there is nothing to compute. Call ``apply`` before the next ``plan``."""
+        if self._in_step:
+            raise InvariantError("plan was called twice without apply")
+        preemptions = self.num_preemptions
+        chunks = self._plan_decode()
+        budget = self.limits.max_num_batched_tokens - len(chunks)
+        budget -= self._plan_prompts(chunks, budget)
+        if self.num_preemptions == preemptions:
+            self._plan_waiting(chunks, budget)
+        self._in_step = frozenset(chunk.request_id for chunk in chunks)
+        return StepPlan(tuple(chunks)) if chunks else None
+
+    def apply(self, plan: StepPlan, sampled: Mapping[str, int], failed: Container[str] = ()) -> list[SampledToken]:
+        """Books a finished step.
+
+        Args:
+            sampled: request id → token, for every chunk with ``sampling`` that did not fail.
+            failed: ids of sequences that could not be computed; they end and give their blocks back.
+        """
+        self._in_step = frozenset()
+        outputs = []
+        for chunk in plan.chunks:
+            request = self._requests[chunk.request_id]
+            request.num_computed_tokens = chunk.end
+            if chunk.request_id in self._aborted_in_step or chunk.request_id in failed:
+                self._finish(request, FinishReason.ABORT)
+            elif chunk.sampling is not None:
+                outputs.append(self._append(request, sampled[chunk.request_id]))
+        self._aborted_in_step.clear()
+        return outputs
+
+    def lease_for_handoff(self, request_id: str, transfer_id: str, now: float) -> BlockLease:
+        """Protects the blocks of a prefilled sequence while they are sent."""
+        spec = self.manager.spec
+        request = self._requests[request_id]
+        block_ids = self.manager.block_table(request_id)[: spec.num_blocks_for(request.num_prompt_tokens)]
+        return self.manager.leases.open(transfer_id, request_id, block_ids, now)
+
+    def complete_handoff(self, request_id: str) -> None:
+        """Prefill side: the other side has acknowledged; the blocks are given back."""
+        self._finish(self._requests[request_id], FinishReason.STOP)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a sequence, whatever it is doing. Harmless when it has ended already."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        if request_id in self._in_step:
+            self._aborted_in_step.add(request_id)
+        else:
+            self._finish(request, FinishReason.ABORT)
+
+    def _plan_decode(self) -> list[ScheduledChunk]:
+        """One token for every decoding sequence, oldest first, preempting the youngest where blocks run out."""
+        chunks: list[ScheduledChunk] = []
+        for request in tuple(self._running):
+            if len(chunks) == self.limits.max_num_batched_tokens:
+                break
+            is_decoding = request.status is RequestStatus.RUNNING and request.num_uncomputed_tokens == 1
+            if is_decoding and self._grow(request):
+                chunks.append(self._chunk(request, 1))
+        return chunks
+
+    def _plan_prompts(self, chunks: list[ScheduledChunk], budget: int) -> int:
+        """Shares what is left of the budget among prompts under way, oldest first. Returns the tokens used."""
+        used = 0
+        for request in self._running:
+            num_tokens = min(request.num_uncomputed_tokens, budget - used)
+            if request.num_uncomputed_tokens > 1 and num_tokens > 0:
+                chunks.append(self._chunk(request, num_tokens))
+                used += num_tokens
+        return used
+
+    def _plan_waiting(self, chunks: list[ScheduledChunk], budget: int) -> None:
+        """Lets waiting sequences join, in order, while budget, blocks and places last."""
+        while budget > 0 and self._waiting and not self._waiting[0].remote_prefill and self._admit(self._waiting[0]):
+            request = self._waiting.popleft()
+            self._join(request)
+            num_tokens = min(request.num_uncomputed_tokens, budget)
+            chunks.append(self._chunk(request, num_tokens))
+            budget -= num_tokens
+
+    def _chunk(self, request: Request, num_tokens: int) -> ScheduledChunk:
+        start = request.num_computed_tokens
+        end = start + num_tokens
+        return ScheduledChunk(
+            request.request_id,
+            tuple(request.token_ids[start:end]),
+            start,
+            max(0, min(end, request.num_prompt_tokens) - start),
+            tuple(self.manager.block_table(request.request_id)),
+            request.sampling if end == len(request.token_ids) else None,
+        )
+
+    def _admit(self, request: Request) -> bool:
+        """Takes blocks for all tokens of a waiting sequence, or says not now.
+
+        One block per growing sequence stays free, so that joining does not cause a preemption at once.
+        """
+        if self.num_running >= self.limits.max_num_seqs:
+            return False
+        headroom = sum(not running.prefill_only for running in self._running)
+        if self.manager.spec.num_blocks_for(len(request.token_ids)) + headroom > self.manager.num_free:
+            return False
+        return self.manager.extend(request.request_id, len(request.token_ids))
+
+    def _grow(self, request: Request) -> bool:
+        """Makes room for the sequence's next token; False when it must sit this step out."""
+        while not self.manager.extend(request.request_id, len(request.token_ids)):
+            youngest = self._running[-1]
+            if youngest is request and len(self._running) == 1:
+                return False  # the missing blocks are in handoffs, which end soon
+            self._preempt(youngest)
+            if youngest is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Takes all blocks of a sequence back; it computes prompt and output again when there is room."""
+        self._running.remove(request)
+        self.manager.free(request.request_id)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        request.remote_prefill = False
+        self.num_preemptions += 1
+        request.move_to(RequestStatus.WAITING)
+        self._waiting.appendleft(request)
+
+    def _join(self, request: Request) -> None:
+        request.move_to(RequestStatus.RUNNING)
+        insort(self._running, request, key=lambda running: running.arrival)
+
+    def _append(self, request: Request, token_id: int) -> SampledToken:
+        finish_reason = request.append_token(token_id)
+        if request.prefill_only:
+            self._running.remove(request)
+            request.move_to(RequestStatus.HANDING_OVER)
+        elif finish_reason is not None:
+            self._finish(request, finish_reason)
+        return SampledToken(request, token_id, finish_reason)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        if request.status is RequestStatus.WAITING:
+            self._waiting.remove(request)
+        elif request.status is RequestStatus.RUNNING:
+            self._running.remove(request)
+        request.finish_reason = reason
+        request.move_to(RequestStatus.FINISHED)
+        del self._requests[request.request_id]
+        self.manager.free(request.request_id)

@@ -1,0 +1,42 @@
+"""Which worker does which phase of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvcache.errors import UnavailableError
+from scheduler.types import Phase, Placement, WorkerAddress, WorkerRole, WorkerSnapshot
+
+
+def place_least_loaded(request_id: str, workers: Iterable[WorkerSnapshot]) -> Placement:
+    """Puts each phase on the worker that would finish its present work first.
+
+    Work is counted in tokens in flight over what the device was measured to do: arithmetic for prefill,
+    memory reads for decode. A decode worker that also prefills does so in place, without a handoff.
+
+    Raises:
+        UnavailableError: no live worker takes one of the phases; names it.
+    """
+    workers = tuple(workers)
+    decode = _least_loaded(Phase.DECODE, workers)
+    if decode.info.role is WorkerRole.COLOCATED:
+        return Placement(request_id, _address(decode), None)
+    return Placement(request_id, _address(decode), _address(_least_loaded(Phase.PREFILL, workers)))
+
+
+def _least_loaded(phase: Phase, workers: tuple[WorkerSnapshot, ...]) -> WorkerSnapshot:
+    candidates = [worker for worker in workers if worker.info.role.takes(phase)]
+    if not candidates:
+        raise UnavailableError(f"No {phase.value} worker is alive.")
+    return min(candidates, key=lambda worker: _load_key(phase, worker))
+
+
+def _load_key(phase: Phase, worker: WorkerSnapshot) -> tuple[float, int, int, str]:
+    device = worker.info.device
+    rate = device.gemm_gflop_s if phase is Phase.PREFILL else device.read_gb_s
+    # Equal load, as in an idle cluster: the one that got fewer requests so far, so that work goes round.
+    return (worker.tokens_in_flight / rate, worker.requests_in_flight, worker.requests_placed, worker.info.worker_id)
+
+
+def _address(worker: WorkerSnapshot) -> WorkerAddress:
+    return WorkerAddress(worker.info.worker_id, worker.info.address)
