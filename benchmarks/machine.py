@@ -1,0 +1,49 @@
+"""Which machine and which versions produced a result. Every result file carries this.
+
+No host names, user names or paths: a result is meant to be published.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+DISTRIBUTION = "twinpool"
+
+
+def describe_machine() -> dict[str, str | int]:
+    """CPU model, logical cores (present and usable by this process), memory in bytes, operating system."""
+    usable_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "cpu_model": _cpu_model(),
+        "cores": os.cpu_count() or 1,
+        "usable_cores": usable_cores,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def describe_versions(*distributions: str) -> dict[str, str]:
+    """Versions of Python, of Twinpool and of the named distributions; "not installed" where there is none."""
+    versions = {"python": platform.python_version()}
+    for name in (DISTRIBUTION, *distributions):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _cpu_model() -> str:
+    """The marketing name from /proc/cpuinfo; where that has none (ARM, other systems), the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()

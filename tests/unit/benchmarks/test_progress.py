@@ -1,0 +1,32 @@
+"""Progress for people on a terminal and for logs."""
+
+from __future__ import annotations
+
+import io
+
+from benchmarks.progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_log_gets_one_line_per_ten_percent() -> None:
+    output = io.StringIO()
+    progress = Progress(output, total=200)
+    for number in range(200):
+        progress.advance(failed=number == 0, now_s=number / 10)
+    lines = output.getvalue().splitlines()
+    assert len(lines) == 10
+    assert lines[-1] == "100 %  200/200 requests, 1 failed, 19.9 s"
+
+
+def test_a_terminal_gets_one_line_that_is_redrawn_now_and_then_and_ended() -> None:
+    output = Terminal()
+    progress = Progress(output, total=100)
+    for number in range(100):
+        progress.advance(failed=False, now_s=number / 100)
+    written = output.getvalue()
+    assert written.count("\n") == 1 and written.endswith("\n")
+    assert 3 <= written.count("\r") <= 5
