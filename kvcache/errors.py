@@ -10,7 +10,8 @@
     ├── RequestError                    the client's fault: HTTP 400, names the field
     │   └── UnknownModelError           HTTP 404
     ├── OverloadedError                 back-pressure: HTTP 503 with Retry-After
-    ├── UnavailableError                no worker for a phase, or it was lost: HTTP 503
+    │   └── UnavailableError            no worker for a phase, or a handoff failed
+    │       └── WorkerLostError         the connection to the worker at work broke
     ├── TransferError                   a KV handoff was refused or broken; carries a reason code
     └── InvariantError                  our own bookkeeping is wrong: a bug, never bad input
 
@@ -72,7 +73,11 @@ class OverloadedError(TwinpoolError):
 
 
 class UnavailableError(OverloadedError):
-    """No live worker can do a phase of this request, or the one doing it was lost."""
+    """No live worker can do a phase of this request, or its handoff failed. It may work elsewhere or later."""
+
+
+class WorkerLostError(UnavailableError):
+    """The connection to the worker that was called broke; what it did is unknown."""
 
 
 class TransferFault(StrEnum):

@@ -48,6 +48,7 @@ class RequestArrived:
     request_id: str
     num_prompt_tokens: int
     max_tokens: int
+    avoid: tuple[str, ...] = ()  # ids of workers that it has failed on already
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ class RefuseWorker:
 
     worker_id: str
     message: str
+    is_final: bool  # False: it may try again later
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +205,10 @@ class ClusterController:
     def _register(self, info: WorkerInfo, now: float) -> list[Command]:
         problem = self._mismatch(info)
         if problem is not None:
-            return [RefuseWorker(info.worker_id, problem)]
+            return [RefuseWorker(info.worker_id, problem, is_final=True)]
         known = self._workers.get(info.worker_id)
         if known is not None and known.info.incarnation > info.incarnation:
-            return [RefuseWorker(info.worker_id, f"a newer process of {info.worker_id} is registered")]
+            return [RefuseWorker(info.worker_id, f"a newer process of {info.worker_id} is registered", is_final=False)]
         if known is not None and known.info == info:
             known.last_heard_s = now
         else:

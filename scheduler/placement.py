@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from kvcache.errors import UnavailableError
 from scheduler.types import Phase, Placement, WorkerAddress, WorkerRole, WorkerSnapshot
 
 
-def place_least_loaded(request_id: str, workers: Iterable[WorkerSnapshot]) -> Placement:
+def place_least_loaded(request_id: str, workers: Iterable[WorkerSnapshot], avoid: Collection[str] = ()) -> Placement:
     """Puts each phase on the worker that would finish its present work first.
 
     Work is counted in tokens in flight over what the device was measured to do: arithmetic for prefill,
     memory reads for decode. A decode worker that also prefills does so in place, without a handoff.
 
+    Args:
+        avoid: ids of workers that this request has failed on already.
+
     Raises:
         UnavailableError: no live worker takes one of the phases; names it.
     """
-    workers = tuple(workers)
+    workers = tuple(worker for worker in workers if worker.info.worker_id not in avoid)
     decode = _least_loaded(Phase.DECODE, workers)
     if decode.info.role is WorkerRole.COLOCATED:
         return Placement(request_id, _address(decode), None)
@@ -27,7 +30,7 @@ def place_least_loaded(request_id: str, workers: Iterable[WorkerSnapshot]) -> Pl
 def _least_loaded(phase: Phase, workers: tuple[WorkerSnapshot, ...]) -> WorkerSnapshot:
     candidates = [worker for worker in workers if worker.info.role.takes(phase)]
     if not candidates:
-        raise UnavailableError(f"No {phase.value} worker is alive.")
+        raise UnavailableError(f"No {phase.value} worker is available.")
     return min(candidates, key=lambda worker: _load_key(phase, worker))
 
 

@@ -83,7 +83,7 @@ class WorkerSnapshot:
     load: WorkerLoad
     requests_in_flight: int  # placed here and not yet finished, as the scheduler counts
     tokens_in_flight: int  # their prompt tokens (prefill) or prompt + max_tokens (decode)
-    requests_placed: int  # since it registered
+    requests_placed: int  # since it registered: lets equal workers take turns
     last_heard_s: float  # monotonic seconds of the scheduler's clock
 
 

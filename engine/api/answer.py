@@ -1,0 +1,138 @@
+"""One way from the engine's pieces to an answer, whole or streamed, for completions and chat alike."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fastapi import Request, Response
+
+from engine.api.fanout import ChoiceDelta, Fanout, Job
+from engine.api.protocol import GenerationRequest, StreamOptions
+from engine.api.replies import JsonReply, PromptTokensDetails, Usage
+from engine.api.serving import Serving
+from engine.api.sse import ClientGoneError, EventStreamReply, frame, while_connected
+from scheduler.request import FinishReason
+
+CLIENT_CLOSED_REQUEST = 499  # nobody reads it; access logs do
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerHead:
+    """What all parts of one answer carry."""
+
+    id: str
+    created: int  # unix seconds
+    model: str
+
+    @classmethod
+    def make(cls, prefix: str, model: str) -> AnswerHead:
+        return cls(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model)
+
+
+@dataclass(slots=True)
+class ChoiceText:
+    """One choice, as far as it has come."""
+
+    index: int
+    pieces: list[str] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+class AnswerFormat(Protocol):
+    """How a route words its answers. Every method returns something that orjson can write."""
+
+    def opening(self, num_choices: int) -> Iterable[Any]:
+        """Chunks before the first text."""
+        ...
+
+    def chunk(self, piece: ChoiceDelta, usage: Usage | None) -> Any:
+        """One piece of a stream."""
+        ...
+
+    def usage_chunk(self, usage: Usage) -> Any:
+        """The last chunk of a stream, with no choices."""
+        ...
+
+    def whole(self, choices: Sequence[ChoiceText], usage: Usage) -> Any:
+        """The answer to a request that does not stream."""
+        ...
+
+
+class Tally:
+    """Counts the tokens of one request, exactly: from token ids."""
+
+    def __init__(self, jobs: Sequence[Job], num_choices: int) -> None:
+        self._prompt_tokens = sum(len(job.prompt_token_ids) for job in jobs[::num_choices])
+        self._completion_tokens = 0
+
+    def add(self, piece: ChoiceDelta) -> None:
+        self._completion_tokens += len(piece.delta.token_ids)
+
+    @property
+    def usage(self) -> Usage:
+        total = self._prompt_tokens + self._completion_tokens
+        return Usage(self._prompt_tokens, self._completion_tokens, total, PromptTokensDetails())
+
+
+async def answer(
+    serving: Serving,
+    body: GenerationRequest,
+    jobs: Sequence[Job],
+    style: AnswerFormat,
+    request: Request,
+    started_s: float,
+) -> Response:
+    """Runs ``jobs`` and replies as ``body`` asks, and stops at once when the client leaves.
+
+    Raises:
+        TwinpoolError: whatever the engine raises before the first byte.
+    """
+    fanout = Fanout(serving.engine, serving.metrics, started_s)
+    tally = Tally(jobs, body.num_choices)
+    if body.stream:
+        return EventStreamReply(_frames(fanout, jobs, style, tally, body.stream_options or StreamOptions()))
+    try:
+        choices = await while_connected(_collect(fanout, jobs, tally), request.receive)
+    except ClientGoneError:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return JsonReply(style.whole(choices, tally.usage))
+
+
+async def _collect(fanout: Fanout, jobs: Sequence[Job], tally: Tally) -> list[ChoiceText]:
+    choices = [ChoiceText(job.index) for job in jobs]
+    async with aclosing(fanout.run(jobs)) as pieces:
+        async for piece in pieces:
+            tally.add(piece)
+            choice = choices[piece.index]
+            choice.pieces.append(piece.delta.text)
+            choice.finish_reason = piece.delta.finish_reason
+            choice.stop_reason = piece.delta.stop_reason
+    return choices
+
+
+async def _frames(
+    fanout: Fanout, jobs: Sequence[Job], style: AnswerFormat, tally: Tally, options: StreamOptions
+) -> AsyncGenerator[bytes, None]:
+    """The events of a stream. Pieces without text are left out, unless they end a choice or usage is asked for."""
+    opened = False
+    async with aclosing(fanout.run(jobs)) as pieces:
+        async for piece in pieces:
+            tally.add(piece)
+            if not opened:
+                opened = True
+                for chunk in style.opening(len(jobs)):
+                    yield frame(chunk)
+            if piece.delta.text or piece.delta.finish_reason is not None or options.continuous_usage_stats:
+                yield frame(style.chunk(piece, tally.usage if options.continuous_usage_stats else None))
+    if options.include_usage:
+        yield frame(style.usage_chunk(tally.usage))

@@ -1,0 +1,45 @@
+"""The HTTP surface: OpenAI's routes on top of a ``TextEngine``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi import Depends, FastAPI
+
+from engine.api.chat import chat_router
+from engine.api.completions import completions_router
+from engine.api.errors import add_error_handlers
+from engine.api.middleware import ApiKeys, BodyLimit, ErrorBoundary
+from engine.api.openapi import bearer
+from engine.api.serving import Serving
+from engine.api.status import probes_router, status_router
+from engine.api.tokens import tokens_router
+from engine.metrics import Metrics
+from engine.outputs import TextEngine
+from kvcache.errors import ConfigError
+
+MAX_BODY_BYTES = 8 << 20
+
+
+def create_app(engine: TextEngine, *, api_keys: Sequence[str] = (), metrics: Metrics) -> FastAPI:
+    """The ASGI application of one engine, which stays the caller's to start and to stop.
+
+    With ``api_keys``, every path but the probes needs one of them.
+
+    Raises:
+        ConfigError: a key is empty or cannot be sent in a header.
+    """
+    for key in api_keys:
+        if not key or not key.isascii() or not key.isprintable() or key != key.strip():
+            raise ConfigError("An API key must be printable ASCII, not empty and without spaces around it.")
+    app = FastAPI(title="Twinpool", docs_url=None, redoc_url=None, openapi_url="/openapi.json", redirect_slashes=False)
+    serving = Serving(engine, metrics)
+    app.include_router(probes_router(serving))
+    for router in (completions_router(serving), chat_router(serving), tokens_router(serving), status_router(serving)):
+        app.include_router(router, dependencies=[Depends(bearer)])
+    add_error_handlers(app)
+    app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)  # the last one added is the outermost
+    if api_keys:
+        app.add_middleware(ApiKeys, keys=tuple(api_keys))
+    app.add_middleware(ErrorBoundary)
+    return app

@@ -1,0 +1,89 @@
+"""Several sequences of the engine, read as one stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import cast
+
+from engine.metrics import Metrics
+from engine.outputs import TextDelta, TextEngine
+from kvcache.errors import InvariantError
+from scheduler.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One sequence to generate."""
+
+    index: int  # of the choice in the answer
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceDelta:
+    """The next piece of one choice."""
+
+    index: int
+    delta: TextDelta
+
+
+@dataclass(frozen=True, slots=True)
+class Fanout:
+    """Runs the jobs of one request. ``started_s`` is when it came in, by the clock of ``metrics``."""
+
+    engine: TextEngine
+    metrics: Metrics
+    started_s: float
+
+    async def run(self, jobs: Sequence[Job]) -> AsyncGenerator[ChoiceDelta, None]:
+        """Pieces of all jobs as they come, each job's in order; every job ends with a ``finish_reason``.
+
+        When one fails, the others are aborted and its error is raised. Whoever stops reading early closes this
+        generator (``aclosing``), and everything still running is aborted before that returns.
+        """
+        if len(jobs) == 1:
+            async with aclosing(self._run_one(jobs[0])) as pieces:
+                async for piece in pieces:
+                    yield piece
+            return
+        # Bounded: a slow client holds the sequences back instead of filling memory.
+        queue: asyncio.Queue[ChoiceDelta | Exception] = asyncio.Queue(maxsize=len(jobs))
+        tasks = [asyncio.create_task(self._pump(job, queue)) for job in jobs]
+        try:
+            unfinished = len(jobs)
+            while unfinished:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                unfinished -= item.delta.finish_reason is not None
+                yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _pump(self, job: Job, queue: asyncio.Queue[ChoiceDelta | Exception]) -> None:
+        try:
+            async with aclosing(self._run_one(job)) as pieces:
+                async for piece in pieces:
+                    await queue.put(piece)
+        except Exception as error:  # noqa: BLE001 - handed over: the reader of the queue raises it
+            await queue.put(error)
+
+    async def _run_one(self, job: Job) -> AsyncGenerator[ChoiceDelta, None]:
+        stream = self.engine.generate(job.prompt_token_ids, job.sampling, job.stop)
+        # The port promises an iterator that can be closed, which is a generator.
+        closable = cast("AsyncGenerator[TextDelta, None]", stream)
+        with self.metrics.recorder(len(job.prompt_token_ids), self.started_s) as recorder:
+            async with aclosing(closable) as deltas:
+                async for delta in deltas:
+                    recorder.on_delta(len(delta.token_ids), delta.finish_reason)
+                    yield ChoiceDelta(job.index, delta)
+                    if delta.finish_reason is not None:
+                        return
+            raise InvariantError("the engine ended a sequence without a finish reason")

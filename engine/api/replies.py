@@ -1,0 +1,158 @@
+"""What the routes answer, as frozen dataclasses that orjson writes as they stand.
+
+They are not pydantic models: a chunk is made for every token, and nothing in them needs checking.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import orjson
+from fastapi import Response
+
+from scheduler.request import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorDetail:
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReply:
+    error: ErrorDetail
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokensDetails:
+    cached_tokens: int = 0  # prefix hits are not reported to the gateway yet
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Counts of token ids, never estimates. A prompt counts once, however many choices it has."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionChoice:
+    index: int
+    text: str
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+    logprobs: None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionReply:
+    """A whole answer, or one chunk of a stream: OpenAI gives both the same shape."""
+
+    id: str
+    created: int
+    model: str
+    choices: tuple[CompletionChoice, ...]
+    usage: Usage | None
+    object: Literal["text_completion"] = "text_completion"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatText:
+    role: Literal["assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatDelta:
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatChoice:
+    index: int
+    message: ChatText
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+    logprobs: None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatChunkChoice:
+    index: int
+    delta: ChatText | ChatDelta  # the first of a choice has the role
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None
+    logprobs: None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatReply:
+    id: str
+    created: int
+    model: str
+    choices: tuple[ChatChoice, ...]
+    usage: Usage
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatChunk:
+    id: str
+    created: int
+    model: str
+    choices: tuple[ChatChunkChoice, ...]
+    usage: Usage | None
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    id: str
+    created: int
+    max_model_len: int
+    object: Literal["model"] = "model"
+    owned_by: str = "twinpool"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelList:
+    data: tuple[ModelCard, ...]
+    object: Literal["list"] = "list"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeReply:
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class DetokenizeReply:
+    prompt: str
+
+
+@dataclass(frozen=True, slots=True)
+class StatusReply:
+    status: str
+
+
+def to_json(reply: Any) -> bytes:
+    """A reply dataclass as JSON. Text with lone surrogates, which JSON cannot carry, cannot come from a decoder."""
+    return orjson.dumps(reply)
+
+
+class JsonReply(Response):
+    """A reply dataclass, written by orjson."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content)

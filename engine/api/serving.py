@@ -1,0 +1,141 @@
+"""From a checked body to sequences for the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from engine.api.fanout import Job
+from engine.api.protocol import GenerationRequest
+from engine.api.unsupported import UnknownFieldLog
+from engine.metrics import Metrics
+from engine.outputs import ServedModel, TextEngine
+from kvcache.errors import RequestError, UnknownModelError
+from scheduler.request import SamplingParams
+
+THREAD_FROM_CHARACTERS = 4096
+"""Text from this length on is tokenized in a thread: the event loop carries everybody's streams."""
+
+_INT64 = 1 << 64
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What the routes share."""
+
+    engine: TextEngine
+    metrics: Metrics
+    unknown_fields: UnknownFieldLog = field(default_factory=UnknownFieldLog)
+
+    def model_named(self, name: str | None) -> ServedModel:
+        """The served model, if ``name`` is one of its names or None.
+
+        Raises:
+            UnknownModelError: it is not.
+        """
+        model = self.engine.model
+        if name is not None and name not in model.names:
+            raise UnknownModelError(
+                f"the model {name[:200]!r} does not exist; this server has {model.names[0]!r}", "model"
+            )
+        return model
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt."""
+        tokenizer = self.engine.tokenizer
+        if len(text) < THREAD_FROM_CHARACTERS:
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+    async def render_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation; see ``Tokenizer.render_chat``."""
+        tokenizer = self.engine.tokenizer
+        if sum(len(message["content"]) for message in messages) < THREAD_FROM_CHARACTERS:
+            return tokenizer.render_chat(messages)
+        return await asyncio.to_thread(tokenizer.render_chat, messages)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """One prompt, and the name of the field that it came from."""
+
+    token_ids: Sequence[int]
+    param: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLimit:
+    """How many tokens may be generated, and the name of the field that says so."""
+
+    max_tokens: int | None  # None: not asked for
+    default: int | None  # None: the rest of the context
+    param: str = "max_tokens"
+
+
+def fit_to_context(prompt: TokenPrompt, limit: TokenLimit, model: ServedModel) -> int:
+    """The number of tokens to generate at most, so that prompt and answer fit the model's context.
+
+    Raises:
+        RequestError: they cannot, or the prompt is empty; names the field at fault.
+    """
+    length = len(prompt.token_ids)
+    room = model.max_model_len - length
+    if length == 0:
+        raise RequestError(f"{prompt.param} is empty", prompt.param)
+    if room < 1:
+        raise RequestError(
+            f"{prompt.param} has {length} tokens; the model's context is {model.max_model_len} tokens, "
+            "the answer included",
+            prompt.param,
+        )
+    if limit.max_tokens is None:
+        return room if limit.default is None else min(limit.default, room)
+    if limit.max_tokens > room:
+        raise RequestError(
+            f"{prompt.param} has {length} tokens and {limit.param} is {limit.max_tokens}; together they exceed the "
+            f"model's context of {model.max_model_len} tokens",
+            limit.param,
+        )
+    return limit.max_tokens
+
+
+def make_jobs(
+    body: GenerationRequest, prompts: Sequence[TokenPrompt], limit: TokenLimit, model: ServedModel
+) -> list[Job]:
+    """One job per prompt and choice, ordered as OpenAI indexes choices: all of the first prompt, then the next.
+
+    The i-th choice of a prompt is sampled with ``seed + i``, whichever place the prompt has in its list; without a
+    seed every choice gets one of its own.
+
+    Raises:
+        RequestError: a prompt is empty, too long, or has a token id that the model does not know.
+    """
+    jobs: list[Job] = []
+    for prompt in prompts:
+        max_tokens = fit_to_context(prompt, limit, model)
+        if max(prompt.token_ids) >= model.vocab_size:
+            raise RequestError(f"{prompt.param}: token ids must be below {model.vocab_size}", prompt.param)
+        token_ids = tuple(prompt.token_ids)
+        for choice in range(body.num_choices):
+            sampling = _sampling(body, choice, max_tokens, model)
+            jobs.append(Job(len(jobs), token_ids, sampling, body.stop_strings))
+    return jobs
+
+
+def _sampling(body: GenerationRequest, choice: int, max_tokens: int, model: ServedModel) -> SamplingParams:
+    end_tokens = () if body.ignore_eos else model.eos_token_ids
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(0, body.top_k or 0),
+        seed=secrets.randbits(63) if body.seed is None else _as_int64(body.seed + choice),
+        stop_token_ids=tuple(dict.fromkeys((*end_tokens, *(body.stop_token_ids or ())))),
+    )
+
+
+def _as_int64(value: int) -> int:
+    """Wraps around at the top, so that the largest seed can have neighbours."""
+    return (value + _INT64 // 2) % _INT64 - _INT64 // 2

@@ -1,0 +1,100 @@
+"""The `twinpool` command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+
+from engine import config as configuration
+from engine.cluster_view import show_status
+from engine.startup import secure_ray
+from kvcache.errors import ConfigError, StartupError, TwinpoolError
+from workers.model.checkpoint import DEFAULT_MODEL, prepare_checkpoint
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends with one sentence on a bad flag, without the usage in front of it."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(2, f"twinpool: {message}. See '{self.prog} --help'.\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit status: 0, 1 for a failure, 2 for a wrong command line, 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], None] = options.run
+    try:
+        run(options)
+    except StartupError as error:
+        print(f"twinpool: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except TwinpoolError as error:
+        print(f"twinpool: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="twinpool",
+        description="Serve a language model with prefill and decode on separate workers.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"twinpool {metadata.version('twinpool')}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser(
+        "serve",
+        help="start a cluster on this machine and serve the OpenAI API",
+        description="Every option is also an environment variable (TWINPOOL_MAX_MODEL_LEN) and a YAML key"
+        " (max_model_len). A flag wins, then the environment, then the file.",
+        allow_abbrev=False,
+    )
+    configuration.add_arguments(serve)
+    serve.set_defaults(run=_serve)
+
+    fetch = commands.add_parser(
+        "fetch", help="fetch and convert a model, so that serving needs no network", allow_abbrev=False
+    )
+    fetch.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="folder, hub id, or the default model")
+    fetch.set_defaults(run=_fetch)
+
+    status = commands.add_parser("status", help="show the workers of a running cluster", allow_abbrev=False)
+    status.add_argument("--url", default=DEFAULT_URL, help="where it serves (default: %(default)s)")
+    status.add_argument("--api-key", help="key, when the server asks for one")
+    status.add_argument("--json", action="store_true", help="print the raw answer")
+    status.set_defaults(run=_status)
+    return parser
+
+
+def _serve(options: argparse.Namespace) -> None:
+    flags = {name: value for name, value in vars(options).items() if name in configuration.ServeConfig.model_fields}
+    settings = configuration.load_config(flags, options.config)
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
+    for noisy in ("httpx", "httpcore", "uvicorn.error"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    secure_ray()  # before the import of ray, which reads the environment once
+    from engine.launch import serve  # with torch, ray and transformers: seconds that other commands need not wait
+
+    serve(settings)
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    print(prepare_checkpoint(options.model))
+
+
+def _status(options: argparse.Namespace) -> None:
+    show_status(options.url, options.api_key, as_json=options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""The workers' own counts, read from the cluster snapshot when Prometheus asks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+
+from scheduler.types import ClusterSnapshot, WorkerSnapshot
+
+PREFIX = "twinpool_"
+
+_WORKER_LABELS = ("model_name", "worker", "role")
+
+
+@dataclass(frozen=True, slots=True)
+class _WorkerMetric:
+    name: str
+    documentation: str
+    read: Callable[[WorkerSnapshot], float]
+
+
+_STANDARD_GAUGES = (
+    _WorkerMetric("num_requests_running", "Sequences in the batch of a worker.", lambda worker: worker.load.running),
+    _WorkerMetric(
+        "num_requests_waiting",
+        "Sequences that wait on a worker for room or for KV.",
+        lambda worker: worker.load.waiting,
+    ),
+    _WorkerMetric(
+        "kv_cache_usage_perc", "Part of a worker's KV blocks in use, from 0 to 1.", lambda worker: _usage(worker)
+    ),
+)
+_STANDARD_COUNTERS = (
+    _WorkerMetric("num_preemptions", "Sequences put back for want of blocks.", lambda worker: worker.load.preemptions),
+)
+_OUR_GAUGES = (
+    _WorkerMetric("kv_blocks_leased", "Blocks held by handoffs under way.", lambda worker: worker.load.blocks_leased),
+    _WorkerMetric(
+        "kv_blocks_unaccounted", "Blocks that nobody owns; must be 0.", lambda worker: worker.load.blocks_unaccounted
+    ),
+)
+_OUR_COUNTERS = (
+    _WorkerMetric("kv_transfer_bytes", "KV payload received.", lambda worker: worker.load.transfer_bytes),
+    _WorkerMetric(
+        "kv_transfer_seconds", "Time spent in handoffs, summed over them.", lambda worker: worker.load.transfer_seconds
+    ),
+)
+
+
+def _usage(worker: WorkerSnapshot) -> float:
+    total = worker.info.num_blocks
+    return 1 - worker.load.blocks_free / total if total else 0.0
+
+
+class ClusterMetrics:
+    """Metric families of all workers. Counters go on when a worker restarts; see ``_Totals``."""
+
+    def __init__(self, model_name: str, cluster: Callable[[], ClusterSnapshot]) -> None:
+        self._model_name = model_name
+        self._cluster = cluster
+        self._totals = _Totals()
+
+    def standard(self) -> Iterator[Metric]:
+        """Those that vLLM has too."""
+        workers = self._cluster().workers
+        yield from (self._gauge(metric, workers) for metric in _STANDARD_GAUGES)
+        yield from (self._counter(metric, workers) for metric in _STANDARD_COUNTERS)
+
+    def ours(self) -> Iterator[Metric]:
+        """Those of a disaggregated engine."""
+        workers = self._cluster().workers
+        yield from (self._gauge(metric, workers) for metric in _OUR_GAUGES)
+        yield from (self._counter(metric, workers) for metric in _OUR_COUNTERS)
+        yield self._transfer_failures(workers)
+        yield self._pool_workers(workers)
+
+    def _gauge(self, metric: _WorkerMetric, workers: tuple[WorkerSnapshot, ...]) -> Metric:
+        family = GaugeMetricFamily(PREFIX + metric.name, metric.documentation, labels=_WORKER_LABELS)
+        for worker in workers:
+            labels = (self._model_name, worker.info.worker_id, worker.info.role.value)
+            family.add_metric(labels, metric.read(worker))
+        return family
+
+    def _counter(self, metric: _WorkerMetric, workers: tuple[WorkerSnapshot, ...]) -> Metric:
+        for worker in workers:
+            self._totals.note(worker, metric.name, "", metric.read(worker))
+        family = CounterMetricFamily(PREFIX + metric.name, metric.documentation, labels=_WORKER_LABELS)
+        for total in self._totals.of(metric.name):
+            family.add_metric((self._model_name, total.worker_id, total.role), total.value)
+        return family
+
+    def _transfer_failures(self, workers: tuple[WorkerSnapshot, ...]) -> Metric:
+        name = "kv_transfer_failures"
+        for worker in workers:
+            for reason, count in worker.load.transfer_failures:
+                self._totals.note(worker, name, reason, count)
+        family = CounterMetricFamily(
+            PREFIX + name, "Handoffs refused or broken, by reason.", labels=(*_WORKER_LABELS, "reason")
+        )
+        for total in self._totals.of(name):
+            family.add_metric((self._model_name, total.worker_id, total.role, total.detail), total.value)
+        return family
+
+    def _pool_workers(self, workers: tuple[WorkerSnapshot, ...]) -> Metric:
+        pools = Counter((worker.info.role.value, worker.info.device.name) for worker in workers)
+        family = GaugeMetricFamily(
+            f"{PREFIX}pool_workers", "Live workers by role and device.", labels=("model_name", "role", "device")
+        )
+        for (role, device), count in pools.items():
+            family.add_metric((self._model_name, role, device), count)
+        return family
+
+
+@dataclass(slots=True)
+class _Total:
+    worker_id: str
+    role: str
+    detail: str
+    incarnation: int
+    current: float = 0.0  # of the incarnation above
+    earlier: float = 0.0  # of those before it
+
+    @property
+    def value(self) -> float:
+        return self.earlier + self.current
+
+
+class _Totals:
+    """Counters that never go down, though a worker's own start from 0 with each restart.
+
+    What a worker counted between the last scrape and its death is lost, unless something else scraped it.
+    Workers that are gone stay in the output. Worker ids come from the launcher, so there are few.
+    """
+
+    def __init__(self) -> None:
+        self._by_metric: dict[str, dict[tuple[str, str], _Total]] = {}
+
+    def note(self, worker: WorkerSnapshot, metric: str, detail: str, value: float) -> None:
+        info = worker.info
+        totals = self._by_metric.setdefault(metric, {})
+        total = totals.setdefault(
+            (info.worker_id, detail), _Total(info.worker_id, info.role.value, detail, info.incarnation)
+        )
+        if info.incarnation < total.incarnation:
+            return  # a late word of an earlier process
+        if info.incarnation > total.incarnation:
+            total.earlier, total.current, total.incarnation = total.value, 0.0, info.incarnation
+        total.role = info.role.value
+        total.current = max(total.current, value)
+
+    def of(self, metric: str) -> list[_Total]:
+        return list(self._by_metric.get(metric, {}).values())

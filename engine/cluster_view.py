@@ -1,0 +1,88 @@
+"""`twinpool status`: the workers of a running cluster as a table."""
+
+from __future__ import annotations
+
+import sys
+import urllib.error
+import urllib.request
+
+import orjson
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from kvcache.errors import TwinpoolError, UnavailableError
+from scheduler.types import ClusterSnapshot, WorkerSnapshot
+
+TIMEOUT_S = 5.0
+COLUMNS = ("worker", "role", "address", "GFLOP/s", "GB/s", "threads", "KV blocks used", "free", "running", "waiting")
+
+
+def show_status(url: str, api_key: str | None, *, as_json: bool) -> None:
+    """Asks a running server and prints what it says.
+
+    Raises:
+        UnavailableError: nobody answers at ``url``.
+        TwinpoolError: the answer is a refusal, or not from Twinpool.
+    """
+    body = _fetch(url.rstrip("/") + "/cluster", api_key)
+    try:
+        cluster = TypeAdapter(ClusterSnapshot).validate_json(body)
+    except ValidationError:
+        raise TwinpoolError(f"What answers at {url} is not this version of Twinpool.") from None
+    if as_json:
+        sys.stdout.write(orjson.dumps(cluster, option=orjson.OPT_INDENT_2).decode() + "\n")
+    else:
+        Console().print(status_table(cluster))
+
+
+def status_table(cluster: ClusterSnapshot) -> Table:
+    """One row per worker, and one for each that is away."""
+    table = Table(*COLUMNS[:3], title=_title(cluster))
+    for column in COLUMNS[3:]:
+        table.add_column(column, justify="right")
+    for worker in cluster.workers:
+        table.add_row(*_row(worker))
+    for worker_id in cluster.missing:
+        table.add_row(worker_id, "away", *[""] * (len(COLUMNS) - 2), style="red")
+    return table
+
+
+def _title(cluster: ClusterSnapshot) -> str:
+    if not cluster.workers:
+        return "no workers"
+    info = cluster.workers[0].info
+    return f"{info.model} ({info.spec.dtype}), context {info.max_model_len}, blocks of {info.spec.block_size} tokens"
+
+
+def _row(worker: WorkerSnapshot) -> tuple[str, ...]:
+    info, load = worker.info, worker.load
+    return (
+        info.worker_id,
+        info.role.value,
+        info.address,
+        f"{info.device.gemm_gflop_s:.0f}",
+        f"{info.device.read_gb_s:.1f}",
+        str(info.device.num_threads),
+        str(info.num_blocks - load.blocks_free),
+        str(load.blocks_free),
+        str(load.running),
+        str(load.waiting),
+    )
+
+
+def _fetch(address: str, api_key: str | None) -> bytes:
+    if not address.startswith(("http://", "https://")):
+        raise TwinpoolError(f"{address!r} is no http address.")
+    request = urllib.request.Request(address)
+    if api_key:
+        request.add_header("Authorization", f"Bearer {api_key}")
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            body: bytes = response.read()
+    except urllib.error.HTTPError as error:
+        hint = "; give the server's key with --api-key" if error.code == 401 else ""
+        raise TwinpoolError(f"{address} answered {error.code} {error.reason}{hint}.") from None
+    except (urllib.error.URLError, OSError) as error:
+        raise UnavailableError(f"Nobody answers at {address} ({getattr(error, 'reason', error)}).") from None
+    return body

@@ -1,0 +1,214 @@
+"""One schema for flags, environment variables and YAML keys; a flag wins, then the environment, then the file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import ByteSize, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from kvcache.errors import ConfigError
+from workers.model.checkpoint import DEFAULT_MODEL
+
+ENVIRONMENT_PREFIX = "TWINPOOL_"
+OTHER_VARIABLES = frozenset({"TWINPOOL_CACHE", "TWINPOOL_CONFIG"})
+
+
+def _option(default: Any, group: str, help_text: str, metavar: str = "N", **limits: Any) -> Any:
+    return Field(default, description=help_text, json_schema_extra={"group": group, "metavar": metavar}, **limits)
+
+
+class ServeConfig(BaseSettings):
+    """Everything that `twinpool serve` can be told."""
+
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid", validate_default=False)
+
+    model: str = _option(DEFAULT_MODEL, "Model", "checkpoint folder, hub id, or the default model", "MODEL")
+    served_model_name: str | None = _option(None, "Model", "name clients use (default: MODEL)", "NAME", min_length=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "Model", "dtype of weights and KV; auto is float32 on a CPU", "DTYPE"
+    )
+    max_model_len: int | None = _option(None, "Model", "context length in tokens (default: the model's)", ge=2)
+
+    prefill_workers: int | None = _option(None, "Pools", "workers that compute prompts (default: 1)", ge=0, le=256)
+    decode_workers: int | None = _option(None, "Pools", "workers that generate tokens (default: 1)", ge=0, le=256)
+    colocated: int = _option(0, "Pools", "workers that do both phases, instead of two pools", ge=0, le=256)
+    threads_per_worker: int | None = _option(
+        None, "Pools", "CPU threads of each worker (default: cores shared out)", ge=1, le=1024
+    )
+
+    block_size: int = _option(16, "KV cache and batching", "tokens per KV block", ge=1, le=1024)
+    kv_cache_memory_bytes: ByteSize = _option(
+        ByteSize(1 << 30), "KV cache and batching", "KV cache of each worker, e.g. 512MiB (default: 1GiB)", "SIZE"
+    )
+    max_num_seqs: int = _option(64, "KV cache and batching", "sequences in a worker's batch", ge=1, le=4096)
+    max_num_batched_tokens: int = _option(
+        512, "KV cache and batching", "tokens a worker computes in one step", ge=1, le=1 << 20
+    )
+
+    host: str = _option("127.0.0.1", "Server", "address to listen on", "HOST", min_length=1)
+    port: int = _option(8000, "Server", "port to listen on", "PORT", ge=1, le=65535)
+    api_key: Annotated[tuple[str, ...], NoDecode] = _option(
+        (), "Server", "key that requests must carry; may be repeated (environment: separated by commas)", "KEY"
+    )
+    shutdown_timeout: float = _option(
+        10.0, "Server", "seconds that running requests get to end after Ctrl-C", "SECONDS", ge=0, le=3600
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _option("info", "Server", "how much is logged", "LEVEL")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_keys(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("api_key"), str):
+            values["api_key"] = tuple(key.strip() for key in values["api_key"].split(",") if key.strip())
+        return values
+
+    @model_validator(mode="after")
+    def _check_pools(self) -> Self:
+        prefill, decode = self.num_prefill_workers, self.num_decode_workers
+        if not prefill and not decode and not self.colocated:
+            raise ValueError("there are no workers: set prefill_workers and decode_workers, or colocated")
+        if bool(prefill) != bool(decode):
+            lacking, given = ("decode_workers", "prefill_workers") if prefill else ("prefill_workers", "decode_workers")
+            raise ValueError(f"{given} needs {lacking} of at least 1 as well")
+        if any(not key for key in self.api_key):
+            raise ValueError("api_key must not be empty")
+        return self
+
+    @property
+    def num_prefill_workers(self) -> int:
+        return self._default_pool(self.prefill_workers)
+
+    @property
+    def num_decode_workers(self) -> int:
+        return self._default_pool(self.decode_workers)
+
+    @property
+    def num_workers(self) -> int:
+        return self.num_prefill_workers + self.num_decode_workers + self.colocated
+
+    def _default_pool(self, count: int | None) -> int:
+        return count if count is not None else int(self.colocated == 0)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, InitSettingsSource(settings_cls, cls._file_values())
+
+    @classmethod
+    def _file_values(cls) -> dict[str, Any]:
+        return {}
+
+
+def load_config(flags: Mapping[str, Any], file: Path | None = None) -> ServeConfig:
+    """Merges flags, environment and file.
+
+    Args:
+        flags: only those that were given, by field name.
+
+    Raises:
+        ConfigError: one sentence that names the flag, variable or key, and where it stands.
+    """
+    for name in sorted(os.environ):
+        field = name.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if (
+            name.startswith(ENVIRONMENT_PREFIX)
+            and name not in OTHER_VARIABLES
+            and field not in ServeConfig.model_fields
+        ):
+            raise ConfigError(f"The environment variable {name} names no option of Twinpool.")
+    values = _read_file(file) if file is not None else {}
+
+    class FromFile(ServeConfig):
+        @classmethod
+        def _file_values(cls) -> dict[str, Any]:
+            return values
+
+    try:
+        return FromFile(**flags)
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error, flags, values, file)) from None
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The configuration file {file} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration file {file} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"The configuration file {file} must hold keys and values.")
+    values = {key.replace("-", "_"): value for key, value in content.items()}
+    for key in values:
+        if key not in ServeConfig.model_fields:
+            raise ConfigError(f"The key {key!r} in {file} names no option of Twinpool.")
+    return values
+
+
+def _first_problem(
+    error: ValidationError, flags: Mapping[str, Any], values: Mapping[str, Any], file: Path | None
+) -> str:
+    problem = error.errors(include_url=False)[0]
+    message = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:
+        return f"The configuration is contradictory: {message}."
+    field = str(problem["loc"][0])
+    if field in flags:
+        where = flag_of(field)
+    elif ENVIRONMENT_PREFIX + field.upper() in os.environ:
+        where = f"the environment variable {ENVIRONMENT_PREFIX}{field.upper()}"
+    elif field in values:
+        where = f"{field} in {file}"
+    else:
+        where = field
+    return f"{where} is {problem['input']!r}: {message[0].lower()}{message[1:]}."
+
+
+def flag_of(field: str) -> str:
+    return "MODEL" if field == "model" else f"--{field.replace('_', '-')}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag per field, in the groups of the schema. Values stay text; the schema checks them."""
+    parser.add_argument("--config", metavar="FILE", type=Path, help="YAML file with the same options as keys")
+    groups: dict[str, Any] = {}
+    for name, field in ServeConfig.model_fields.items():
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict), "every option says its group"
+        title = str(extra["group"])
+        group = groups.setdefault(title, parser.add_argument_group(title)) if title not in groups else groups[title]
+        _add_argument(group, name, field, str(extra["metavar"]))
+
+
+def _add_argument(group: Any, name: str, field: FieldInfo, metavar: str) -> None:
+    help_text = field.description or ""
+    if field.default not in (None, (), 0) and "default" not in help_text:
+        help_text += f" (default: {field.default})"
+    common = {"help": help_text.replace("%", "%%"), "default": argparse.SUPPRESS, "metavar": metavar}
+    if name == "model":
+        group.add_argument("model", nargs="?", **common)
+    elif name == "api_key":
+        group.add_argument("--api-key", action="append", **common)
+    else:
+        group.add_argument(flag_of(name), **common)

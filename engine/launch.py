@@ -1,0 +1,202 @@
+"""Starts the cluster and the HTTP server, and ends both without leaving anything behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import ray
+import uvicorn
+from ray.exceptions import RayError, RayTaskError
+
+from engine.activity_log import log_activity
+from engine.api.app import create_app
+from engine.config import ServeConfig
+from engine.gateway import AsyncEngine
+from engine.metrics import Metrics
+from engine.outputs import ServedModel
+from engine.scheduler_client import SchedulerClient
+from engine.startup import StartupPlan, bind_server_socket, check_installation, make_plan
+from engine.tokenizer import Tokenizer
+from kvcache.errors import ResourceError, TwinpoolError
+from scheduler.ray_actor import ActorHandle, RayScheduler, start_scheduler
+from scheduler.types import WorkerInfo
+from workers.ray_worker import start_worker
+
+OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no token and no KV goes through it
+logger = logging.getLogger(__name__)
+
+
+def serve(config: ServeConfig) -> None:
+    """Runs until SIGINT or SIGTERM.
+
+    Raises:
+        StartupError: one sentence; nothing is left running.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    check_installation()
+    with contextlib.closing(bind_server_socket(config.host, config.port)) as server_socket:
+        plan = make_plan(config)
+        _log_plan(plan)
+        tokenizer = Tokenizer.from_checkpoint(plan.checkpoint.path)
+        with _ray_session(), _running_cluster(plan, config.shutdown_timeout) as scheduler:
+            asyncio.run(_serve_http(config, plan, tokenizer, scheduler, server_socket))
+
+
+def _interrupt(signum: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _ray_session() -> Iterator[None]:
+    """A Ray cluster of our own on this machine, with a token, in a folder that goes away with it."""
+    # Short: the paths of Ray's sockets below it may not exceed 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="twinpool-"))
+    try:
+        ray.init(
+            address="local",
+            num_cpus=1,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level=logging.WARNING,
+            _temp_dir=str(folder),
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _running_cluster(plan: StartupPlan, shutdown_timeout_s: float) -> Iterator[ActorHandle]:
+    """The scheduler with all workers loaded, measured and registered."""
+    scheduler = start_scheduler([options.worker_id for options in plan.workers])
+    workers = {options.worker_id: start_worker(options, scheduler) for options in plan.workers}
+    try:
+        _await_workers(workers)
+        yield scheduler
+    finally:
+        _stop_workers(workers, shutdown_timeout_s)
+
+
+def _await_workers(workers: dict[str, ActorHandle]) -> None:
+    started = time.monotonic()
+    try:
+        ray.get([worker.ready.remote() for worker in workers.values()])
+        for worker in workers.values():  # one after the other: they share the machine that they measure
+            _log_worker(ray.get(worker.join.remote()))
+    except RayTaskError as error:
+        if isinstance(error.cause, TwinpoolError):
+            raise ResourceError(f"A worker could not start: {error.cause}") from None
+        raise ResourceError(f"A worker could not start: {error}") from error
+    except RayError as error:
+        raise ResourceError(f"A worker process could not start: {error}") from error
+    logger.info("%d workers ready after %.1f s", len(workers), time.monotonic() - started)
+
+
+def _stop_workers(workers: dict[str, ActorHandle], timeout_s: float) -> None:
+    """Asks all to stop; whoever does not in time is killed with the session."""
+    stopping = [worker.stop.remote(0.0) for worker in workers.values()]
+    with contextlib.suppress(RayError):  # a worker that is dead already has stopped
+        ray.wait(stopping, num_returns=len(stopping), timeout=timeout_s)
+
+
+async def _serve_http(
+    config: ServeConfig,
+    plan: StartupPlan,
+    tokenizer: Tokenizer,
+    scheduler: ActorHandle,
+    server_socket: socket.socket,
+) -> None:
+    client = SchedulerClient(RayScheduler(scheduler))
+    await client.start()
+    engine = AsyncEngine(_served_model(config, plan), tokenizer, client)
+    metrics = Metrics(engine.model.names[0], lambda: engine.cluster)
+    app = create_app(engine, api_keys=config.api_key, metrics=metrics)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=max(1, round(config.shutdown_timeout)),
+        )
+    )
+    logging_activity = asyncio.create_task(log_activity(engine))
+    announcing = asyncio.create_task(_announce(server, config))
+    try:
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again after its clean end
+            await server.serve(sockets=[server_socket])
+    finally:
+        logging_activity.cancel()
+        announcing.cancel()
+        await engine.close()
+        await client.stop()
+
+
+def _served_model(config: ServeConfig, plan: StartupPlan) -> ServedModel:
+    names = (config.served_model_name,) if config.served_model_name else (config.model,)
+    return ServedModel(
+        names,
+        plan.max_model_len,
+        int(time.time()),
+        plan.checkpoint.eos_token_ids,
+        plan.checkpoint.vocab_size,
+    )
+
+
+async def _announce(server: uvicorn.Server, config: ServeConfig) -> None:
+    """Says how to try it, as soon as a request would be answered."""
+    while not server.started:  # noqa: ASYNC110  uvicorn offers no event
+        await asyncio.sleep(0.05)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    url = f"http://{host}:{config.port}"
+    model = config.served_model_name or config.model
+    key = ' -H "Authorization: Bearer $KEY"' if config.api_key else ""
+    print(
+        f"\nTwinpool serves {model} on {url}\n\n"
+        f"  curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
+        f'    -d \'{{"model": "{model}", "stream": true, "max_tokens": 64,\n'
+        f'         "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}\'\n\n'
+        f"  twinpool status --url {url}      (Ctrl-C here ends everything)\n",
+        flush=True,
+    )
+
+
+def _log_plan(plan: StartupPlan) -> None:
+    checkpoint, options = plan.checkpoint, plan.workers[0]
+    num_tokens = options.num_blocks * options.spec.block_size
+    logger.info(
+        "%s: %.1f M parameters, %.0f MiB of %s weights per worker",
+        checkpoint.architecture,
+        checkpoint.num_parameters / 1e6,
+        checkpoint.weight_bytes / (1 << 20),
+        checkpoint.dtype,
+    )
+    logger.info(
+        "KV cache per worker: %d blocks of %d tokens; maximum concurrency for %d tokens: %.1f",
+        options.num_blocks,
+        options.spec.block_size,
+        plan.max_model_len,
+        num_tokens / plan.max_model_len,
+    )
+
+
+def _log_worker(info: WorkerInfo) -> None:
+    logger.info(
+        "%s on %s: %.0f GFLOP/s, %.1f GB/s with %d threads",
+        info.worker_id,
+        info.address,
+        info.device.gemm_gflop_s,
+        info.device.read_gb_s,
+        info.device.num_threads,
+    )

@@ -1,0 +1,62 @@
+"""What the engine gives to the HTTP surface, and the port between the two."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.tokenizer import Tokenizer
+from scheduler.request import FinishReason, SamplingParams
+from scheduler.types import ClusterSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """The next piece of one sequence. The last one, and only it, has a ``finish_reason``."""
+
+    text: str  # may be empty: part of a character, or held back for a stop string
+    token_ids: tuple[int, ...]  # the tokens generated since the last piece
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or stop token that ended it
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    names: tuple[str, ...]  # the first is the one reported; all are accepted
+    max_model_len: int
+    created: int  # unix seconds
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+
+
+class TextEngine(Protocol):
+    """What the HTTP surface needs; ``engine.gateway.AsyncEngine`` is the real one, tests have a fake."""
+
+    @property
+    def model(self) -> ServedModel: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def ready(self) -> bool:
+        """Every phase has at least one live worker."""
+        ...
+
+    @property
+    def cluster(self) -> ClusterSnapshot:
+        """The newest view of the workers, at most about a second old."""
+        ...
+
+    def generate(
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, stop: Sequence[str] = ()
+    ) -> AsyncIterator[TextDelta]:
+        """Streams one sequence. Closing the iterator (or cancelling its task) aborts it on every worker.
+
+        Raises:
+            RequestError: prompt + max_tokens do not fit the model or the KV cache of the workers.
+            OverloadedError: no room now.
+            UnavailableError: no worker for a phase, or the one at work was lost.
+        """
+        ...

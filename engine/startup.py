@@ -1,0 +1,155 @@
+"""Everything that can be known to be wrong before anything is started."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import socket
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+
+import psutil
+
+from engine.config import ServeConfig
+from kvcache.errors import ConfigError, ResourceError
+from kvcache.spec import KVCacheSpec
+from scheduler.batching import BatchLimits
+from scheduler.types import WorkerRole
+from workers.model.checkpoint import CheckpointInfo, describe_checkpoint, prepare_checkpoint
+from workers.worker_options import WorkerOptions
+
+PACKAGES = ("kvcache", "scheduler", "workers", "engine")
+PROCESS_BYTES = 500 << 20  # what a worker needs beside weights and KV: interpreter, torch, activations
+
+
+@dataclass(frozen=True, slots=True)
+class StartupPlan:
+    """What will be started."""
+
+    checkpoint: CheckpointInfo
+    max_model_len: int
+    workers: tuple[WorkerOptions, ...]
+
+
+def check_installation() -> None:
+    """Our packages have plain names; another distribution's package of the same name would be run instead.
+
+    Raises:
+        ResourceError: names the clash.
+    """
+    own_root = Path(__file__).resolve().parent.parent
+    for name in PACKAGES:
+        found = util.find_spec(name)
+        origin = Path(found.origin).resolve() if found is not None and found.origin else None
+        if origin is None or origin.parent.parent != own_root:
+            raise ResourceError(f"The package {name!r} of Twinpool is hidden by another one at {origin}.")
+
+
+def secure_ray() -> None:
+    """Makes every process of the cluster ask for a token that only they have. Call before ray is imported."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+
+def bind_server_socket(host: str, port: int) -> socket.socket:
+    """Takes the port now, so that nobody else can between this check and the server's start.
+
+    Raises:
+        ResourceError: the port is in use, or the host is not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    server = socket.socket(family, socket.SOCK_STREAM)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        server.bind((host, port))
+        server.listen(2048)
+    except OSError as error:
+        server.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ResourceError(f"Port {port} on {host} is in use; choose another with --port.") from None
+        raise ResourceError(f"Cannot listen on {host}:{port}: {error.strerror or error}.") from None
+    return server
+
+
+def make_plan(config: ServeConfig) -> StartupPlan:
+    """Fetches the model if needed, reads its shape, and works out what each worker gets.
+
+    Raises:
+        ModelError: the checkpoint is missing, damaged or cannot run.
+        ConfigError, ResourceError: the options do not fit the model or the machine.
+    """
+    folder = prepare_checkpoint(config.model)
+    checkpoint = describe_checkpoint(folder, dtype=config.dtype, device="cpu")
+    max_model_len = _max_model_len(config, checkpoint)
+    spec = KVCacheSpec(
+        checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.head_size, config.block_size, checkpoint.dtype
+    )
+    num_blocks = _num_blocks(config, spec, max_model_len)
+    _check_memory(config, checkpoint)
+    workers = tuple(
+        WorkerOptions(
+            worker_id=worker_id,
+            role=role,
+            model_path=str(folder),
+            model_name=config.served_model_name or config.model,
+            spec=spec,
+            num_blocks=num_blocks,
+            max_model_len=max_model_len,
+            vocab_size=checkpoint.vocab_size,
+            limits=BatchLimits(config.max_num_seqs, config.max_num_batched_tokens),
+            num_threads=config.threads_per_worker or max(1, _num_cores() // config.num_workers),
+        )
+        for worker_id, role in _roles(config)
+    )
+    return StartupPlan(checkpoint, max_model_len, workers)
+
+
+def _roles(config: ServeConfig) -> list[tuple[str, WorkerRole]]:
+    counts = {
+        WorkerRole.PREFILL: config.num_prefill_workers,
+        WorkerRole.DECODE: config.num_decode_workers,
+        WorkerRole.COLOCATED: config.colocated,
+    }
+    return [(f"{role.value}-{index}", role) for role, count in counts.items() for index in range(count)]
+
+
+def _num_cores() -> int:
+    return len(psutil.Process().cpu_affinity() or [0])
+
+
+def _max_model_len(config: ServeConfig, checkpoint: CheckpointInfo) -> int:
+    longest = checkpoint.max_position_embeddings
+    if config.max_model_len is not None and config.max_model_len > longest:
+        raise ConfigError(f"--max-model-len is {config.max_model_len}; {config.model} was made for at most {longest}.")
+    return config.max_model_len or longest
+
+
+def _num_blocks(config: ServeConfig, spec: KVCacheSpec, max_model_len: int) -> int:
+    num_blocks = int(config.kv_cache_memory_bytes) // spec.block_bytes
+    needed = spec.num_blocks_for(max_model_len)
+    if num_blocks < needed:
+        raise ResourceError(
+            f"Too little memory for the KV cache: one sequence of {max_model_len} tokens needs"
+            f" {_mebibytes(needed * spec.block_bytes)} and --kv-cache-memory-bytes is"
+            f" {_mebibytes(config.kv_cache_memory_bytes)}; raise it or lower --max-model-len."
+        )
+    return num_blocks
+
+
+def _check_memory(config: ServeConfig, checkpoint: CheckpointInfo) -> None:
+    per_worker = checkpoint.weight_bytes + int(config.kv_cache_memory_bytes) + PROCESS_BYTES
+    needed = per_worker * config.num_workers
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise ResourceError(
+            f"Too little memory: {config.num_workers} workers with {_mebibytes(checkpoint.weight_bytes)} of weights and"
+            f" {_mebibytes(config.kv_cache_memory_bytes)} of KV cache each need {_mebibytes(needed)};"
+            f" {_mebibytes(available)} are available."
+        )
+
+
+def _mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 20):,.0f} MiB"

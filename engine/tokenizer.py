@@ -1,0 +1,89 @@
+"""Text to tokens and back, and the chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import tokenizers
+import transformers  # lazy: its submodules, and torch with them, load when a checkpoint is opened
+from jinja2.exceptions import TemplateError
+
+from engine.detokenizer import IncrementalDetokenizer, make_detokenizer
+from kvcache.errors import ModelError, RequestError
+
+ChatRenderer = Callable[[Sequence[dict[str, str]]], str]
+"""Messages to prompt text, ending where the assistant's answer begins. Raises whatever a template raises."""
+
+# What a template of a checkpoint can raise on messages it was not written for.
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+
+
+class Tokenizer:
+    """The tokenizer of one checkpoint. Immutable and safe to share between threads.
+
+    It goes to the Rust tokenizer directly: the calls of ``transformers`` change the tokenizer's padding and
+    truncation on every use, which fails ("Already borrowed") as soon as two threads meet.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, render: ChatRenderer | None = None) -> None:
+        """Takes ``backend`` over: nobody else may change it. Without ``render``, chat is refused."""
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self._render = render
+        self._make_detokenizer = make_detokenizer(backend)
+
+    @classmethod
+    def from_checkpoint(cls, folder: Path) -> Tokenizer:
+        """Reads a checkpoint folder. No code of the checkpoint runs, nothing is fetched.
+
+        Raises:
+            ModelError: there is no tokenizer in it, or no fast one.
+        """
+        try:
+            loaded = transformers.AutoTokenizer.from_pretrained(
+                str(folder), use_fast=True, trust_remote_code=False, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(f"The tokenizer in {folder} cannot be read: {error}") from error
+        backend = getattr(loaded, "backend_tokenizer", None)
+        if not isinstance(backend, tokenizers.Tokenizer):
+            raise ModelError(f"The checkpoint in {folder} has no fast tokenizer (tokenizer.json).")
+
+        def render(messages: Sequence[dict[str, str]]) -> str:
+            # transformers renders in an immutable, sandboxed Jinja environment
+            return str(loaded.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+
+        return cls(backend, render if loaded.chat_template is not None else None)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below this, added tokens included. The model's own vocabulary may be padded beyond it."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``; with ``add_special_tokens``, those that the checkpoint puts around a prompt."""
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of ``ids``. Bytes that are not UTF-8 become U+FFFD."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def render_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's answer begins.
+
+        Raises:
+            RequestError: the checkpoint has no chat template, or the template refuses the messages.
+        """
+        if self._render is None:
+            raise RequestError("this model has no chat template; use /v1/completions", "messages")
+        try:
+            text = self._render(messages)
+        except _TEMPLATE_ERRORS as error:
+            raise RequestError(f"the model's chat template refuses these messages: {error}", "messages") from error
+        return self.encode(text, add_special_tokens=False)  # the template has written them
+
+    def detokenizer(self) -> IncrementalDetokenizer:
+        """A fresh one, for one sequence."""
+        return self._make_detokenizer()

@@ -1,0 +1,78 @@
+"""The controller as a Ray actor: wall clock in, controller, commands out. The only file here that imports ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from kvcache.errors import UnavailableError
+from scheduler.controller import ClusterController, Command, Event, Tick
+from scheduler.types import ClusterSnapshot
+
+ActorHandle = Any  # Ray's own type says nothing of the actor's methods
+TICK_INTERVAL_S = 0.5
+
+
+class SchedulerActor:
+    """One per cluster. Every caller sends the events of its tick in one call, for a call costs milliseconds.
+
+    There is no timer: workers report twice a second, and each call first lets the time pass.
+    """
+
+    def __init__(self, expected_workers: Sequence[str]) -> None:
+        self._controller = ClusterController(expected_workers)
+        self._ticked_at = 0.0
+
+    def handle(self, events: Sequence[Event]) -> list[list[Command]]:
+        """The commands that follow from each event, in order."""
+        now = time.monotonic()
+        self._tick(now)
+        return [self._controller.handle(event, now) for event in events]
+
+    def snapshot(self) -> ClusterSnapshot:
+        self._tick(time.monotonic())
+        return self._controller.snapshot()
+
+    def _tick(self, now: float) -> None:
+        if now - self._ticked_at >= TICK_INTERVAL_S:
+            self._ticked_at = now
+            self._controller.handle(Tick(), now)
+
+
+class RayScheduler:
+    """The scheduler as its clients see it; awaitable on any event loop."""
+
+    def __init__(self, actor: ActorHandle) -> None:
+        self._actor = actor
+
+    async def handle(self, events: Sequence[Event]) -> list[list[Command]]:
+        """
+        Raises:
+            UnavailableError: the actor is away; Ray is restarting it.
+        """
+        try:
+            commands: list[list[Command]] = await self._actor.handle.remote(tuple(events))
+        except RayError as error:
+            raise UnavailableError("The scheduler is restarting.") from error
+        return commands
+
+    async def snapshot(self) -> ClusterSnapshot:
+        """
+        Raises:
+            UnavailableError: as ``handle``.
+        """
+        try:
+            snapshot: ClusterSnapshot = await self._actor.snapshot.remote()
+        except RayError as error:
+            raise UnavailableError("The scheduler is restarting.") from error
+        return snapshot
+
+
+def start_scheduler(expected_workers: Sequence[str]) -> ActorHandle:
+    """Starts the actor; Ray restarts it when its process dies, and the workers register again."""
+    actor_class: Any = ray.remote(SchedulerActor)
+    return actor_class.options(name="scheduler", num_cpus=0, max_restarts=-1).remote(tuple(expected_workers))

@@ -1,0 +1,6 @@
+"""For all tests: nothing leaves this machine."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a model comes from the local cache or the test fails at once
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -1,0 +1,151 @@
+"""The decode role: reserve blocks, have a prefill worker fill them, go on from its first token."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+
+import grpc
+
+from kvcache.errors import InvariantError, TransferError, TransferFault, TwinpoolError, UnavailableError
+from kvcache.lease import BlockLease
+from kvcache.transfer.receiver import ReceivedKV
+from scheduler.batching import SampledToken
+from scheduler.request import Request
+from workers import worker_pb2 as pb
+from workers import worker_pb2_grpc as pb_grpc
+from workers.messages import error_from_rpc, sampling_to_wire
+from workers.step_loop import StepLoop
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Handoff:
+    lease: BlockLease
+    task: asyncio.Task[None]
+
+
+class DecodeRole:
+    """Serves sequences to the gateway. Without a prefill address a sequence is prefilled in place."""
+
+    def __init__(
+        self,
+        loop: StepLoop,
+        clock: Callable[[], float],
+        channel_to: Callable[[str], grpc.aio.Channel],
+        own_address: Callable[[], str],
+    ) -> None:
+        self._loop = loop
+        self._clock = clock
+        self._channel_to = channel_to
+        self._own_address = own_address
+        self._prefill_addresses: dict[str, str] = {}
+        self._handoffs: dict[str, _Handoff] = {}
+        loop.on_reserved = self._start_handoff
+
+    async def generate(self, request: Request, prefill_address: str) -> AsyncGenerator[SampledToken, None]:
+        """Streams the sequence's tokens. Closing the iterator aborts it here and on the prefill worker.
+
+        Raises:
+            RequestError, OverloadedError: not accepted here.
+            UnavailableError: the prefill worker was lost, or the handoff failed.
+            TwinpoolError: the sequence could not be computed.
+        """
+        request_id = request.request_id
+        stream = self._loop.submit(request)
+        if request.remote_prefill:
+            self._prefill_addresses[request_id] = prefill_address
+        try:
+            async for output in stream:
+                yield output
+        finally:
+            self._prefill_addresses.pop(request_id, None)
+            self._end_handoff(request_id)
+            self._loop.release(request_id)
+
+    def receive(self, received: ReceivedKV) -> None:
+        """A handoff was verified and committed: the sequence joins the batch. Called by the KV service."""
+        self._handoffs.pop(received.request_id, None)
+        self._loop.deliver(self._loop.batcher.attach(received.request_id, received.first_token_id))
+        self._loop.wake()
+
+    def _start_handoff(self, request: Request) -> None:
+        manager = self._loop.batcher.manager
+        block_ids = manager.block_table(request.request_id)
+        lease = manager.leases.open(uuid.uuid4().hex, request.request_id, block_ids, self._clock())
+        task = asyncio.create_task(self._hand_off(request, lease))
+        self._handoffs[request.request_id] = _Handoff(lease, task)
+
+    def _end_handoff(self, request_id: str) -> None:
+        """Stops a handoff that is under way: from here on its chunks are refused."""
+        handoff = self._handoffs.pop(request_id, None)
+        if handoff is not None:
+            self._loop.batcher.manager.leases.abort(handoff.lease)
+            handoff.task.cancel()
+
+    async def _hand_off(self, request: Request, lease: BlockLease) -> None:
+        """Asks for the prefill and keeps the lease alive while the prefill worker is heard of."""
+        error: TwinpoolError = TransferError(TransferFault.INCOMPLETE, "the prefill worker ended without a commit")
+        try:
+            await self._follow_prefill(request, lease)
+        except TwinpoolError as raised:
+            error = raised
+        except Exception as raised:  # the request's boundary: its client must not wait for ever
+            logger.exception("Handoff of request %s failed unexpectedly.", request.request_id)
+            error = TwinpoolError(f"{type(raised).__name__} during the handoff")
+        finally:
+            self._loop.batcher.manager.leases.abort(lease)  # no effect after a commit
+        if self._handoffs.pop(request.request_id, None) is not None:  # gone once attached: then the end is no news
+            logger.warning("Handoff of request %s failed: %s", request.request_id, error)
+            self._loop.fail(request.request_id, _as_client_error(error))
+
+    async def _follow_prefill(self, request: Request, lease: BlockLease) -> None:
+        channel = self._channel_to(self._prefill_addresses[request.request_id])
+        call = pb_grpc.WorkerStub(channel).Prefill(self._prefill_request(request, lease))
+        leases = self._loop.batcher.manager.leases
+        try:
+            while True:
+                message = await self._read_before_expiry(call, lease)
+                if message is grpc.aio.EOF:
+                    return
+                if lease.is_open:
+                    leases.renew(lease, self._clock())
+        except grpc.aio.AioRpcError as error:
+            raise error_from_rpc(error) from None
+        finally:
+            call.cancel()
+
+    async def _read_before_expiry(self, call: grpc.aio.UnaryStreamCall, lease: BlockLease) -> object:
+        """The next heartbeat. Chunks that arrive meanwhile renew the lease too, so the end may move."""
+        reading = asyncio.ensure_future(call.read())
+        try:
+            while True:
+                remaining = lease.expires_at_s - self._clock()
+                if remaining <= 0:
+                    raise TransferError(TransferFault.EXPIRED, "the prefill worker has not been heard of")
+                done, _ = await asyncio.wait({reading}, timeout=remaining)
+                if done:
+                    return reading.result()
+        finally:
+            reading.cancel()
+
+    def _prefill_request(self, request: Request, lease: BlockLease) -> pb.PrefillRequest:
+        return pb.PrefillRequest(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            sampling=sampling_to_wire(request.sampling),
+            target_address=self._own_address(),
+            transfer_id=lease.transfer_id,
+            epoch=lease.epoch,
+        )
+
+
+def _as_client_error(error: TwinpoolError) -> TwinpoolError:
+    """What the gateway is told: a broken handoff is not the client's fault and may work elsewhere."""
+    if isinstance(error, TransferError | InvariantError):
+        return UnavailableError(f"The handoff of the prompt's KV failed ({error}).")
+    return error

@@ -1,0 +1,178 @@
+"""Which architectures can run: causal models of ``transformers`` whose every layer is plain full attention.
+
+Level 1 of Twinpool's model execution replaces a model's attention function by paged attention. That is only
+right when the function is all there is: same keys and values for every earlier position, softmax over them,
+one pair of key and value per token and layer. Anything else would run and give wrong text, so it is refused
+here, by name, before a weight is loaded.
+
+Importing this module imports ``transformers`` and torch (about 2 s).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
+
+from kvcache.errors import ModelError
+from workers.model.safetensors_file import TensorHeader
+
+FULL_ATTENTION = "full_attention"
+
+# Configuration fields that, when set, change attention itself, and what they stand for.
+ATTENTION_FIELDS = {
+    "attn_logit_softcapping": "attention logit soft-capping",
+    "kv_lora_rank": "multi-head latent attention, whose keys and values differ in size",
+    "attention_chunk_size": "chunked local attention",
+    "index_topk": "sparse attention",
+    "index_topk_blocks": "sparse attention",
+    "num_kv_shared_layers": "layers that share one KV cache",
+    "use_bidirectional_attention": "bidirectional attention",
+    "add_cross_attention": "cross-attention",
+}
+
+# Model types whose attention differs in code that no configuration field shows.
+ATTENTION_IN_CODE = {
+    "diffllama": "calls attention twice per layer",
+    "doge": "computes its attention mask from the values",
+    "hrm_text": "runs its layers several times per token",
+    "jetmoe": "chooses attention heads per token",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """The numbers that the KV cache and the scheduler need."""
+
+    num_layers: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_size: int
+    hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+
+
+def refuse_raw_config(folder: Path, raw: dict[str, Any]) -> None:
+    """What can be told from config.json alone, before ``transformers`` interprets it."""
+    if "model_type" not in raw:
+        raise ModelError(f"{folder / 'config.json'} names no model_type.")
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise ModelError(f"{folder} is quantized ({method}); give the unquantized checkpoint.")
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """config.json as ``transformers`` understands it, never with code from the checkpoint."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"{folder / 'config.json'} is not a configuration that transformers can use: {reason}"
+        ) from error
+
+
+def check_architecture(folder: Path, config: PretrainedConfig, headers: list[TensorHeader]) -> str:
+    """The class name that will run this checkpoint, or a ModelError with the reason why none can."""
+    refusal = (
+        _refuse_kind(config)
+        or _refuse_class(config)
+        or _refuse_layers(config)
+        or _refuse_window(config)
+        or _refuse_attention(config, headers)
+    )
+    if refusal:
+        raise ModelError(f"{folder} ({config.model_type}) cannot run here: {refusal}.")
+    return _causal_class(config).__name__
+
+
+def _causal_class(config: PretrainedConfig) -> Any:
+    """The class, or None. Loading it imports that model's code from the installed ``transformers`` only."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+
+
+def _refuse_kind(config: PretrainedConfig) -> str | None:
+    if config.is_encoder_decoder:
+        return "it is an encoder-decoder, and only decoder-only models generate from one sequence"
+    if config.sub_configs:
+        return f"it combines several models ({', '.join(sorted(config.sub_configs))}), and only text models are served"
+    # Encoders that can also decode (BERT and its kin) declare the switch on their class.
+    if hasattr(type(config), "is_decoder") and not config.is_decoder:
+        return "it is an encoder (is_decoder is false), which does not generate text"
+    return None
+
+
+def _refuse_class(config: PretrainedConfig) -> str | None:
+    model_class = _causal_class(config)
+    if model_class is None:
+        return "transformers has no causal language model class for it"
+    name = model_class.__name__
+    if config.architectures and name not in config.architectures:
+        return f"it was saved as {', '.join(config.architectures)}, and only {name} generates text"
+    # Before the interface check: "keeps a state" says more than "cannot be replaced".
+    if model_class._is_stateful:
+        return f"{name} keeps a recurrent state (Mamba or linear attention) instead of only keys and values"
+    if not model_class._supports_attention_backend:
+        return f"the attention of {name} cannot be replaced through transformers' attention interface"
+    return None
+
+
+def _refuse_layers(config: PretrainedConfig) -> str | None:
+    kinds = set(_field(config, "layer_types") or ()) - {FULL_ATTENTION}
+    return f"it has layers of type {', '.join(sorted(kinds))}, and only {FULL_ATTENTION} is served" if kinds else None
+
+
+def _refuse_window(config: PretrainedConfig) -> str | None:
+    """A window counts unless the layers say they do not use it, or the whole context fits inside."""
+    window = _field(config, "sliding_window")
+    context = _field(config, "max_position_embeddings")
+    if window is None or _field(config, "layer_types") or (context is not None and window >= context):
+        return None
+    return f"its attention has a sliding window of {window} tokens (sliding_window)"
+
+
+def _refuse_attention(config: PretrainedConfig, headers: list[TensorHeader]) -> str | None:
+    if config.model_type in ATTENTION_IN_CODE:
+        return f"it {ATTENTION_IN_CODE[config.model_type]}"
+    for name, meaning in ATTENTION_FIELDS.items():
+        if _field(config, name):
+            return f"it uses {meaning} ({name})"
+    if any(header.name.endswith(".sinks") for header in headers):
+        return "it uses attention sinks"
+    return None
+
+
+def _field(config: PretrainedConfig, name: str) -> Any:
+    """A configuration field, or None. One that differs per layer is refused: our KV cache has one shape."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError as error:
+        # transformers raises a RuntimeError of its own for fields of a heterogeneous configuration.
+        raise ModelError(f"The {config.model_type} checkpoint's {name} differs from layer to layer.") from error
+
+
+def read_sizes(folder: Path, config: PretrainedConfig) -> ModelSizes:
+    """The sizes, with ``transformers``' defaults: as many KV heads as heads, and heads that split the hidden size."""
+    num_heads = _size(folder, config, "num_attention_heads")
+    hidden_size = _size(folder, config, "hidden_size")
+    return ModelSizes(
+        num_layers=_size(folder, config, "num_hidden_layers"),
+        num_attention_heads=num_heads,
+        num_kv_heads=_size(folder, config, "num_key_value_heads", num_heads),
+        head_size=_size(folder, config, "head_dim", hidden_size // num_heads),
+        hidden_size=hidden_size,
+        vocab_size=_size(folder, config, "vocab_size"),
+        max_position_embeddings=_size(folder, config, "max_position_embeddings"),
+    )
+
+
+def _size(folder: Path, config: PretrainedConfig, name: str, default: int | None = None) -> int:
+    value = _field(config, name)
+    value = default if value is None else value
+    if not isinstance(value, int) or value < 1:
+        raise ModelError(f"{folder / 'config.json'} gives {name} as {value!r} where a positive number belongs.")
+    return value

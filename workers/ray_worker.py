@@ -1,0 +1,128 @@
+"""The Ray shell around a worker: Ray starts, supervises and restarts this process, and carries no token."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+
+import ray
+
+from kvcache.errors import ConfigError, TwinpoolError, UnavailableError
+from scheduler.controller import AskToRegister, RefuseWorker, WorkerLeft, WorkerRegistered, WorkerReported
+from scheduler.ray_actor import ActorHandle, RayScheduler
+from scheduler.types import DeviceProfile, WorkerInfo
+from workers.probe import probe_device
+from workers.worker import Worker, build_worker
+from workers.worker_options import WorkerOptions
+
+HEARTBEAT_INTERVAL_S = 0.5
+logger = logging.getLogger(__name__)
+
+
+class WorkerActor:
+    """One worker process. The launcher calls ``ready`` and ``join``; a restarted process joins by itself."""
+
+    def __init__(self, options: WorkerOptions, scheduler: ActorHandle) -> None:
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        self._options = options
+        self._scheduler = RayScheduler(scheduler)
+        self._incarnation = time.time_ns()  # only compared with other processes of this worker
+        self._event_loop = asyncio.new_event_loop()
+        self._failure: TwinpoolError | None = None
+        self._info: WorkerInfo | None = None
+        self._heartbeats: asyncio.Task[None] | None = None
+        try:
+            self._worker: Worker = build_worker(options)
+            threading.Thread(target=self._event_loop.run_forever, name="worker", daemon=True).start()
+            asyncio.run_coroutine_threadsafe(self._worker.start(), self._event_loop).result()
+        except TwinpoolError as error:
+            self._failure = error  # raised by ready(), where its type survives
+            return
+        asyncio.run_coroutine_threadsafe(self._watch(), self._event_loop)
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            self.join()
+
+    def ready(self) -> None:
+        """Returns when the model is loaded and the services listen.
+
+        Raises:
+            TwinpoolError: why that is not possible.
+        """
+        if self._failure is not None:
+            raise self._failure
+
+    def join(self) -> WorkerInfo:
+        """Measures the device, registers with the scheduler and begins to send heartbeats.
+
+        Called for one worker at a time, so that they do not measure each other.
+
+        Raises:
+            ConfigError: the scheduler refuses this worker.
+        """
+        if self._info is None:
+            device = probe_device(self._options.spec.dtype)
+            self._info = asyncio.run_coroutine_threadsafe(self._register(device), self._event_loop).result()
+        return self._info
+
+    def stop(self, grace_s: float) -> None:
+        """Lets running requests end for ``grace_s`` seconds, then ends them."""
+        if self._failure is None:
+            asyncio.run_coroutine_threadsafe(self._stop(grace_s), self._event_loop).result()
+
+    async def _register(self, device: DeviceProfile) -> WorkerInfo:
+        info = self._worker.info(self._incarnation, device)
+        while not await self._registered(info):  # noqa: ASYNC110  the scheduler is another process: only time tells
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+        self._heartbeats = asyncio.create_task(self._send_heartbeats(info))
+        return info
+
+    async def _registered(self, info: WorkerInfo) -> bool:
+        try:
+            commands = await self._scheduler.handle((WorkerRegistered(info),))
+        except UnavailableError:
+            return False
+        for command in commands[0]:
+            if isinstance(command, RefuseWorker):
+                if command.is_final:
+                    raise ConfigError(f"Worker {info.worker_id} was refused: {command.message}.")
+                return False
+        return True
+
+    async def _send_heartbeats(self, info: WorkerInfo) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+            report = WorkerReported(info.worker_id, info.incarnation, self._worker.load())
+            try:
+                commands = await self._scheduler.handle((report,))
+            except UnavailableError:
+                continue  # tokens go on flowing; the next heartbeat finds the restarted scheduler
+            if any(isinstance(command, AskToRegister) for command in commands[0]):
+                await self._registered(info)
+
+    async def _stop(self, grace_s: float) -> None:
+        if self._heartbeats is not None and self._info is not None:
+            self._heartbeats.cancel()
+            await self._scheduler.handle((WorkerLeft(self._info.worker_id, self._incarnation),))
+        await self._worker.stop(grace_s)
+
+    async def _watch(self) -> None:
+        """A worker whose step loop has died is of no use: the process ends, and Ray starts a new one."""
+        try:
+            await self._worker.wait()
+        except Exception:
+            logger.exception("Worker %s failed; its process ends and is started again.", self._options.worker_id)
+            logging.shutdown()
+            os._exit(1)
+
+
+def start_worker(options: WorkerOptions, scheduler: ActorHandle) -> ActorHandle:
+    """Starts the process of one worker and returns at once."""
+    environment = {"OMP_NUM_THREADS": str(options.num_threads), "HF_HUB_OFFLINE": "1"}
+    actor_class: ActorHandle = ray.remote(WorkerActor)
+    placed = actor_class.options(
+        name=options.worker_id, num_cpus=0, max_restarts=-1, runtime_env={"env_vars": environment}
+    )
+    return placed.remote(options, scheduler)

@@ -1,0 +1,87 @@
+"""The worker's gRPC service: checks what comes off the wire, then calls the roles."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import grpc
+
+from kvcache.errors import RequestError, TwinpoolError
+from kvcache.transfer.sender import TransferTarget
+from scheduler.batching import SampledToken
+from scheduler.request import Request, check_sequence
+from workers import worker_pb2 as pb
+from workers import worker_pb2_grpc as pb_grpc
+from workers.decode import DecodeRole
+from workers.messages import abort_rpc, sampling_from_wire
+from workers.prefill import PrefillRole
+
+MAX_ID_LENGTH = 128
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceLimits:
+    max_model_len: int
+    vocab_size: int
+
+
+class WorkerService(pb_grpc.WorkerServicer):
+    """A role that this worker does not have is None, and its calls are refused."""
+
+    def __init__(self, limits: SequenceLimits, prefill: PrefillRole | None, decode: DecodeRole | None) -> None:
+        self._limits = limits
+        self._prefill = prefill
+        self._decode = decode
+
+    # Both answer through context.write and are no generators: a cancelled call then raises inside our own
+    # frames, and what it holds is given back at once.
+
+    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        try:
+            if self._decode is None:
+                raise RequestError("this worker does not decode")
+            sequence = self._sequence(request)
+            sequence.remote_prefill = bool(request.prefill_address)
+            async with aclosing(self._decode.generate(sequence, request.prefill_address)) as outputs:
+                index = 0
+                async for output in outputs:
+                    await context.write(_token_event(index, output))
+                    index += 1
+        except TwinpoolError as error:
+            await abort_rpc(context, error)
+
+    async def Prefill(self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext) -> None:
+        try:
+            if self._prefill is None:
+                raise RequestError("this worker does not prefill for others")
+            _check_id("transfer_id", request.transfer_id)
+            sequence = self._sequence(request)
+            sequence.prefill_only = True
+            target = TransferTarget(request.target_address, request.transfer_id, request.epoch)
+            async with aclosing(self._prefill.prefill(sequence, target)) as progress:
+                async for num_computed_tokens in progress:
+                    await context.write(pb.PrefillProgress(num_computed_tokens=num_computed_tokens))
+        except TwinpoolError as error:
+            await abort_rpc(context, error)
+
+    def _sequence(self, request: pb.GenerateRequest | pb.PrefillRequest) -> Request:
+        _check_id("request_id", request.request_id)
+        prompt_token_ids = tuple(request.prompt_token_ids)
+        sampling = sampling_from_wire(request.sampling)
+        check_sequence(
+            prompt_token_ids,
+            sampling,
+            max_model_len=self._limits.max_model_len,
+            vocab_size=self._limits.vocab_size,
+        )
+        return Request(request.request_id, prompt_token_ids, sampling)
+
+
+def _token_event(index: int, output: SampledToken) -> pb.TokenEvent:
+    return pb.TokenEvent(first_index=index, token_ids=[output.token_id], finish_reason=output.finish_reason or "")
+
+
+def _check_id(name: str, value: str) -> None:
+    if not 1 <= len(value) <= MAX_ID_LENGTH:
+        raise RequestError(f"{name} must have 1 to {MAX_ID_LENGTH} characters", name)

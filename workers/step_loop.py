@@ -1,0 +1,145 @@
+"""The worker's engine: plan a step, run it, hand out the tokens; again as long as there is work."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from kvcache.errors import TwinpoolError
+from scheduler.batching import Batcher, SampledToken, StepPlan
+from scheduler.request import Request
+from workers.model.runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+
+class StepFailedError(TwinpoolError):
+    """The model could not compute this sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    tokens: dict[str, int]
+    failures: dict[str, str]  # request id → what went wrong
+
+
+@dataclass(slots=True, eq=False)
+class TokenStream:
+    """The tokens of one sequence as they come. Read by one task."""
+
+    request: Request
+    _events: asyncio.Queue[SampledToken | TwinpoolError] = field(default_factory=asyncio.Queue)
+
+    def put(self, event: SampledToken | TwinpoolError) -> None:
+        self._events.put_nowait(event)
+
+    async def __aiter__(self) -> AsyncIterator[SampledToken]:
+        """Ends after the token with a finish reason; a prefill-only sequence has just one token.
+
+        Raises:
+            TwinpoolError: what ended the sequence early.
+        """
+        while True:
+            event = await self._events.get()
+            if isinstance(event, TwinpoolError):
+                raise event
+            yield event
+            if event.finish_reason is not None or event.request.prefill_only:
+                return
+
+
+class StepLoop:
+    """Owns the batcher and drives the runner. Everything but the model's step runs on one event loop.
+
+    While a step computes in its thread, the event loop goes on receiving requests and KV; it does not touch
+    the blocks of the running step, and the step touches no others.
+    """
+
+    def __init__(self, batcher: Batcher, runner: ModelRunner) -> None:
+        self.batcher = batcher
+        self.prompt_tokens_computed = 0
+        self.generation_tokens = 0
+        self.on_reserved: Callable[[Request], None] | None = None  # the decode role starts handoffs here
+        self._runner = runner
+        self._streams: dict[str, TokenStream] = {}
+        self._work = asyncio.Event()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-step")
+
+    def submit(self, request: Request) -> TokenStream:
+        """Queues a sequence. The caller calls ``release`` in the end, whatever happens.
+
+        Raises:
+            RequestError, OverloadedError: as ``Batcher.add``.
+        """
+        self.batcher.add(request)
+        stream = TokenStream(request)
+        self._streams[request.request_id] = stream
+        self.wake()
+        return stream
+
+    def release(self, request_id: str) -> None:
+        """Ends a sequence if it has not ended, and forgets its stream."""
+        self._streams.pop(request_id, None)
+        self.batcher.abort(request_id)
+        self.wake()
+
+    def fail(self, request_id: str, error: TwinpoolError) -> None:
+        """Ends a sequence early; its reader gets ``error``."""
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.put(error)
+        self.batcher.abort(request_id)
+        self.wake()
+
+    def deliver(self, output: SampledToken) -> None:
+        self.generation_tokens += 1
+        stream = self._streams.get(output.request.request_id)
+        if stream is not None:
+            stream.put(output)
+
+    def wake(self) -> None:
+        """Something changed: blocks came free, a request joined, KV arrived."""
+        self._work.set()
+
+    async def run(self) -> None:
+        """Runs until cancelled."""
+        while True:
+            self._work.clear()
+            if self.on_reserved is not None:
+                for request in self.batcher.reserve_handoffs():
+                    self.on_reserved(request)
+            plan = self.batcher.plan()
+            if plan is None:
+                await self._work.wait()
+            else:
+                await self._step(plan)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+
+    async def _step(self, plan: StepPlan) -> None:
+        result = await asyncio.get_running_loop().run_in_executor(self._thread, self._execute, plan)
+        for output in self.batcher.apply(plan, result.tokens, result.failures):
+            self.deliver(output)
+        for request_id, message in result.failures.items():
+            self.fail(request_id, StepFailedError(message))
+        self.prompt_tokens_computed += sum(chunk.num_prompt_tokens for chunk in plan.chunks)
+
+    def _execute(self, plan: StepPlan) -> StepResult:
+        """Runs in the step's thread. A step that raises is run again sequence by sequence, so that only the
+        sequences that cannot be computed fail."""
+        try:
+            return StepResult(self._runner.execute(plan), {})
+        except Exception:
+            logger.exception("A step of %d sequences failed; running them one by one.", len(plan.chunks))
+        tokens: dict[str, int] = {}
+        failures: dict[str, str] = {}
+        for chunk in plan.chunks:
+            try:
+                tokens |= self._runner.execute(StepPlan((chunk,)))
+            except Exception as error:  # noqa: BLE001  a sequence's boundary; its client is told
+                failures[chunk.request_id] = f"{type(error).__name__}: {error}"
+        return StepResult(tokens, failures)

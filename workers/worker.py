@@ -1,0 +1,132 @@
+"""One worker: a model, its KV cache, its roles and its gRPC server. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+
+import grpc
+import torch
+
+from kvcache.errors import ResourceError
+from kvcache.manager import KVCacheManager
+from kvcache.storage import PagedStorage
+from kvcache.transfer import kv_transfer_pb2_grpc
+from kvcache.transfer.grpc_port import KVTransferService
+from scheduler.batching import Batcher
+from scheduler.types import DeviceProfile, Phase, WorkerInfo, WorkerLoad
+from workers import worker_pb2_grpc
+from workers.channels import SERVER_OPTIONS, ChannelPool
+from workers.decode import DecodeRole
+from workers.model.runner import ModelRunner, load_model
+from workers.prefill import PrefillRole
+from workers.service import SequenceLimits, WorkerService
+from workers.step_loop import StepLoop
+from workers.worker_options import WorkerOptions
+
+
+class Worker:
+    """Everything but ``__init__`` runs on one event loop; the model's steps run in a thread of their own."""
+
+    def __init__(self, options: WorkerOptions, runner: ModelRunner, storage: PagedStorage) -> None:
+        self.options = options
+        self.manager = KVCacheManager(options.spec, options.num_blocks, options.lease_ttl_s)
+        self.step_loop = StepLoop(Batcher(self.manager, options.limits), runner)
+        self.address = ""
+        self._channels = ChannelPool()
+        self._decode = DecodeRole(self.step_loop, time.monotonic, self._channels, lambda: self.address)
+        self._prefill = PrefillRole(
+            self.step_loop, storage, time.monotonic, self._channels, stall_timeout_s=options.lease_ttl_s
+        )
+        self.transfers = KVTransferService(self.manager, storage, time.monotonic, self._decode.receive)
+        self._server: grpc.aio.Server | None = None
+        self._stepping: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Binds a free port of the host and begins to serve; ``address`` is known afterwards.
+
+        Raises:
+            ResourceError: the host cannot be bound.
+        """
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+        worker_pb2_grpc.add_WorkerServicer_to_server(self._service(), self._server)
+        kv_transfer_pb2_grpc.add_KVTransferServicer_to_server(self.transfers, self._server)
+        try:
+            port = self._server.add_insecure_port(f"{self.options.host}:0")
+        except RuntimeError as error:
+            raise ResourceError(f"Worker {self.options.worker_id} cannot listen on {self.options.host}.") from error
+        self.address = f"{self.options.host}:{port}"
+        await self._server.start()
+        self._stepping = asyncio.create_task(self.step_loop.run())
+
+    async def wait(self) -> None:
+        """Returns when the started worker was stopped; raises what the step loop raised, which is always a bug."""
+        if self._stepping is not None:
+            await asyncio.wait({self._stepping})
+            if not self._stepping.cancelled():
+                self._stepping.result()
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Refuses new calls, lets running ones end for ``grace_s``, then ends them and gives everything back."""
+        if self._server is not None:
+            await self._server.stop(grace_s)
+        if self._stepping is not None:
+            self._stepping.cancel()
+            await asyncio.wait({self._stepping})
+        self.step_loop.close()
+        await self._channels.close()
+
+    def info(self, incarnation: int, device: DeviceProfile) -> WorkerInfo:
+        options = self.options
+        return WorkerInfo(
+            options.worker_id,
+            incarnation,
+            options.role,
+            self.address,
+            os.getpid(),
+            device,
+            options.model_name,
+            options.max_model_len,
+            options.spec,
+            options.num_blocks,
+        )
+
+    def load(self) -> WorkerLoad:
+        batcher, transfers = self.step_loop.batcher, self.transfers
+        return WorkerLoad(
+            running=batcher.num_running,
+            waiting=batcher.num_waiting,
+            blocks_free=self.manager.num_free,
+            blocks_leased=self.manager.leases.num_blocks,
+            blocks_unaccounted=self.manager.num_unaccounted(),
+            prompt_tokens_computed=self.step_loop.prompt_tokens_computed,
+            generation_tokens=self.step_loop.generation_tokens,
+            preemptions=batcher.num_preemptions,
+            transfers=transfers.transfers,
+            transfer_bytes=transfers.payload_bytes,
+            transfer_seconds=transfers.receive_seconds,
+            transfer_failures=tuple((fault.value, count) for fault, count in transfers.failures.items()),
+        )
+
+    def _service(self) -> WorkerService:
+        options = self.options
+        return WorkerService(
+            SequenceLimits(options.max_model_len, options.vocab_size),
+            self._prefill if options.role.takes(Phase.PREFILL) else None,
+            self._decode if options.role.takes(Phase.DECODE) else None,
+        )
+
+
+def build_worker(options: WorkerOptions) -> Worker:
+    """Loads the model and takes the memory of the KV cache.
+
+    Raises:
+        ModelError: the checkpoint cannot be loaded.
+        ResourceError: not enough memory for the KV cache.
+    """
+    torch.set_num_threads(options.num_threads)
+    model = load_model(Path(options.model_path), options.spec.dtype)
+    storage = PagedStorage(options.spec, options.num_blocks)
+    return Worker(options, ModelRunner(model, storage), storage)

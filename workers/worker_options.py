@@ -1,0 +1,27 @@
+"""What a worker process is told when it is started. Imports nothing heavy: the command builds it too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvcache.spec import KVCacheSpec
+from scheduler.batching import BatchLimits
+from scheduler.types import WorkerRole
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """Constant for the life of the worker, restarts included."""
+
+    worker_id: str
+    role: WorkerRole
+    model_path: str
+    model_name: str
+    spec: KVCacheSpec
+    num_blocks: int
+    max_model_len: int
+    vocab_size: int
+    limits: BatchLimits
+    host: str = "127.0.0.1"
+    num_threads: int = 1
+    lease_ttl_s: float = 10.0
