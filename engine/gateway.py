@@ -64,7 +64,7 @@ class AsyncEngine:
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams, stop: Sequence[str] = ()
     ) -> AsyncIterator[TextDelta]:
         """See ``TextEngine.generate``."""
-        text = _TextAssembler(self._tokenizer, sampling, stop)
+        text = _TextAssembler(self._tokenizer, self._model.eos_token_ids, stop)
         async with aclosing(self._tokens(tuple(prompt_token_ids), sampling)) as events:
             async for event in events:
                 delta = text.push(list(event.token_ids), event.finish_reason)
@@ -152,10 +152,10 @@ def _culprit(placement: Placement, error: UnavailableError) -> str:
 class _TextAssembler:
     """Tokens of one sequence in, text out: characters kept whole, stop strings cut off."""
 
-    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, end_tokens: Sequence[int], stop: Sequence[str]) -> None:
         self._detokenizer = tokenizer.detokenizer()
         self._stop = StopStrings(stop)
-        self._stop_token_ids = sampling.stop_token_ids
+        self._end_tokens = frozenset(end_tokens)
 
     def push(self, token_ids: list[int], finish_reason: str) -> TextDelta:
         reason = FinishReason(finish_reason) if finish_reason else None
@@ -168,5 +168,6 @@ class _TextAssembler:
         if cut.stop is not None:
             return TextDelta(cut.text, tuple(token_ids), FinishReason.STOP, cut.stop)
         if reason is not None:
-            return TextDelta(cut.text + self._stop.flush(), tuple(token_ids), reason, stop_token)
+            stop_reason = stop_token if stop_token not in self._end_tokens else None  # as vLLM reports it
+            return TextDelta(cut.text + self._stop.flush(), tuple(token_ids), reason, stop_reason)
         return TextDelta(cut.text, tuple(token_ids))

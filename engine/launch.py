@@ -64,6 +64,7 @@ def _ray_session() -> Iterator[None]:
     try:
         ray.init(
             address="local",
+            namespace="twinpool",
             num_cpus=1,
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
@@ -80,7 +81,7 @@ def _ray_session() -> Iterator[None]:
 def _running_cluster(plan: StartupPlan, shutdown_timeout_s: float) -> Iterator[ActorHandle]:
     """The scheduler with all workers loaded, measured and registered."""
     scheduler = start_scheduler([options.worker_id for options in plan.workers])
-    workers = {options.worker_id: start_worker(options, scheduler) for options in plan.workers}
+    workers = {options.worker_id: start_worker(options) for options in plan.workers}
     try:
         _await_workers(workers)
         yield scheduler
@@ -122,7 +123,7 @@ async def _serve_http(
     engine = AsyncEngine(_served_model(config, plan), tokenizer, client)
     metrics = Metrics(engine.model.names[0], lambda: engine.cluster)
     app = create_app(engine, api_keys=config.api_key, metrics=metrics)
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             app,
             log_config=None,
@@ -134,13 +135,27 @@ async def _serve_http(
     logging_activity = asyncio.create_task(log_activity(engine))
     announcing = asyncio.create_task(_announce(server, config))
     try:
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again after its clean end
-            await server.serve(sockets=[server_socket])
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(signum, server.stop)
+        await server.serve(sockets=[server_socket])
     finally:
         logging_activity.cancel()
         announcing.cancel()
         await engine.close()
         await client.stop()
+
+
+class _Server(uvicorn.Server):
+    """Ends on our word: uvicorn's own handlers raise the signal once more after a clean end."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def stop(self) -> None:
+        """The first call lets running requests end, the second does not."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
 
 def _served_model(config: ServeConfig, plan: StartupPlan) -> ServedModel:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from kvcache.errors import UnavailableError
-from scheduler.controller import Command, Event, PlaceRequest, RefuseRequest, RequestArrived
+from scheduler.controller import Command, Event, PlaceRequest, RefuseRequest, RequestArrived, RequestEnded
 from scheduler.types import ClusterSnapshot, Placement
 
 SNAPSHOT_INTERVAL_S = 0.5
@@ -55,7 +55,11 @@ class SchedulerClient:
         """
         placed: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
         self._put(request, placed)
-        return await placed
+        try:
+            return await placed
+        except asyncio.CancelledError:
+            self.tell(RequestEnded(request.request_id))  # nobody else knows that it is, or will be, placed
+            raise
 
     def tell(self, event: Event) -> None:
         """Sends an event that has no answer, with the next call."""

@@ -48,10 +48,15 @@ def check_installation() -> None:
 
 
 def secure_ray() -> None:
-    """Makes every process of the cluster ask for a token that only they have. Call before ray is imported."""
+    """Keeps the cluster to this machine and to itself: loopback, and a token that only its processes have.
+
+    Call before ray is imported: it reads these variables then.
+    """
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Despite its name this is what makes Ray take the loopback address for its own on Linux as well.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
 
 def bind_server_socket(host: str, port: int) -> socket.socket:

@@ -175,8 +175,9 @@ class ClusterController:
         return ClusterSnapshot(workers, tuple(name for name in self._expected if name not in self._workers))
 
     def _place(self, request: RequestArrived) -> Command:
+        workers = (worker.snapshot() for worker in self._workers.values())
         try:
-            placement = place_least_loaded(request.request_id, (worker.snapshot() for worker in self._workers.values()))
+            placement = place_least_loaded(request.request_id, workers, request.avoid)
         except UnavailableError as error:
             return RefuseRequest(request.request_id, error.message)
         self._placements[request.request_id] = placement

@@ -14,6 +14,7 @@ from scheduler.controller import ClusterController, Command, Event, Tick
 from scheduler.types import ClusterSnapshot
 
 ActorHandle = Any  # Ray's own type says nothing of the actor's methods
+ACTOR_NAME = "scheduler"
 TICK_INTERVAL_S = 0.5
 
 
@@ -72,7 +73,12 @@ class RayScheduler:
         return snapshot
 
 
+def find_scheduler() -> RayScheduler:
+    """For the other processes of the cluster."""
+    return RayScheduler(ray.get_actor(ACTOR_NAME))
+
+
 def start_scheduler(expected_workers: Sequence[str]) -> ActorHandle:
     """Starts the actor; Ray restarts it when its process dies, and the workers register again."""
     actor_class: Any = ray.remote(SchedulerActor)
-    return actor_class.options(name="scheduler", num_cpus=0, max_restarts=-1).remote(tuple(expected_workers))
+    return actor_class.options(name=ACTOR_NAME, num_cpus=0, max_restarts=-1).remote(tuple(expected_workers))

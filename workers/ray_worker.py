@@ -7,12 +7,13 @@ import logging
 import os
 import threading
 import time
+import warnings
 
 import ray
 
 from kvcache.errors import ConfigError, TwinpoolError, UnavailableError
 from scheduler.controller import AskToRegister, RefuseWorker, WorkerLeft, WorkerRegistered, WorkerReported
-from scheduler.ray_actor import ActorHandle, RayScheduler
+from scheduler.ray_actor import ActorHandle, find_scheduler
 from scheduler.types import DeviceProfile, WorkerInfo
 from workers.probe import probe_device
 from workers.worker import Worker, build_worker
@@ -25,10 +26,10 @@ logger = logging.getLogger(__name__)
 class WorkerActor:
     """One worker process. The launcher calls ``ready`` and ``join``; a restarted process joins by itself."""
 
-    def __init__(self, options: WorkerOptions, scheduler: ActorHandle) -> None:
+    def __init__(self, options: WorkerOptions) -> None:
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
         self._options = options
-        self._scheduler = RayScheduler(scheduler)
+        self._scheduler = find_scheduler()
         self._incarnation = time.time_ns()  # only compared with other processes of this worker
         self._event_loop = asyncio.new_event_loop()
         self._failure: TwinpoolError | None = None
@@ -42,7 +43,7 @@ class WorkerActor:
             self._failure = error  # raised by ready(), where its type survives
             return
         asyncio.run_coroutine_threadsafe(self._watch(), self._event_loop)
-        if ray.get_runtime_context().was_current_actor_reconstructed:
+        if _was_restarted():
             self.join()
 
     def ready(self) -> None:
@@ -118,11 +119,17 @@ class WorkerActor:
             os._exit(1)
 
 
-def start_worker(options: WorkerOptions, scheduler: ActorHandle) -> ActorHandle:
+def _was_restarted() -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Ray calls a deprecated function of its own
+        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def start_worker(options: WorkerOptions) -> ActorHandle:
     """Starts the process of one worker and returns at once."""
     environment = {"OMP_NUM_THREADS": str(options.num_threads), "HF_HUB_OFFLINE": "1"}
     actor_class: ActorHandle = ray.remote(WorkerActor)
     placed = actor_class.options(
         name=options.worker_id, num_cpus=0, max_restarts=-1, runtime_env={"env_vars": environment}
     )
-    return placed.remote(options, scheduler)
+    return placed.remote(options)

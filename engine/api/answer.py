@@ -40,6 +40,7 @@ class ChoiceText:
 
     index: int
     pieces: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
@@ -115,6 +116,7 @@ async def _collect(fanout: Fanout, jobs: Sequence[Job], tally: Tally) -> list[Ch
             tally.add(piece)
             choice = choices[piece.index]
             choice.pieces.append(piece.delta.text)
+            choice.token_ids += piece.delta.token_ids
             choice.finish_reason = piece.delta.finish_reason
             choice.stop_reason = piece.delta.stop_reason
     return choices
@@ -123,7 +125,7 @@ async def _collect(fanout: Fanout, jobs: Sequence[Job], tally: Tally) -> list[Ch
 async def _frames(
     fanout: Fanout, jobs: Sequence[Job], style: AnswerFormat, tally: Tally, options: StreamOptions
 ) -> AsyncGenerator[bytes, None]:
-    """The events of a stream. Pieces without text are left out, unless they end a choice or usage is asked for."""
+    """The events of a stream: one per piece, also where its text is held back, so that clients can time tokens."""
     opened = False
     async with aclosing(fanout.run(jobs)) as pieces:
         async for piece in pieces:
@@ -132,7 +134,6 @@ async def _frames(
                 opened = True
                 for chunk in style.opening(len(jobs)):
                     yield frame(chunk)
-            if piece.delta.text or piece.delta.finish_reason is not None or options.continuous_usage_stats:
-                yield frame(style.chunk(piece, tally.usage if options.continuous_usage_stats else None))
+            yield frame(style.chunk(piece, tally.usage if options.continuous_usage_stats else None))
     if options.include_usage:
         yield frame(style.usage_chunk(tally.usage))

@@ -17,17 +17,19 @@ from engine.api.serving import Serving, TokenLimit, TokenPrompt, make_jobs
 class ChatFormat:
     """The ``AnswerFormat`` of chat."""
 
-    def __init__(self, head: AnswerHead) -> None:
+    def __init__(self, head: AnswerHead, show_token_ids: bool) -> None:
         self._head = head
+        self._show_token_ids = show_token_ids
 
     def opening(self, num_choices: int) -> Iterable[ChatChunk]:
         """Each choice begins with who speaks."""
         for index in range(num_choices):
-            yield self._chunk((ChatChunkChoice(index, ChatText("assistant", ""), None, None),), None)
+            yield self._chunk((ChatChunkChoice(index, ChatText("assistant", ""), None, None, None),), None)
 
     def chunk(self, piece: ChoiceDelta, usage: Usage | None) -> ChatChunk:
         delta = piece.delta
-        choice = ChatChunkChoice(piece.index, ChatDelta(delta.text), delta.finish_reason, delta.stop_reason)
+        token_ids = delta.token_ids if self._show_token_ids else None
+        choice = ChatChunkChoice(piece.index, ChatDelta(delta.text), delta.finish_reason, delta.stop_reason, token_ids)
         return self._chunk((choice,), usage)
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
@@ -35,7 +37,13 @@ class ChatFormat:
 
     def whole(self, choices: Sequence[ChoiceText], usage: Usage) -> ChatReply:
         told = (
-            ChatChoice(one.index, ChatText("assistant", one.text), one.finish_reason, one.stop_reason)
+            ChatChoice(
+                one.index,
+                ChatText("assistant", one.text),
+                one.finish_reason,
+                one.stop_reason,
+                tuple(one.token_ids) if self._show_token_ids else None,
+            )
             for one in choices
         )
         return ChatReply(self._head.id, self._head.created, self._head.model, tuple(told), usage)
@@ -56,7 +64,7 @@ def chat_router(serving: Serving) -> APIRouter:
         model = serving.model_named(body.model)
         token_ids = await serving.render_chat([message.for_template() for message in body.messages])
         jobs = make_jobs(body, [TokenPrompt(token_ids, "messages")], _limit(body), model)
-        style = ChatFormat(AnswerHead.make("chatcmpl", model.names[0]))
+        style = ChatFormat(AnswerHead.make("chatcmpl", model.names[0]), bool(body.return_token_ids))
         return await answer(serving, body, jobs, style, request, started_s)
 
     return router

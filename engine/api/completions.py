@@ -18,21 +18,33 @@ from engine.api.serving import Serving, TokenLimit, TokenPrompt, make_jobs
 class CompletionFormat:
     """The ``AnswerFormat`` of completions."""
 
-    def __init__(self, head: AnswerHead) -> None:
+    def __init__(self, head: AnswerHead, show_token_ids: bool) -> None:
         self._head = head
+        self._show_token_ids = show_token_ids
 
     def opening(self, num_choices: int) -> Iterable[CompletionReply]:
         return ()
 
     def chunk(self, piece: ChoiceDelta, usage: Usage | None) -> CompletionReply:
         delta = piece.delta
-        return self._reply((CompletionChoice(piece.index, delta.text, delta.finish_reason, delta.stop_reason),), usage)
+        token_ids = delta.token_ids if self._show_token_ids else None
+        choice = CompletionChoice(piece.index, delta.text, delta.finish_reason, delta.stop_reason, token_ids)
+        return self._reply((choice,), usage)
 
     def usage_chunk(self, usage: Usage) -> CompletionReply:
         return self._reply((), usage)
 
     def whole(self, choices: Sequence[ChoiceText], usage: Usage) -> CompletionReply:
-        told = (CompletionChoice(one.index, one.text, one.finish_reason, one.stop_reason) for one in choices)
+        told = (
+            CompletionChoice(
+                one.index,
+                one.text,
+                one.finish_reason,
+                one.stop_reason,
+                tuple(one.token_ids) if self._show_token_ids else None,
+            )
+            for one in choices
+        )
         return self._reply(tuple(told), usage)
 
     def _reply(self, choices: tuple[CompletionChoice, ...], usage: Usage | None) -> CompletionReply:
@@ -52,7 +64,7 @@ def completions_router(serving: Serving) -> APIRouter:
         model = serving.model_named(body.model)
         prompts = await _token_prompts(serving, body)
         jobs = make_jobs(body, prompts, TokenLimit(body.max_tokens, DEFAULT_COMPLETION_TOKENS), model)
-        style = CompletionFormat(AnswerHead.make("cmpl", model.names[0]))
+        style = CompletionFormat(AnswerHead.make("cmpl", model.names[0]), bool(body.return_token_ids))
         return await answer(serving, body, jobs, style, request, started_s)
 
     return router

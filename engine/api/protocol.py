@@ -72,6 +72,7 @@ class GenerationRequest(BaseModel):
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
+    return_token_ids: OptionalBool = None  # as in vLLM: each choice has the token_ids of its text
     user: Name | None = None  # accepted for the clients that send it; nothing depends on it
 
     @property

@@ -48,6 +48,7 @@ class CompletionChoice:
     text: str
     finish_reason: FinishReason | None
     stop_reason: str | int | None
+    token_ids: tuple[int, ...] | None  # with return_token_ids: those that this text was made from
     logprobs: None = None
 
 
@@ -80,6 +81,7 @@ class ChatChoice:
     message: ChatText
     finish_reason: FinishReason | None
     stop_reason: str | int | None
+    token_ids: tuple[int, ...] | None  # with return_token_ids: those that this text was made from
     logprobs: None = None
 
 
@@ -89,6 +91,7 @@ class ChatChunkChoice:
     delta: ChatText | ChatDelta  # the first of a choice has the role
     finish_reason: FinishReason | None
     stop_reason: str | int | None
+    token_ids: tuple[int, ...] | None  # with return_token_ids: those that this text was made from
     logprobs: None = None
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils.logging import disable_progress_bar
 
 from kvcache.errors import ModelError
 from kvcache.storage import TORCH_DTYPES, PagedStorage
@@ -61,6 +62,7 @@ AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
 def load_model(path: Path, dtype: str, device: str = "cpu") -> nn.Module:
     """Loads a checkpoint folder (safetensors only) with attention replaced by ours."""
+    disable_progress_bar()  # several workers load at once; the launcher shows how far they are
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=TORCH_DTYPES[dtype],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -21,22 +22,27 @@ class PromptSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Decoding sequences of similar length, one row each, padded to the longest: B sequences, N blocks."""
+
+    first_row: int
+    block_ids: torch.Tensor  # int64 [B, N], padded with 0
+    mask: torch.Tensor  # bool [B, 1, 1, N * block_size]: True where a token is
+
+
+@dataclass(frozen=True, slots=True)
 class PagedAttentionInputs:
     """What the attention of every layer needs in one step.
 
     ::
 
-        packed row   d d d d │ p p p p p p p │ p p p        d: one token of a decoding sequence
-                     └─ B ───┘ └─ span 0 ──┘ └ span 1 ┘     p: tokens of a prompt chunk
-
-    Shapes: T tokens in the row, B decoding sequences, N blocks of the longest of them.
+        packed row   d d d d │ d d d │ p p p p p p p │ p p p      d: one token of a decoding sequence
+                     group 0 │ group 1   └ span 0 ──┘ └ span 1┘   p: tokens of a prompt chunk
     """
 
-    write_blocks: torch.Tensor  # int64 [T]: physical block of each token
+    write_blocks: torch.Tensor  # int64 [T]: physical block of each token of the row
     write_offsets: torch.Tensor  # int64 [T]: its place inside the block
-    num_decode: int  # B
-    decode_blocks: torch.Tensor  # int64 [B, N], padded with 0
-    decode_mask: torch.Tensor  # bool [B, 1, 1, N * block_size]: True where a token is
+    decode_groups: tuple[DecodeGroup, ...]
     prompt_spans: tuple[PromptSpan, ...]
 
 
@@ -50,8 +56,8 @@ class StepInputs:
 
 
 def build_step_inputs(plan: StepPlan, block_size: int, device: str = "cpu") -> StepInputs:
-    """Packs a plan. Single-token chunks come first in the row, in plan order."""
-    decode = [chunk for chunk in plan.chunks if len(chunk.token_ids) == 1]
+    """Packs a plan. Single-token chunks come first in the row, shortest first; then the prompts, in plan order."""
+    decode = sorted((chunk for chunk in plan.chunks if len(chunk.token_ids) == 1), key=lambda chunk: chunk.end)
     prompts = [chunk for chunk in plan.chunks if len(chunk.token_ids) > 1]
     chunks = decode + prompts
 
@@ -70,9 +76,7 @@ def build_step_inputs(plan: StepPlan, block_size: int, device: str = "cpu") -> S
     attention = PagedAttentionInputs(
         write_blocks=torch.tensor(write_blocks, device=device),
         write_offsets=position_row % block_size,
-        num_decode=len(decode),
-        decode_blocks=_padded_tables(decode, block_size, device),
-        decode_mask=_decode_mask(decode, block_size, device),
+        decode_groups=_decode_groups(decode, block_size, device),
         prompt_spans=_prompt_spans(prompts, len(decode), block_size, device),
     )
     return StepInputs(
@@ -85,20 +89,31 @@ def build_step_inputs(plan: StepPlan, block_size: int, device: str = "cpu") -> S
 
 
 def _used_blocks(chunk: ScheduledChunk, block_size: int) -> tuple[int, ...]:
-    return chunk.block_table[: -(-chunk.end // block_size)]
+    return chunk.block_table[: _num_blocks(chunk, block_size)]
 
 
-def _padded_tables(decode: Sequence[ScheduledChunk], block_size: int, device: str) -> torch.Tensor:
-    tables = [_used_blocks(chunk, block_size) for chunk in decode]
-    width = max((len(table) for table in tables), default=0)
+def _num_blocks(chunk: ScheduledChunk, block_size: int) -> int:
+    return -(-chunk.end // block_size)
+
+
+def _decode_groups(decode: Sequence[ScheduledChunk], block_size: int, device: str) -> tuple[DecodeGroup, ...]:
+    """Groups sequences whose block counts round up to the same power of two, so that padding at most doubles work."""
+    groups = []
+    first_row = 0
+    for _, members in groupby(decode, key=lambda chunk: (_num_blocks(chunk, block_size) - 1).bit_length()):
+        chunks = list(members)
+        groups.append(_decode_group(first_row, chunks, block_size, device))
+        first_row += len(chunks)
+    return tuple(groups)
+
+
+def _decode_group(first_row: int, chunks: Sequence[ScheduledChunk], block_size: int, device: str) -> DecodeGroup:
+    width = _num_blocks(chunks[-1], block_size)  # the longest is last
+    tables = [_used_blocks(chunk, block_size) for chunk in chunks]
     padded = [table + (0,) * (width - len(table)) for table in tables]
-    return torch.tensor(padded, dtype=torch.long, device=device).view(len(decode), width)
-
-
-def _decode_mask(decode: Sequence[ScheduledChunk], block_size: int, device: str) -> torch.Tensor:
-    lengths = torch.tensor([chunk.end for chunk in decode], dtype=torch.long, device=device)
-    width = max((-(-chunk.end // block_size) for chunk in decode), default=0) * block_size
-    return (torch.arange(width, device=device) < lengths.unsqueeze(1)).view(len(decode), 1, 1, width)
+    lengths = torch.tensor([chunk.end for chunk in chunks], device=device)
+    mask = torch.arange(width * block_size, device=device) < lengths.unsqueeze(1)
+    return DecodeGroup(first_row, torch.tensor(padded, device=device), mask.view(len(chunks), 1, 1, width * block_size))
 
 
 def _prompt_spans(

@@ -9,7 +9,7 @@ import pytest
 from kvcache.errors import InvariantError, OverloadedError, RequestError, TransferError, TransferFault, UnavailableError
 from scheduler.request import FinishReason
 from tests.fakes import FakeEngine, Script, deltas_of
-from tests.unit.engine.calls import COMPLETIONS, assert_openai_error, call, frames_of
+from tests.unit.engine.calls import CHAT, COMPLETIONS, HELLO, assert_openai_error, call, frames_of
 
 
 def test_an_answer_has_openai_s_shape() -> None:
@@ -22,7 +22,14 @@ def test_an_answer_has_openai_s_shape() -> None:
         "object": "text_completion",
         "model": "tiny",
         "choices": [
-            {"index": 0, "text": "hello world", "finish_reason": "stop", "stop_reason": None, "logprobs": None}
+            {
+                "index": 0,
+                "text": "hello world",
+                "finish_reason": "stop",
+                "stop_reason": None,
+                "token_ids": None,
+                "logprobs": None,
+            }
         ],
         "usage": {
             "prompt_tokens": prompt_tokens,
@@ -127,10 +134,24 @@ def test_a_stream_is_data_frames_and_ends_with_done() -> None:
     engine = FakeEngine(Script(deltas_of("he", "", "llo", reason=FinishReason.LENGTH)))
     *chunks, done = frames_of(call(engine, COMPLETIONS, {"prompt": "hello", "stream": True}))
     assert done == "[DONE]"
-    assert [chunk["choices"][0]["text"] for chunk in chunks] == ["he", "llo"]
-    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, "length"]
+    assert [chunk["choices"][0]["text"] for chunk in chunks] == ["he", "", "llo"]  # one per token, to time them by
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "length"]
     assert len({chunk["id"] for chunk in chunks}) == 1
     assert all(chunk["usage"] is None for chunk in chunks)
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_token_ids_are_told_on_request(path: str) -> None:
+    body = {"prompt": "hello"} if path == COMPLETIONS else {"messages": HELLO}
+    script = Script(deltas_of("a", "b", "c"))
+    whole = call(FakeEngine(script), path, body | {"return_token_ids": True}).json()
+    assert whole["choices"][0]["token_ids"] == [100, 101, 102]
+    *chunks, _ = frames_of(call(FakeEngine(script), path, body | {"return_token_ids": True, "stream": True}))
+    assert [chunk["choices"][0]["token_ids"] for chunk in chunks if chunk["choices"][0]["token_ids"]] == [
+        [100],
+        [101],
+        [102],
+    ]
 
 
 def test_the_usage_chunk_comes_last_and_only_when_asked_for() -> None:

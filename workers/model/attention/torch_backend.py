@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from workers.model.step_inputs import PagedAttentionInputs, PromptSpan
+from workers.model.step_inputs import DecodeGroup, PagedAttentionInputs, PromptSpan
 
 
 def paged_attention(
@@ -33,23 +33,24 @@ def paged_attention(
     cache[inputs.write_blocks, 0, :, inputs.write_offsets] = key
     cache[inputs.write_blocks, 1, :, inputs.write_offsets] = value
     output = torch.empty_like(query)
-    if inputs.num_decode:
-        output[: inputs.num_decode] = _decode(query[: inputs.num_decode], cache, inputs, scale)
+    for group in inputs.decode_groups:
+        rows = slice(group.first_row, group.first_row + len(group.block_ids))
+        output[rows] = _decode(query[rows], cache, group, scale)
     for span in inputs.prompt_spans:
         rows = slice(span.first_row, span.first_row + span.num_rows)
         output[rows] = _prompt(query[rows], cache, span, scale)
     return output
 
 
-def _decode(query: torch.Tensor, cache: torch.Tensor, inputs: PagedAttentionInputs, scale: float) -> torch.Tensor:
+def _decode(query: torch.Tensor, cache: torch.Tensor, group: DecodeGroup, scale: float) -> torch.Tensor:
     """One query per sequence. The heads that share a KV head are treated as queries at one position."""
     num_seqs, num_heads, head_size = query.shape
     num_kv_heads = cache.shape[2]
     # [B, N, 2, kv_heads, block_size, head_size] -> 2 x [B, kv_heads, N * block_size, head_size]
-    gathered = cache[inputs.decode_blocks].permute(2, 0, 3, 1, 4, 5)
+    gathered = cache[group.block_ids].permute(2, 0, 3, 1, 4, 5)
     keys, values = gathered.reshape(2, num_seqs, num_kv_heads, -1, head_size)
     grouped = query.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_size)
-    attended = scaled_dot_product_attention(grouped, keys, values, attn_mask=inputs.decode_mask, scale=scale)
+    attended = scaled_dot_product_attention(grouped, keys, values, attn_mask=group.mask, scale=scale)
     return attended.reshape(num_seqs, num_heads, head_size)
 
 

@@ -1,0 +1,110 @@
+"""What cannot be served ends with one sentence and a non-zero status, before anything was started."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+pytestmark = pytest.mark.e2e
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command to its end; also checks that it left no session folder, so that Ray was never started."""
+    before = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("twinpool-")}
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+        check=False,
+    )
+    after = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("twinpool-")}
+    assert after <= before
+    return done
+
+
+def assert_one_sentence(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode in (1, 2)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("twinpool: ")
+    for word in words:
+        assert word in lines[0]
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+BAD_FLAGS = {
+    "unknown flag": (["--prefil-workers", "2"], ["--prefil-workers"]),
+    "not a number": (["--port", "eighty"], ["--port", "eighty"]),
+    "out of range": (["--block-size", "0"], ["--block-size", "greater than or equal to 1"]),
+    "unknown dtype": (["--dtype", "float8"], ["--dtype", "float8"]),
+    "half a cluster": (["--prefill-workers", "2", "--decode-workers", "0"], ["prefill_workers", "decode_workers"]),
+    "nobody at work": (["--prefill-workers", "0", "--decode-workers", "0"], ["no workers"]),
+    "context beyond the model": (["--max-model-len", "9000"], ["--max-model-len", "9000", "8192"]),
+    "cache too small": (["--kv-cache-memory-bytes", "1MiB"], ["KV cache", "360 MiB", "1 MiB"]),
+    "memory too small": (["--kv-cache-memory-bytes", "20TiB"], ["Too little memory", "2 workers"]),
+    "no such folder": (["./no/such/folder/here"], ["./no/such/folder/here"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_a_bad_flag_is_named(checkpoint: Path, name: str) -> None:
+    flags, words = BAD_FLAGS[name]
+    assert_one_sentence(run("serve", *flags), *words)
+
+
+def test_a_bad_yaml_key_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("decode-workers: 2\nprefill_wrokers: 1\n")
+    assert_one_sentence(run("serve", "--config", str(file)), "prefill_wrokers", "cluster.yaml")
+
+
+def test_a_bad_yaml_value_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("decode-workers: many\n")
+    assert_one_sentence(run("serve", "--config", str(file)), "decode_workers", "many", "cluster.yaml")
+
+
+def test_a_misspelt_environment_variable_is_named() -> None:
+    assert_one_sentence(run("serve", TWINPOOL_DECODE_WORKER="2"), "TWINPOOL_DECODE_WORKER")
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert_one_sentence(run("serve", "--port", str(port)), str(port), "in use")
+
+
+def test_an_architecture_that_cannot_run_is_named(tmp_path: Path, checkpoint: Path) -> None:
+    config = {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 128,
+        "sliding_window": 16,
+        "max_position_embeddings": 128,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
+    save_file({"model.embed_tokens.weight": torch.zeros(128, 64)}, tmp_path / "model.safetensors")
+    assert_one_sentence(run("serve", str(tmp_path)), "sliding window")
+
+
+def test_status_without_a_server_says_so() -> None:
+    assert_one_sentence(run("status", "--url", "http://127.0.0.1:9"), "Nobody answers", "127.0.0.1:9")

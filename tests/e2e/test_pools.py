@@ -1,0 +1,46 @@
+"""Other shapes of the cluster: two workers in each pool, and both phases on one worker."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from scheduler.types import WorkerRole
+from tests.e2e.client import complete_all, expected
+from tests.e2e.reference import ReferenceCase
+from tests.e2e.server import serving
+
+pytestmark = pytest.mark.e2e
+
+
+def test_two_and_two_share_thirty_two_requests(reference: list[ReferenceCase]) -> None:
+    short = [case for case in reference if len(case.prompt_token_ids) <= 200]
+    cases = [
+        ReferenceCase(f"{case.name} again" if index >= len(short) else case.name, *_ids(case))
+        for index, case in enumerate((short * 2)[:32])
+    ]
+    assert len({case.name for case in cases}) == 32
+    with serving("--prefill-workers", "2", "--decode-workers", "2", expected_workers=4) as server:
+        assert asyncio.run(complete_all(server.url, cases, at_once=32)) == expected(cases)
+        cluster = server.wait_until_idle()
+    for worker in cluster.workers:
+        load = worker.load
+        if worker.info.role is WorkerRole.PREFILL:
+            assert load.prompt_tokens_computed > 0, f"{worker.info.worker_id} got no work"
+        else:
+            assert load.prompt_tokens_computed == 0
+            assert load.transfers > 0, f"{worker.info.worker_id} got no work"
+
+
+def test_a_colocated_worker_gives_the_same_tokens_without_a_handoff(reference: list[ReferenceCase]) -> None:
+    with serving("--colocated", "1", expected_workers=1) as server:
+        assert asyncio.run(complete_all(server.url, reference, at_once=1)) == expected(reference)
+        assert asyncio.run(complete_all(server.url, reference, at_once=16)) == expected(reference)
+        load = server.wait_until_idle().workers[0].load
+    assert load.transfers == 0
+    assert load.prompt_tokens_computed == 2 * sum(len(case.prompt_token_ids) for case in reference)
+
+
+def _ids(case: ReferenceCase) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return case.prompt_token_ids, case.output_token_ids
