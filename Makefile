@@ -46,8 +46,8 @@ format: $(INSTALLED) ## rewrite the source in the house format
 proto: $(INSTALLED) ## write the protobuf stubs again
 	$(BIN)/python -m kvcache.transfer.generate
 
-bench: setup ## run the benchmarks; flags through ARGS='...'
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: setup ## load on a running server; flags through ARGS='...'
+	$(BIN)/python -m benchmarks.serve $(ARGS)
 
 # torch is named on the command line because a bare range would pull the newest build for CUDA.
 constraints: ## write constraints.txt again, from the newest versions that setup.py allows

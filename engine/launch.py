@@ -8,6 +8,7 @@ import logging
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from types import FrameType
 import ray
 import uvicorn
 from ray.exceptions import RayError, RayTaskError
+from tqdm import tqdm
 
 from engine.activity_log import log_activity
 from engine.api.app import create_app
@@ -91,8 +93,9 @@ def _running_cluster(plan: StartupPlan, shutdown_timeout_s: float) -> Iterator[A
 
 def _await_workers(workers: dict[str, ActorHandle]) -> None:
     started = time.monotonic()
+    logger.info("Starting %d worker processes", len(workers))
     try:
-        ray.get([worker.ready.remote() for worker in workers.values()])
+        _await_all([worker.ready.remote() for worker in workers.values()], "Loading workers")
         for worker in workers.values():  # one after the other: they share the machine that they measure
             _log_worker(ray.get(worker.join.remote()))
     except RayTaskError as error:
@@ -102,6 +105,15 @@ def _await_workers(workers: dict[str, ActorHandle]) -> None:
     except RayError as error:
         raise ResourceError(f"A worker process could not start: {error}") from error
     logger.info("%d workers ready after %.1f s", len(workers), time.monotonic() - started)
+
+
+def _await_all(pending: list[ray.ObjectRef[None]], label: str) -> None:
+    """Waits for all; the first failure is raised at once. A bar counts them on a terminal."""
+    with tqdm(total=len(pending), desc=label, disable=not sys.stderr.isatty(), leave=False) as bar:
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1, timeout=None)
+            ray.get(done)
+            bar.update()
 
 
 def _stop_workers(workers: dict[str, ActorHandle], timeout_s: float) -> None:

@@ -99,7 +99,9 @@ class DecodeRole:
             error = TwinpoolError(f"{type(raised).__name__} during the handoff")
         finally:
             self._loop.batcher.manager.leases.abort(lease)  # no effect after a commit
-        if self._handoffs.pop(request.request_id, None) is not None:  # gone once attached: then the end is no news
+        handoff = self._handoffs.get(request.request_id)
+        if handoff is not None and handoff.lease is lease:  # gone once attached: then the end is no news
+            del self._handoffs[request.request_id]
             logger.warning("Handoff of request %s failed: %s", request.request_id, error)
             self._loop.fail(request.request_id, _as_client_error(error))
 

@@ -128,5 +128,8 @@ def build_worker(options: WorkerOptions) -> Worker:
     """
     torch.set_num_threads(options.num_threads)
     model = load_model(Path(options.model_path), options.spec.dtype)
-    storage = PagedStorage(options.spec, options.num_blocks)
+    try:
+        storage = PagedStorage(options.spec, options.num_blocks)
+    except RuntimeError as error:  # torch's allocator
+        raise ResourceError(f"No memory for {options.num_blocks} KV blocks: {error}") from error
     return Worker(options, ModelRunner(model, storage), storage)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
@@ -61,17 +62,24 @@ AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
 
 def load_model(path: Path, dtype: str, device: str = "cpu") -> nn.Module:
-    """Loads a checkpoint folder (safetensors only) with attention replaced by ours."""
+    """Loads a checkpoint folder (safetensors only) with attention replaced by ours.
+
+    Raises:
+        ModelError: the weights cannot be read or do not fit the configuration.
+    """
     disable_progress_bar()  # several workers load at once; the launcher shows how far they are
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=TORCH_DTYPES[dtype],
-        attn_implementation=ATTENTION_NAME,
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=False,
-    )
-    return model.to(device).eval()
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=TORCH_DTYPES[dtype],
+            attn_implementation=ATTENTION_NAME,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        return model.to(device).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"The model in {path} cannot be loaded: {error}") from error
 
 
 class ModelRunner:

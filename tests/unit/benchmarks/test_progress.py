@@ -22,11 +22,11 @@ def test_a_log_gets_one_line_per_ten_percent() -> None:
     assert lines[-1] == "100 %  200/200 requests, 1 failed, 19.9 s"
 
 
-def test_a_terminal_gets_one_line_that_is_redrawn_now_and_then_and_ended() -> None:
+def test_a_terminal_gets_a_bar_that_is_not_redrawn_for_every_request() -> None:
     output = Terminal()
-    progress = Progress(output, total=100)
-    for number in range(100):
-        progress.advance(failed=False, now_s=number / 100)
+    progress = Progress(output, total=1000)
+    for number in range(1000):
+        progress.advance(failed=number == 0, now_s=number / 100)
     written = output.getvalue()
-    assert written.count("\n") == 1 and written.endswith("\n")
-    assert 3 <= written.count("\r") <= 5
+    assert "1000/1000" in written and "failed=1" in written and written.endswith("\n")
+    assert written.count("\r") < 500
