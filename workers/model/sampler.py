@@ -45,15 +45,17 @@ def sample(logits: torch.Tensor, sampling: Sequence[SamplingParams], positions: 
 
 def _draw(logits: torch.Tensor, params: SamplingParams, threshold: float) -> int:
     """Inverse transform sampling over the tokens that top_k and top_p leave, likeliest first."""
-    # Dividing the differences from the maximum cannot overflow, however small the temperature.
-    scaled = (logits - logits.max()) / params.temperature
+    # Dividing the differences from the maximum cannot overflow, however small the temperature; but one that
+    # is 0 in float32 would make 0 / 0 of the maximum itself.
+    scaled = (logits - logits.max()) / max(params.temperature, torch.finfo(torch.float32).tiny)
     if params.top_k <= 0 and params.top_p >= 1.0:
         cumulative = torch.softmax(scaled, dim=-1).double().cumsum(-1)
         return _index_of(cumulative, threshold)
     count = min(params.top_k, len(logits)) if params.top_k > 0 else len(logits)
     kept, token_ids = scaled.topk(count)  # sorted, so that top_p keeps a prefix
     cumulative = torch.softmax(kept, dim=-1).double().cumsum(-1)
-    num_kept = 1 + _index_of(cumulative, params.top_p)
+    # The smallest prefix that reaches top_p (Holtzman et al., ICLR 2020).
+    num_kept = 1 + int(torch.searchsorted(cumulative, float(cumulative[-1]) * params.top_p))
     return int(token_ids[_index_of(cumulative[:num_kept], threshold)])
 
 

@@ -1,0 +1,94 @@
+"""Small objects that many tests need, with defaults for what a test does not care about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
+
+from kvcache.manager import KVCacheManager
+from kvcache.spec import KVCacheSpec
+from kvcache.storage import PagedStorage
+from scheduler.batching import ScheduledChunk
+from scheduler.request import SamplingParams
+from scheduler.types import DeviceProfile, WorkerInfo, WorkerRole
+
+BLOCK_SIZE = 4
+
+
+def make_spec(
+    num_layers: int = 2,
+    num_kv_heads: int = 2,
+    head_size: int = 4,
+    block_size: int = BLOCK_SIZE,
+    dtype: str = "float32",
+) -> KVCacheSpec:
+    return KVCacheSpec(num_layers, num_kv_heads, head_size, block_size, dtype)
+
+
+def make_manager(num_blocks: int, lease_ttl_s: float = 10.0) -> KVCacheManager:
+    return KVCacheManager(make_spec(), num_blocks, lease_ttl_s)
+
+
+def make_sampling(max_tokens: int = 8, stop_token_ids: tuple[int, ...] = ()) -> SamplingParams:
+    return SamplingParams(max_tokens, temperature=0.0, stop_token_ids=stop_token_ids)
+
+
+def fill_with_noise(storage: PagedStorage, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for layer in storage.layers:
+        layer.copy_(torch.randn(layer.shape, generator=generator))
+
+
+def make_worker(
+    worker_id: str,
+    role: WorkerRole = WorkerRole.COLOCATED,
+    *,
+    incarnation: int = 1,
+    gemm_gflop_s: float = 100.0,
+    read_gb_s: float = 10.0,
+    model: str = "tiny",
+    spec: KVCacheSpec | None = None,
+) -> WorkerInfo:
+    return WorkerInfo(
+        worker_id,
+        incarnation,
+        role,
+        f"{worker_id}.test:1",
+        process_id=1,
+        device=DeviceProfile("device", gemm_gflop_s, read_gb_s, memory_bytes=1 << 30),
+        model=model,
+        max_model_len=256,
+        spec=spec or make_spec(),
+        num_blocks=64,
+    )
+
+
+def make_scheduled(
+    request_id: str,
+    token_ids: Sequence[int],
+    start: int,
+    block_table: Sequence[int],
+    sampling: SamplingParams | None = None,
+) -> ScheduledChunk:
+    """A chunk as the model sees it; how much of it is prompt does not matter there."""
+    return ScheduledChunk(request_id, tuple(token_ids), start, len(token_ids), tuple(block_table), sampling)
+
+
+def repeatable(max_examples: int, step_count: int = 50) -> settings:
+    """Hypothesis that draws the same examples on every run and has no deadline: a slow machine is no failure."""
+    return settings(
+        max_examples=max_examples,
+        stateful_step_count=step_count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
+
+
+def check_interleavings(machine: type[RuleBasedStateMachine], max_examples: int) -> None:
+    """Runs the machine's rules in many random orders; its invariants and its teardown assert."""
+    run_state_machine_as_test(machine, settings=repeatable(max_examples))

@@ -1,0 +1,323 @@
+"""A handoff moves exactly the bytes it says to where they belong, or is refused and leaves nothing behind.
+
+After every test here both caches are idle, whatever went wrong: see the fixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from kvcache.errors import TransferError, TransferFault
+from kvcache.lease import LeaseState
+from kvcache.transfer import kv_transfer_pb2 as pb
+from kvcache.transfer.wire import ChunkRange
+from tests.unit.kvcache.handoff import (
+    BYSTANDER,
+    FIRST_TOKEN_ID,
+    LEASE_TTL_S,
+    REQUEST_ID,
+    SPEC,
+    Handoff,
+)
+
+UINT32_MAX = 2**32 - 1
+LAYER_BLOCK = bytes(SPEC.layer_block_bytes)
+Damage = Callable[[Handoff], None]
+
+
+def check_refused(handoff: Handoff, fault: TransferFault, mention: str | None = None) -> None:
+    """The handoff fails as said, no sequence gets the KV, no lease is left, and the others' KV is untouched."""
+    with pytest.raises(TransferError, match=mention) as caught:
+        handoff.deliver()
+    assert caught.value.fault is fault
+    assert handoff.target_lease.state is LeaseState.ABORTED
+    assert len(handoff.target.manager.leases) == 0
+    assert handoff.target.read(BYSTANDER) == handoff.bystander_before
+    with pytest.raises(TransferError):  # nor can it be finished afterwards
+        handoff.deliver()
+
+
+def flip_payload_bit(index: int) -> Damage:
+    def damage(handoff: Handoff) -> None:
+        payload = bytearray(handoff.chunks[1].payload)
+        payload[index] ^= 0x10
+        handoff.chunks[1].payload = bytes(payload)
+
+    return damage
+
+
+def flip_number(field: str, bit: int = 0) -> Damage:
+    def damage(handoff: Handoff) -> None:
+        chunk = handoff.chunks[0]
+        setattr(chunk, field, getattr(chunk, field) ^ (1 << bit))
+
+    return damage
+
+
+def rename_transfer(handoff: Handoff) -> None:
+    handoff.chunks[0].transfer_id = "uransfer"
+
+
+def resize_payload(num_bytes: int) -> Damage:
+    def damage(handoff: Handoff) -> None:
+        chunk = handoff.chunks[0]
+        chunk.payload = (chunk.payload + LAYER_BLOCK * 2)[:num_bytes]
+
+    return damage
+
+
+def repeat_chunk(handoff: Handoff) -> None:
+    handoff.messages.insert(2, handoff.messages[1])
+
+
+def cut_again_with_overlap(handoff: Handoff) -> None:
+    """Blocks 1 and 2 after blocks 0 and 1, each chunk right in itself."""
+    handoff.messages[2] = handoff.make_chunk(ChunkRange(0, 1, 2), LAYER_BLOCK * 2)
+
+
+def replace_chunk(layer: int, first_block: int, num_blocks: int) -> Damage:
+    def damage(handoff: Handoff) -> None:
+        handoff.messages[1] = handoff.make_chunk(ChunkRange(layer, first_block, num_blocks), LAYER_BLOCK)
+
+    return damage
+
+
+def drop_chunk(handoff: Handoff) -> None:
+    del handoff.messages[2]
+
+
+def drop_chunk_and_count_without_it(handoff: Handoff) -> None:
+    del handoff.messages[2]
+    handoff.commit.num_chunks -= 1
+
+
+def miscount(difference: int) -> Damage:
+    def damage(handoff: Handoff) -> None:
+        handoff.commit.num_chunks += difference
+
+    return damage
+
+
+def change_epoch(which: int) -> Damage:
+    def damage(handoff: Handoff) -> None:
+        message = handoff.messages[which]
+        getattr(message, message.WhichOneof("message")).epoch += 1
+
+    return damage
+
+
+DAMAGES: dict[str, tuple[Damage, TransferFault]] = {
+    "first payload byte": (flip_payload_bit(0), TransferFault.BAD_CHECKSUM),
+    "last payload byte": (flip_payload_bit(-1), TransferFault.BAD_CHECKSUM),
+    "checksum": (flip_number("checksum", bit=63), TransferFault.BAD_CHECKSUM),
+    "layer of another chunk": (flip_number("layer"), TransferFault.BAD_CHECKSUM),
+    "first block of another chunk": (flip_number("first_block"), TransferFault.BAD_CHECKSUM),
+    "number of blocks": (flip_number("num_blocks"), TransferFault.BAD_LENGTH),
+    "epoch": (flip_number("epoch", bit=63), TransferFault.STALE_EPOCH),
+    "transfer id": (rename_transfer, TransferFault.UNKNOWN_TRANSFER),
+    "truncated by a byte": (resize_payload(2 * len(LAYER_BLOCK) - 1), TransferFault.BAD_LENGTH),
+    "truncated by a block": (resize_payload(len(LAYER_BLOCK)), TransferFault.BAD_LENGTH),
+    "without payload": (resize_payload(0), TransferFault.BAD_LENGTH),
+    "oversized by a byte": (resize_payload(2 * len(LAYER_BLOCK) + 1), TransferFault.BAD_LENGTH),
+    "repeated chunk": (repeat_chunk, TransferFault.REPEATED),
+    "overlapping chunk": (cut_again_with_overlap, TransferFault.REPEATED),
+    "layer past the last": (replace_chunk(SPEC.num_layers, 0, 1), TransferFault.OUT_OF_BOUNDS),
+    "huge layer": (replace_chunk(UINT32_MAX, 0, 1), TransferFault.OUT_OF_BOUNDS),
+    "block past the last": (replace_chunk(0, 3, 1), TransferFault.OUT_OF_BOUNDS),
+    "huge first block": (replace_chunk(0, UINT32_MAX, 1), TransferFault.OUT_OF_BOUNDS),
+    "range past the last block": (replace_chunk(0, 2, 2), TransferFault.OUT_OF_BOUNDS),
+    "huge number of blocks": (replace_chunk(0, 0, UINT32_MAX), TransferFault.OUT_OF_BOUNDS),
+    "range that would wrap in 32 bits": (replace_chunk(0, UINT32_MAX, 2), TransferFault.OUT_OF_BOUNDS),
+    "no blocks": (replace_chunk(0, 0, 0), TransferFault.OUT_OF_BOUNDS),
+    "missing chunk": (drop_chunk, TransferFault.INCOMPLETE),
+    "missing chunk, not counted": (drop_chunk_and_count_without_it, TransferFault.INCOMPLETE),
+    "one chunk too many counted": (miscount(1), TransferFault.INCOMPLETE),
+    "one chunk too few counted": (miscount(-1), TransferFault.INCOMPLETE),
+    "epoch of the opening": (change_epoch(0), TransferFault.STALE_EPOCH),
+    "epoch of the commit": (change_epoch(-1), TransferFault.STALE_EPOCH),
+}
+
+
+def test_a_handoff_moves_the_exact_bytes_to_differently_numbered_blocks(handoff: Handoff) -> None:
+    assert handoff.source_lease.block_ids != handoff.target_lease.block_ids
+    received = handoff.deliver()
+    assert handoff.target.read(REQUEST_ID) == handoff.expected
+    assert handoff.target.read(BYSTANDER) == handoff.bystander_before
+    assert (received.request_id, received.first_token_id) == (REQUEST_ID, FIRST_TOKEN_ID)
+    assert received.payload_bytes == sum(map(len, handoff.expected))
+    assert (handoff.target_lease.state, len(handoff.target.manager.leases)) == (LeaseState.COMMITTED, 0)
+
+
+def test_the_sender_cuts_each_layer_into_several_chunks(handoff: Handoff) -> None:
+    """Without this the tests of lost and reordered chunks would prove little."""
+    ranges = [(chunk.layer, chunk.first_block, chunk.num_blocks) for chunk in handoff.chunks]
+    assert ranges == [(0, 0, 2), (0, 2, 1), (1, 0, 2), (1, 2, 1)]
+
+
+def test_chunks_may_come_in_any_order(handoff: Handoff) -> None:
+    handoff.messages[1:-1] = reversed(handoff.messages[1:-1])
+    handoff.deliver()
+    assert handoff.target.read(REQUEST_ID) == handoff.expected
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_handoff_is_refused_and_leaves_nothing_behind(handoff: Handoff, name: str) -> None:
+    damage, fault = DAMAGES[name]
+    damage(handoff)
+    check_refused(handoff, fault)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_layers", 3),
+        ("num_kv_heads", 4),
+        ("head_size", 128),
+        ("block_size", 64),
+        ("dtype", "bfloat16"),
+        ("num_layers", 0),
+        ("block_size", UINT32_MAX),
+        ("dtype", "pickle"),
+    ],
+)
+def test_an_incompatible_cache_is_refused_by_the_name_of_its_field(handoff: Handoff, field: str, value: object) -> None:
+    setattr(handoff.opening.spec, field, value)
+    check_refused(handoff, TransferFault.INCOMPATIBLE, mention=field)
+
+
+@pytest.mark.parametrize("num_blocks", [0, 2, 4, UINT32_MAX])
+def test_an_opening_for_another_number_of_blocks_is_refused(handoff: Handoff, num_blocks: int) -> None:
+    handoff.opening.num_blocks = num_blocks
+    check_refused(handoff, TransferFault.INCOMPATIBLE, mention="num_blocks is 3 here")
+
+
+def test_an_opening_for_an_unknown_transfer_is_refused(handoff: Handoff) -> None:
+    handoff.opening.transfer_id = "another"
+    check_refused(handoff, TransferFault.UNKNOWN_TRANSFER)
+
+
+@pytest.mark.parametrize("kind", ["chunk", "commit"])
+def test_a_message_of_another_open_transfer_is_refused(handoff: Handoff, kind: str) -> None:
+    leases = handoff.target.manager.leases
+    other = leases.open("other", BYSTANDER, handoff.target.manager.block_table(BYSTANDER), now=0.0)
+    incoming = handoff.receive()
+    handoff.chunks[0].transfer_id = handoff.commit.transfer_id = "other"
+    with pytest.raises(TransferError, match="not this stream's") as caught:
+        handoff.feed(incoming, kind)
+    assert caught.value.fault is TransferFault.UNKNOWN_TRANSFER
+    assert (other.state, handoff.target.read(BYSTANDER)) == (LeaseState.RESERVED, handoff.bystander_before)
+    leases.abort(other)
+
+
+def test_a_second_opening_is_refused_and_does_not_disturb_the_first(handoff: Handoff) -> None:
+    first = handoff.receive()
+    with pytest.raises(TransferError) as caught:
+        handoff.receive()
+    assert caught.value.fault is TransferFault.REPEATED
+    for chunk in handoff.chunks:
+        first.write(chunk, now=0.0)
+    first.commit(handoff.commit, now=0.0)
+    assert handoff.target.read(REQUEST_ID) == handoff.expected
+
+
+def test_a_refused_opening_changes_nothing(handoff: Handoff) -> None:
+    wrong = pb.TransferOpen.FromString(handoff.opening.SerializeToString())
+    wrong.spec.num_layers += 1
+    right = handoff.messages[0]
+    handoff.messages[0] = pb.TransferMessage(open=wrong)
+    with pytest.raises(TransferError):
+        handoff.receive(now=1.0)
+    assert (handoff.target_lease.state, handoff.target_lease.expires_at_s) == (LeaseState.RESERVED, LEASE_TTL_S)
+    handoff.messages[0] = right
+    handoff.deliver()
+    assert handoff.target.read(REQUEST_ID) == handoff.expected
+
+
+def test_a_refused_chunk_is_not_written(handoff: Handoff) -> None:
+    before = handoff.target.read(REQUEST_ID)
+    incoming = handoff.receive()
+    flip_payload_bit(0)(handoff)
+    with pytest.raises(TransferError):
+        incoming.write(handoff.chunks[1], now=0.0)
+    assert handoff.target.read(REQUEST_ID) == before
+
+
+@pytest.mark.parametrize("kind", ["chunk", "commit"])
+def test_after_an_abort_every_message_is_refused(handoff: Handoff, kind: str) -> None:
+    """The zombie of F6: the blocks may belong to another sequence by now, and stay as they are."""
+    incoming = handoff.receive()
+    for chunk in handoff.chunks:
+        if kind == "commit":
+            incoming.write(chunk, now=0.0)
+    handoff.target.manager.leases.abort(handoff.target_lease)
+    handoff.target.manager.free(REQUEST_ID)
+    handoff.target.manager.extend("next", SPEC.block_size * 4)
+    next_before = handoff.target.read("next")
+    with pytest.raises(TransferError) as caught:
+        handoff.feed(incoming, kind)
+    assert caught.value.fault is TransferFault.UNKNOWN_TRANSFER
+    assert handoff.target.read("next") == next_before
+    handoff.target.manager.free("next")
+
+
+def test_after_its_lease_has_run_out_an_opening_is_refused(handoff: Handoff) -> None:
+    with pytest.raises(TransferError) as caught:
+        handoff.receive(now=LEASE_TTL_S)
+    assert caught.value.fault is TransferFault.EXPIRED
+
+
+@pytest.mark.parametrize("kind", ["chunk", "commit"])
+def test_after_its_lease_has_run_out_every_message_is_refused(handoff: Handoff, kind: str) -> None:
+    incoming = handoff.receive()
+    for chunk in handoff.chunks:
+        if kind == "commit":
+            incoming.write(chunk, now=0.0)
+    before = handoff.target.read(REQUEST_ID)
+    with pytest.raises(TransferError) as caught:
+        handoff.feed(incoming, kind, now=LEASE_TTL_S)
+    assert caught.value.fault is TransferFault.EXPIRED
+    assert handoff.target.read(REQUEST_ID) == before
+
+
+def test_every_verified_chunk_gives_the_lease_a_full_term(handoff: Handoff) -> None:
+    incoming = handoff.receive(now=1.0)
+    assert handoff.target_lease.expires_at_s == 1.0 + LEASE_TTL_S
+    for now, chunk in zip([9.0, 17.0, 25.0, 33.0], handoff.chunks, strict=True):
+        incoming.write(chunk, now)
+        assert handoff.target_lease.expires_at_s == now + LEASE_TTL_S
+    incoming.commit(handoff.commit, now=40.0)
+    assert handoff.target.read(REQUEST_ID) == handoff.expected
+
+
+def test_a_refused_chunk_does_not_prolong_the_lease(handoff: Handoff) -> None:
+    incoming = handoff.receive(now=0.0)
+    flip_payload_bit(0)(handoff)
+    with pytest.raises(TransferError):
+        incoming.write(handoff.chunks[1], now=5.0)
+    assert handoff.target_lease.expires_at_s == LEASE_TTL_S
+
+
+def test_a_sender_whose_lease_has_ended_sends_no_more(handoff: Handoff) -> None:
+    """Its blocks may belong to another sequence by now."""
+    messages = iter(handoff.iter_messages())
+    kinds = [next(messages).WhichOneof("message") for _ in range(2)]
+    assert kinds == ["open", "chunk"]
+    handoff.source.manager.leases.abort(handoff.source_lease)
+    with pytest.raises(TransferError) as caught:
+        next(messages)
+    assert caught.value.fault is TransferFault.ABORTED
+
+
+def test_a_sender_sends_the_right_bytes_after_its_sequence_was_freed(handoff: Handoff) -> None:
+    """The lease, not the sequence, protects the blocks: the next sequence gets others."""
+    handoff.source.manager.free(REQUEST_ID)
+    handoff.source.manager.extend("next", 2 * SPEC.block_size)
+    for layer in range(SPEC.num_layers):
+        table = handoff.source.manager.block_table("next")
+        handoff.source.storage.write_blocks(layer, table, LAYER_BLOCK * 2)
+    handoff.messages = list(handoff.iter_messages())
+    handoff.deliver()
+    assert handoff.target.read(REQUEST_ID) == handoff.expected
+    handoff.source.manager.free("next")

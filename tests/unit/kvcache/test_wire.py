@@ -1,0 +1,121 @@
+"""How a handoff is cut, and that a checksum covers all that a chunk says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcache.errors import ConfigError
+from kvcache.transfer import kv_transfer_pb2 as pb
+from kvcache.transfer.wire import (
+    MAX_CHUNK_BYTES,
+    MAX_MESSAGE_BYTES,
+    ChunkRange,
+    chunk_checksum,
+    make_chunk,
+    plan_chunks,
+    spec_from_wire,
+    spec_to_wire,
+)
+from tests.builders import make_spec, repeatable
+
+CHUNK = ChunkRange(layer=3, first_block=5, num_blocks=2)
+PAYLOAD = bytes(range(7, 47))
+HUGE = ChunkRange(2**32 - 1, 2**32 - 1, 2**32 - 1)
+
+
+@given(
+    num_layers=st.integers(1, 5),
+    block_size=st.integers(1, 32),
+    num_blocks=st.integers(0, 60),
+    max_chunk_bytes=st.integers(0, 20_000),
+)
+@repeatable(200)
+def test_chunks_cover_every_block_of_every_layer_once(
+    num_layers: int, block_size: int, num_blocks: int, max_chunk_bytes: int
+) -> None:
+    spec = make_spec(num_layers=num_layers, block_size=block_size)
+    chunks = list(plan_chunks(spec, num_blocks, max_chunk_bytes))
+    covered = Counter(
+        (chunk.layer, block)
+        for chunk in chunks
+        for block in range(chunk.first_block, chunk.first_block + chunk.num_blocks)
+    )
+    assert covered == Counter((layer, block) for layer in range(num_layers) for block in range(num_blocks))
+    for chunk in chunks:
+        assert chunk.num_blocks >= 1
+        assert chunk.num_blocks == 1 or chunk.num_blocks * spec.layer_block_bytes <= max_chunk_bytes
+
+
+def test_a_full_chunk_fits_into_a_message() -> None:
+    spec = make_spec(num_kv_heads=8, head_size=128, block_size=16)
+    (chunk, *_) = plan_chunks(spec, 1000)
+    payload = bytes(chunk.num_blocks * spec.layer_block_bytes)
+    assert len(payload) == MAX_CHUNK_BYTES
+    assert pb.TransferMessage(chunk=make_chunk("f" * 32, 1, chunk, payload)).ByteSize() < MAX_MESSAGE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("transfer_id", "epoch", "chunk", "payload"),
+    [("transfer", 1, CHUNK, PAYLOAD), ("ü" * 9, 2**64 - 1, HUGE, b""), ("", 0, ChunkRange(0, 0, 0), b"\0")],
+)
+def test_the_checksum_is_over_header_and_payload_as_documented(
+    transfer_id: str, epoch: int, chunk: ChunkRange, payload: bytes
+) -> None:
+    numbers = [chunk.layer, chunk.first_block, chunk.num_blocks]
+    layout = transfer_id.encode("utf-8") + epoch.to_bytes(8, "little")
+    layout += b"".join(number.to_bytes(4, "little") for number in numbers) + payload
+    assert chunk_checksum(transfer_id, epoch, chunk, payload) == xxhash.xxh3_64_intdigest(layout)
+
+
+def test_every_bit_of_the_payload_changes_the_checksum() -> None:
+    checksums = {chunk_checksum("transfer", 1, CHUNK, PAYLOAD)}
+    for bit in range(8 * len(PAYLOAD)):
+        flipped = bytearray(PAYLOAD)
+        flipped[bit // 8] ^= 1 << bit % 8
+        checksums.add(chunk_checksum("transfer", 1, CHUNK, bytes(flipped)))
+    assert len(checksums) == 1 + 8 * len(PAYLOAD)
+
+
+@pytest.mark.parametrize("field", ["layer", "first_block", "num_blocks"])
+def test_every_bit_of_a_range_changes_the_checksum(field: str) -> None:
+    before = chunk_checksum("transfer", 1, CHUNK, PAYLOAD)
+    for bit in range(32):
+        flipped = replace(CHUNK, **{field: getattr(CHUNK, field) ^ (1 << bit)})
+        assert chunk_checksum("transfer", 1, flipped, PAYLOAD) != before
+
+
+def test_every_bit_of_the_epoch_and_of_the_transfer_id_changes_the_checksum() -> None:
+    before = chunk_checksum("transfer", 1, CHUNK, PAYLOAD)
+    assert all(chunk_checksum("transfer", 1 ^ (1 << bit), CHUNK, PAYLOAD) != before for bit in range(64))
+    for bit in range(8 * len("transfer")):
+        flipped = bytearray(b"transfer")
+        flipped[bit // 8] ^= 1 << bit % 8
+        if flipped[bit // 8] < 0x80:  # the others are no UTF-8
+            assert chunk_checksum(flipped.decode(), 1, CHUNK, PAYLOAD) != before
+
+
+def test_a_chunk_message_says_what_its_checksum_covers() -> None:
+    message = make_chunk("transfer", 9, CHUNK, PAYLOAD)
+    assert (message.transfer_id, message.epoch, message.payload) == ("transfer", 9, PAYLOAD)
+    assert (message.layer, message.first_block, message.num_blocks) == (3, 5, 2)
+    assert message.checksum == chunk_checksum("transfer", 9, CHUNK, PAYLOAD)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_spec_comes_back_from_the_wire_as_it_was(dtype: str) -> None:
+    spec = make_spec(num_layers=3, num_kv_heads=5, head_size=7, block_size=11, dtype=dtype)
+    assert spec_from_wire(pb.KVSpec.FromString(spec_to_wire(spec).SerializeToString())) == spec
+
+
+@pytest.mark.parametrize("field", ["num_layers", "num_kv_heads", "head_size", "block_size", "dtype"])
+def test_a_spec_without_a_field_is_refused_by_name(field: str) -> None:
+    message = spec_to_wire(make_spec())
+    message.ClearField(field)
+    with pytest.raises(ConfigError, match=field):
+        spec_from_wire(message)

@@ -1,0 +1,139 @@
+"""Arrivals, aborts, failures and handoffs in any order, in caches of any size: every sequence that nobody
+ended gets exactly the tokens that it would have got alone, and nothing leaks."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvcache.errors import OverloadedError, RequestError
+from scheduler.batching import BatchLimits, StepPlan
+from scheduler.request import RequestStatus
+from tests.builders import check_interleavings
+from tests.unit.scheduler.engine import Engine
+
+INDEX = st.integers(0, 11)
+KIND = st.sampled_from(["local", "remote", "prefill_only"])
+
+
+class BatcherUnderLoad(RuleBasedStateMachine):
+    """Plan and apply are two rules, so that anything can happen while a step runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = Engine(1, BatchLimits())
+        self.plan: StepPlan | None = None
+        self.ended_by_us: set[str] = set()
+
+    @initialize(
+        num_blocks=st.integers(3, 14),
+        max_num_seqs=st.integers(1, 6),
+        max_num_batched_tokens=st.integers(1, 24),
+        max_num_waiting=st.integers(1, 8),
+    )
+    def choose_size(
+        self, num_blocks: int, max_num_seqs: int, max_num_batched_tokens: int, max_num_waiting: int
+    ) -> None:
+        self.engine = Engine(num_blocks, BatchLimits(max_num_seqs, max_num_batched_tokens, max_num_waiting))
+
+    @rule(num_prompt_tokens=st.integers(1, 14), max_tokens=st.integers(1, 12), kind=KIND)
+    def arrive(self, num_prompt_tokens: int, max_tokens: int, kind: str) -> None:
+        batcher, manager = self.engine.batcher, self.engine.manager
+        room = num_prompt_tokens + (0 if kind == "prefill_only" else max_tokens - 1)
+        is_full = batcher.num_waiting >= batcher.limits.max_num_waiting
+        try:
+            self.engine.add(
+                f"r{len(self.engine.requests)}",
+                num_prompt_tokens,
+                max_tokens,
+                prefill_only=kind == "prefill_only",
+                remote_prefill=kind == "remote",
+            )
+        except RequestError:
+            refused_rightly = room > manager.max_tokens
+        except OverloadedError:
+            refused_rightly = is_full
+        else:
+            refused_rightly = room <= manager.max_tokens and not is_full
+        assert refused_rightly
+
+    @rule(index=INDEX)
+    def abort(self, index: int) -> None:
+        request_id = f"r{index}"
+        if self.engine.batcher.find(request_id) is not None:
+            self.ended_by_us.add(request_id)
+        self.engine.batcher.abort(request_id)
+
+    @rule()
+    def reserve(self) -> None:
+        self.engine.batcher.reserve_handoffs()
+
+    @rule(index=INDEX)
+    def attach(self, index: int) -> None:
+        request = self.engine.batcher.find(f"r{index}")
+        if request is not None and request.status is RequestStatus.WAITING_FOR_KV:
+            self.engine.attach(request.request_id)
+
+    @rule(index=INDEX)
+    def complete(self, index: int) -> None:
+        request = self.engine.batcher.find(f"r{index}")
+        if request is not None and request.status is RequestStatus.HANDING_OVER:
+            self.engine.batcher.complete_handoff(request.request_id)
+
+    @precondition(lambda self: self.plan is None)
+    @rule()
+    def plan_step(self) -> None:
+        self.plan = self.engine.batcher.plan()
+        if self.plan is not None:
+            self.engine.check_plan(self.plan)
+
+    @precondition(lambda self: self.plan is not None)
+    @rule(failed=st.sets(INDEX, max_size=1))
+    def apply_step(self, failed: set[int]) -> None:
+        plan = self.plan
+        assert plan is not None
+        failed_ids = {f"r{index}" for index in failed} & {chunk.request_id for chunk in plan.chunks}
+        self.ended_by_us |= failed_ids
+        self.engine.apply(plan, failed_ids)
+        self.plan = None
+
+    @invariant()
+    def books_are_right(self) -> None:
+        self.engine.manager.check_integrity()
+        assert self.engine.manager.num_unaccounted() == 0
+
+    def teardown(self) -> None:
+        """No more arrivals: all that is there finishes."""
+        if self.plan is not None:
+            self.apply_step(set())
+        for _ in range(3000):
+            if self.engine.batcher.is_idle:
+                break
+            self._serve_once()
+        assert self.engine.batcher.is_idle, "a livelock"
+        for request_id, request in self.engine.requests.items():
+            expected = self.engine.expected(request_id)[: 1 if request.prefill_only else None]
+            tokens = self.engine.tokens(request_id)
+            if request_id in self.ended_by_us:
+                assert tokens == expected[: len(tokens)]
+            else:
+                assert tokens == expected
+        self.engine.end()
+
+    def _serve_once(self) -> None:
+        batcher = self.engine.batcher
+        batcher.reserve_handoffs()
+        progress = self.engine.step() is not None
+        for request_id in self.engine.requests:
+            request = batcher.find(request_id)
+            if request is not None and request.status is RequestStatus.WAITING_FOR_KV:
+                self.engine.attach(request_id)
+                progress = True
+            elif request is not None and request.status is RequestStatus.HANDING_OVER:
+                batcher.complete_handoff(request_id)
+                progress = True
+        assert progress, "there is work and nobody makes progress"
+
+
+def test_every_sequence_gets_its_reference_tokens_whatever_happens_around_it() -> None:
+    check_interleavings(BatcherUnderLoad, max_examples=100)

@@ -1,0 +1,190 @@
+"""What a draw depends on, and that it follows the distribution it claims."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from scheduler.request import SamplingParams
+from workers.model.sampler import sample, uniform
+
+LOGITS = [2.0, -1.0, 0.5, 3.0, 0.0, 1.5, -3.0, 2.5]
+NUM_DRAWS = 3000
+# Below this with probability 0.9999, for 1 to 15 degrees of freedom (any table of the chi-square distribution).
+CHI_SQUARE_9999 = (15.1, 18.4, 21.1, 23.5, 25.7, 27.9, 29.9, 31.8, 33.7, 35.6, 37.4, 39.1, 40.9, 42.6, 44.3)
+
+
+class SplitMix64:
+    """Vigna's published C code, number by number."""
+
+    def __init__(self, state: int) -> None:
+        self.state = state % 2**64
+
+    def next(self) -> int:
+        self.state = (self.state + 0x9E3779B97F4A7C15) % 2**64
+        mixed = self.state
+        mixed = (mixed ^ mixed // 2**30) * 0xBF58476D1CE4E5B9 % 2**64
+        mixed = (mixed ^ mixed // 2**27) * 0x94D049BB133111EB % 2**64
+        return mixed ^ mixed // 2**31
+
+
+def params(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> SamplingParams:
+    return SamplingParams(1, temperature, top_p, top_k, seed)
+
+
+def draw(logits: list[float], sampling: SamplingParams, num_draws: int = NUM_DRAWS) -> Counter[int]:
+    """One draw per position, counted by token."""
+    rows = torch.tensor([logits]).expand(num_draws, -1)
+    return Counter(sample(rows, [sampling] * num_draws, range(num_draws)))
+
+
+def reference_distribution(logits: list[float], sampling: SamplingParams) -> dict[int, float]:
+    """Softmax, then the likeliest ``top_k``, then the smallest set of them that reaches ``top_p``."""
+    weights = [math.exp((logit - max(logits)) / sampling.temperature) for logit in logits]
+    order = sorted(range(len(logits)), key=lambda token: -weights[token])
+    order = order[: sampling.top_k] if sampling.top_k else order
+    total = sum(weights[token] for token in order)
+    kept: list[int] = []
+    for token in order:
+        kept.append(token)
+        if sum(weights[each] for each in kept) >= sampling.top_p * total:
+            break
+    kept_total = sum(weights[token] for token in kept)
+    return {token: weights[token] / kept_total for token in kept}
+
+
+def check_distribution(counts: Counter[int], expected: dict[int, float]) -> None:
+    """Pearson's chi-square test; the seeds are fixed, so it either always holds or never."""
+    assert set(counts) <= set(expected)
+    num_draws = sum(counts.values())
+    statistic = sum((counts[token] - num_draws * p) ** 2 / (num_draws * p) for token, p in expected.items())
+    if len(expected) > 1:
+        assert statistic < CHI_SQUARE_9999[len(expected) - 2]
+
+
+# The number behind a draw
+
+
+def test_the_reference_generator_gives_the_published_numbers() -> None:
+    generator = SplitMix64(1234567)
+    assert [generator.next() for _ in range(3)] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 42, 2**63 - 1, 2**64 - 1, -1, -(2**63)])
+@pytest.mark.parametrize("position", [0, 1, 4095, 2**40])
+def test_a_number_is_split_mix_of_seed_and_position(seed: int, position: int) -> None:
+    mixed = SplitMix64(SplitMix64(seed).next() + position).next()
+    assert uniform(seed, position) == (mixed >> 11) / 2**53
+    assert 0.0 <= uniform(seed, position) < 1.0
+
+
+@pytest.mark.parametrize("along", ["positions", "seeds"])
+def test_numbers_are_spread_evenly(along: str) -> None:
+    numbers = [uniform(7, each) if along == "positions" else uniform(each, 7) for each in range(8000)]
+    check_distribution(Counter(int(16 * number) for number in numbers), dict.fromkeys(range(16), 1 / 16))
+
+
+def test_neighbouring_seeds_do_not_share_their_numbers() -> None:
+    """Adding seed and position would make sequence 1 at position 5 draw as sequence 2 at position 4."""
+    numbers = {uniform(seed, position) for seed in range(50) for position in range(50)}
+    assert len(numbers) == 2500
+
+
+# What a draw depends on
+
+
+def test_temperature_zero_takes_the_likeliest_token() -> None:
+    logits = torch.randn(20, 300, generator=torch.Generator().manual_seed(1))
+    greedy = [params(temperature=0.0, top_k=index % 3, top_p=0.1, seed=index) for index in range(20)]
+    expected = [max(range(300), key=row.__getitem__) for row in logits.tolist()]
+    assert sample(logits, greedy, range(20)) == expected
+
+
+def test_a_row_draws_the_same_alone_and_in_any_batch() -> None:
+    logits = torch.randn(12, 500, generator=torch.Generator().manual_seed(2)) * 3
+    kinds = [params(), params(temperature=0.0), params(0.7, top_k=20), params(1.3, top_p=0.9)]
+    rows = [replace(kinds[index % 4], seed=index) for index in range(12)]
+    positions = [index * 3 for index in range(12)]
+    alone = [sample(logits[i : i + 1], [rows[i]], [positions[i]])[0] for i in range(12)]
+    order = [7, 0, 11, 3, 3, 8, 1]
+    mixed = sample(logits[order], [rows[i] for i in order], [positions[i] for i in order])
+    assert sample(logits, rows, positions) == alone
+    assert mixed == [alone[i] for i in order]
+
+
+@pytest.mark.parametrize("seed", [0, -1, -(2**63), 2**63 - 1])
+def test_a_draw_repeats_for_the_same_seed_and_position(seed: int) -> None:
+    rows = torch.zeros(50, 100)
+    draws = [sample(rows, [params(seed=seed)] * 50, range(50)) for _ in range(2)]
+    assert draws[0] == draws[1]
+    assert len(set(draws[0])) > 25  # and differs between positions
+
+
+def test_seeds_draw_differently() -> None:
+    rows = torch.zeros(50, 1000)
+    assert len(set(sample(rows, [params(seed=seed) for seed in range(50)], [3] * 50))) > 40
+
+
+def test_each_row_needs_its_parameters_and_its_position() -> None:
+    with pytest.raises(ValueError, match="argument"):
+        sample(torch.zeros(2, 5), [params(), params()], [1])
+
+
+# Which distribution a draw follows
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        params(seed=3),
+        params(temperature=0.5, seed=4),
+        params(temperature=2.0, seed=5),
+        params(top_k=1),
+        params(top_k=3, seed=6),
+        params(top_k=8, seed=7),
+        params(top_k=100, seed=8),
+        params(top_p=0.0),
+        params(top_p=0.3),
+        params(top_p=0.6, seed=9),
+        params(top_p=0.95, seed=10),
+        params(top_p=0.999999, seed=11),
+        params(temperature=1.5, top_k=5, top_p=0.8, seed=-12),
+        params(temperature=0.3, top_k=4, top_p=0.99, seed=13),
+    ],
+    ids=repr,
+)
+def test_draws_follow_the_distribution_that_is_left(sampling: SamplingParams) -> None:
+    check_distribution(draw(LOGITS, sampling), reference_distribution(LOGITS, sampling))
+
+
+@pytest.mark.parametrize(("top_p", "num_kept"), [(0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (0.76, 4)])
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, num_kept: int) -> None:
+    """Four tokens of exactly a quarter each, so that the edge is hit."""
+    assert len(draw([0.0] * 4, params(top_p=top_p), num_draws=300)) == num_kept
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    logits = [-math.inf, 1.0, -math.inf, 0.0, -math.inf]
+    assert set(draw(logits, params(seed=1), 500)) == {1, 3}
+    assert set(draw(logits, params(seed=1, top_p=0.99999), 500)) == {1, 3}
+    assert set(draw(logits, params(seed=1, top_k=4), 500)) == {1, 3}
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-10, 1e-38, 1e-44, 1e-46, 1e-300, 5e-324])
+@pytest.mark.parametrize("limit", [{}, {"top_k": 5}, {"top_p": 0.9}], ids=repr)
+def test_a_tiny_temperature_takes_the_likeliest_token(temperature: float, limit: dict[str, float]) -> None:
+    sampling = replace(params(temperature), **limit)
+    assert set(draw([2.0, -5e3, 3.0, 2.9, 1e4, -1e30], sampling, num_draws=50)) == {4}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("top_p", [0.95, 1.0])
+def test_logits_of_a_smaller_dtype_are_drawn_in_full_precision(dtype: torch.dtype, top_p: float) -> None:
+    """The probabilities of 5,000 tokens are small numbers; rounded to eight bits they would not add up."""
+    rows = torch.randn(1, 5000, generator=torch.Generator().manual_seed(3)).to(dtype).expand(200, -1)
+    sampling = [params(seed=2, top_p=top_p)] * 200
+    assert sample(rows, sampling, range(200)) == sample(rows.float(), sampling, range(200))
