@@ -144,12 +144,10 @@ class Batcher:
         """The next step, or None when there is nothing to compute. Call ``apply`` before the next ``plan``."""
         if self._in_step:
             raise InvariantError("plan was called twice without apply")
-        preemptions = self.num_preemptions
         chunks = self._plan_decode()
         budget = self.limits.max_num_batched_tokens - len(chunks)
         budget -= self._plan_prompts(chunks, budget)
-        if self.num_preemptions == preemptions:
-            self._plan_waiting(chunks, budget)
+        self._plan_waiting(chunks, budget)
         self._in_step = frozenset(chunk.request_id for chunk in chunks)
         return StepPlan(tuple(chunks)) if chunks else None
 

@@ -142,4 +142,5 @@ class StepLoop:
                 tokens |= self._runner.execute(StepPlan((chunk,)))
             except Exception as error:  # noqa: BLE001  a sequence's boundary; its client is told
                 failures[chunk.request_id] = f"{type(error).__name__}: {error}"
+                self._runner.clear(chunk.block_table)
         return StepResult(tokens, failures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils.logging import disable_progress_bar
 
-from kvcache.errors import ModelError
+from kvcache.errors import ModelError, TwinpoolError
 from kvcache.storage import TORCH_DTYPES, PagedStorage
 from scheduler.batching import StepPlan
 from workers.model.attention.torch_backend import paged_attention
@@ -82,6 +83,15 @@ def load_model(path: Path, dtype: str, device: str = "cpu") -> nn.Module:
         raise ModelError(f"The model in {path} cannot be loaded: {error}") from error
 
 
+class NotFiniteError(TwinpoolError):
+    """The model computed no usable logits."""
+
+
+def _check_finite(logits: torch.Tensor) -> None:
+    if not torch.isfinite(logits.amax(dim=-1)).all():  # the maximum of a row with a NaN is NaN
+        raise NotFiniteError("the model's logits are not finite")
+
+
 class ModelRunner:
     """A model and its KV cache. ``execute`` may run on any one thread at a time."""
 
@@ -96,6 +106,9 @@ class ModelRunner:
 
         Returns:
             request id → sampled token, for those chunks.
+
+        Raises:
+            NotFiniteError: a sequence's logits hold NaN or infinity; no token was sampled for any.
         """
         inputs = build_step_inputs(plan, self._storage.spec.block_size, self._device)
         output = self._model(
@@ -109,6 +122,11 @@ class ModelRunner:
         if not inputs.sampled_chunks:
             return {}
         chunks = inputs.sampled_chunks
+        _check_finite(output.logits[0])
         params = [chunk.sampling for chunk in chunks if chunk.sampling is not None]
         tokens = sample(output.logits[0], params, [chunk.end for chunk in chunks])
         return {chunk.request_id: token for chunk, token in zip(chunks, tokens, strict=True)}
+
+    def clear(self, block_ids: Sequence[int]) -> None:
+        """Wipes what a sequence that failed has written, so that no later owner of the blocks can read a NaN."""
+        self._storage.clear_blocks(block_ids)

@@ -26,7 +26,7 @@ class DecodeGroup:
     """Decoding sequences of similar length, one row each, padded to the longest: B sequences, N blocks."""
 
     first_row: int
-    block_ids: torch.Tensor  # int64 [B, N], padded with 0
+    block_ids: torch.Tensor  # int64 [B, N], padded with the sequence's first block
     mask: torch.Tensor  # bool [B, 1, 1, N * block_size]: True where a token is
 
 
@@ -110,7 +110,8 @@ def _decode_groups(decode: Sequence[ScheduledChunk], block_size: int, device: st
 def _decode_group(first_row: int, chunks: Sequence[ScheduledChunk], block_size: int, device: str) -> DecodeGroup:
     width = _num_blocks(chunks[-1], block_size)  # the longest is last
     tables = [_used_blocks(chunk, block_size) for chunk in chunks]
-    padded = [table + (0,) * (width - len(table)) for table in tables]
+    # Padded with a block of its own: even a masked read must not see what another sequence computed.
+    padded = [table + table[:1] * (width - len(table)) for table in tables]
     lengths = torch.tensor([chunk.end for chunk in chunks], device=device)
     mask = torch.arange(width * block_size, device=device) < lengths.unsqueeze(1)
     return DecodeGroup(first_row, torch.tensor(padded, device=device), mask.view(len(chunks), 1, 1, width * block_size))

@@ -53,7 +53,7 @@ def test_a_step_that_samples_nothing_needs_no_logits() -> None:
 def test_decode_tables_list_the_used_blocks_and_are_padded_within_their_group() -> None:
     three, four = decoding(9), decoding(13)
     (group,) = build(four, three).attention.decode_groups
-    assert group.block_ids.tolist() == [[1, 2, 3, 0], [1, 2, 3, 4]]
+    assert group.block_ids.tolist() == [[1, 2, 3, 1], [1, 2, 3, 4]]
 
 
 def test_the_decode_mask_is_true_for_the_tokens_up_to_the_new_one() -> None:
