@@ -1,0 +1,348 @@
+"""Real workers, gateway and controller in one event loop, over loopback gRPC: a cluster without Ray.
+
+A model of random weights is saved once per session; what it should answer comes from ``transformers`` alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from engine.gateway import AsyncEngine
+from engine.outputs import ServedModel, TextDelta
+from engine.scheduler_client import SchedulerClient
+from engine.tokenizer import Tokenizer
+from kvcache.spec import KVCacheSpec
+from kvcache.storage import PagedStorage
+from kvcache.transfer import kv_transfer_pb2 as kv_pb
+from scheduler.batching import BatchLimits, StepPlan
+from scheduler.controller import ClusterController, Command, Event, PlaceRequest, WorkerRegistered
+from scheduler.request import FinishReason, SamplingParams
+from scheduler.types import ClusterSnapshot, DeviceProfile, Placement, WorkerLoad, WorkerRole
+from tests.fakes import MODEL_NAME, tiny_backend
+from tests.leaks import check_no_leaks, until
+from workers import worker_pb2_grpc
+from workers.channels import ChannelPool
+from workers.model.runner import ModelRunner, load_model
+from workers.model.sampler import sample
+from workers.worker import Worker
+from workers.worker_options import WorkerOptions
+
+MAX_MODEL_LEN = 512
+BLOCK_SIZE = 16
+DEVICE = DeviceProfile("test", gemm_gflop_s=100.0, read_gb_s=10.0, memory_bytes=1 << 30)
+ROOMY = BatchLimits(max_num_seqs=64, max_num_batched_tokens=64)  # long prompts come in several chunks
+
+
+class TinyCheckpoint:
+    """A Llama of three layers with grouped-query attention, and the answers that ``transformers`` gives with it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Writes the checkpoint into ``folder``."""
+        torch.set_num_threads(1)
+        self.path = folder
+        self.tokenizer = Tokenizer(tiny_backend())
+        self.spec = KVCacheSpec(num_layers=3, num_kv_heads=2, head_size=16, block_size=BLOCK_SIZE, dtype="float32")
+        config = LlamaConfig(
+            vocab_size=self.tokenizer.vocab_size,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=self.spec.num_layers,
+            num_attention_heads=4,
+            num_key_value_heads=self.spec.num_kv_heads,
+            max_position_embeddings=MAX_MODEL_LEN,
+            initializer_range=0.3,  # so wide that the likeliest token is so by far more than rounding
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        torch.manual_seed(20)
+        LlamaForCausalLM(config).save_pretrained(folder)
+        self._reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self._answers: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = {}
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    def prompt(self, num_tokens: int, seed: int = 0) -> tuple[int, ...]:
+        """Random tokens; another seed gives another prompt of the same length."""
+        rng = random.Random(1000 * seed + num_tokens)
+        return tuple(rng.randrange(1, self.vocab_size) for _ in range(num_tokens))
+
+    def greedy(self, prompt: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
+        """What ``transformers`` generates."""
+        if (prompt, num_tokens) not in self._answers:
+            tokens = torch.tensor([prompt])
+            generated = self._reference.generate(
+                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=num_tokens, do_sample=False
+            )
+            self._answers[prompt, num_tokens] = tuple(generated[0, len(prompt) :].tolist())
+        return self._answers[prompt, num_tokens]
+
+    @torch.inference_mode()
+    def sampled(self, prompt: tuple[int, ...], sampling: SamplingParams) -> tuple[int, ...]:
+        """What our sampler draws from the logits of ``transformers``, computed from the start for each token."""
+        tokens = list(prompt)
+        for _ in range(sampling.max_tokens):
+            logits = self._reference(torch.tensor([tokens]), use_cache=False).logits[0, -1:]
+            tokens += sample(logits, [sampling], [len(tokens)])
+        return tuple(tokens[len(prompt) :])
+
+
+def greedily(max_tokens: int, stop_token_ids: tuple[int, ...] = ()) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0.0, stop_token_ids=stop_token_ids)
+
+
+class HookedRunner(ModelRunner):
+    """The real runner; a test may watch, hold or fail its steps. The hook runs in the step's thread."""
+
+    before_step: Callable[[StepPlan], None] | None = None
+
+    def execute(self, plan: StepPlan) -> dict[str, int]:
+        if self.before_step is not None:
+            self.before_step(plan)
+        return super().execute(plan)
+
+
+class StepGate:
+    """Holds the step's thread before the first step that ``matches``, until opened."""
+
+    def __init__(self, matches: Callable[[StepPlan], bool]) -> None:
+        self._matches = matches
+        self._held = threading.Event()
+        self._opened = threading.Event()
+
+    def __call__(self, plan: StepPlan) -> None:
+        if not self._opened.is_set() and self._matches(plan):
+            self._held.set()
+            self._opened.wait(30)
+
+    def open(self) -> None:
+        self._opened.set()
+
+    async def holding(self) -> None:
+        """Returns when a step is held."""
+        await until(self._held.is_set, "a step that the gate holds")
+
+
+class TransferGate:
+    """Holds incoming handoffs after so many chunks of each were written, until opened."""
+
+    def __init__(self, after_chunks: int) -> None:
+        self.num_held = 0
+        self._after_chunks = after_chunks
+        self._opened = asyncio.Event()
+
+    def open(self) -> None:
+        self._opened.set()
+
+    async def holding(self) -> None:
+        await until(lambda: self.num_held > 0, "a handoff that the gate holds")
+
+    async def pass_through(self, messages: AsyncIterator[kv_pb.TransferMessage]) -> AsyncIterator[Any]:
+        num_chunks = 0
+        async for message in messages:
+            if num_chunks == self._after_chunks and not self._opened.is_set():
+                self.num_held += 1
+                await self._opened.wait()
+            num_chunks += message.HasField("chunk")
+            yield message
+
+
+class InProcessScheduler:
+    """A ``SchedulerPort``: the real controller, without the Ray actor around it. Remembers what it placed."""
+
+    def __init__(self) -> None:
+        self.placements: list[Placement] = []
+        self.answers = asyncio.Event()  # cleared: calls get no answer until it is set again
+        self.answers.set()
+        self._controller = ClusterController()
+
+    async def handle(self, events: Sequence[Event]) -> list[list[Command]]:
+        now = time.monotonic()
+        commands = [self._controller.handle(event, now) for event in events]
+        self.placements += [
+            command.placement for answer in commands for command in answer if isinstance(command, PlaceRequest)
+        ]
+        await self.answers.wait()
+        return commands
+
+    async def snapshot(self) -> ClusterSnapshot:
+        return self._controller.snapshot()
+
+    @property
+    def requests_in_flight(self) -> int:
+        return sum(worker.requests_in_flight for worker in self._controller.snapshot().workers)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A sequence as its client saw it."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+
+
+@dataclass(slots=True)
+class LocalCluster:
+    checkpoint: TinyCheckpoint
+    scheduler: InProcessScheduler
+    engine: AsyncEngine
+    workers: dict[str, Worker]  # the live ones
+    runners: dict[str, HookedRunner]
+    channels: ChannelPool
+    _gates: list[StepGate] = field(default_factory=list)
+
+    def stub(self, worker_id: str) -> worker_pb2_grpc.WorkerStub:
+        """For calls past the gateway."""
+        return worker_pb2_grpc.WorkerStub(self.channel(worker_id))
+
+    def channel(self, worker_id: str) -> grpc.aio.Channel:
+        return self.channels(self.workers[worker_id].address)
+
+    async def complete(self, prompt: Sequence[int], sampling: SamplingParams, stop: Sequence[str] = ()) -> Completion:
+        """Runs one sequence to its end; fails when the stream has none."""
+        deltas: list[TextDelta] = []
+        async with aclosing(self.engine.generate(prompt, sampling, stop)) as stream:
+            async for delta in stream:
+                assert not deltas or deltas[-1].finish_reason is None, "a piece came after the end"
+                deltas.append(delta)
+        reason = deltas[-1].finish_reason
+        assert reason is not None, "the stream ended without a finish reason"
+        token_ids = tuple(token_id for delta in deltas for token_id in delta.token_ids)
+        return Completion(token_ids, "".join(delta.text for delta in deltas), reason, deltas[-1].stop_reason)
+
+    def load(self, worker_id: str) -> WorkerLoad:
+        return self.workers[worker_id].load()
+
+    def failures(self, worker_id: str) -> dict[str, int]:
+        """Handoffs that a decode worker has refused: fault → count."""
+        return dict(self.load(worker_id).transfer_failures)
+
+    async def check_greedy(self, prompt: tuple[int, ...], num_tokens: int) -> None:
+        """Runs one sequence and compares it with the reference."""
+        completion = await self.complete(prompt, greedily(num_tokens))
+        assert completion.token_ids == self.checkpoint.greedy(prompt, num_tokens)
+        assert completion.text == self.checkpoint.tokenizer.decode(completion.token_ids)
+        assert completion.finish_reason is FinishReason.LENGTH
+
+    def hold_steps(self, worker_id: str, matches: Callable[[StepPlan], bool]) -> StepGate:
+        gate = StepGate(matches)
+        self.runners[worker_id].before_step = gate
+        self._gates.append(gate)
+        return gate
+
+    def hold_transfers(self, worker_id: str, after_chunks: int) -> TransferGate:
+        """Holds what a decode worker receives from now on."""
+        gate = TransferGate(after_chunks)
+        service = self.workers[worker_id].transfers
+        receive = service._receive
+        service._receive = lambda messages: receive(gate.pass_through(messages))  # type: ignore[method-assign]
+        return gate
+
+    def keeps(self, request_id: str) -> bool:
+        """Whether any live worker still has anything of a request."""
+        return any(
+            worker.step_loop.batcher.find(request_id) is not None
+            or worker.manager.block_table(request_id)
+            or any(lease.request_id == request_id for lease in worker.manager.leases)
+            for worker in self.workers.values()
+        )
+
+    async def kill(self, worker_id: str) -> None:
+        """The worker's calls, both ways, break off in the middle, and its port is closed. Nobody is told."""
+        worker = self.workers.pop(worker_id)
+        assert worker._server is not None
+        await worker._channels.close()
+        await worker._server.stop(None)
+        await self._stop(worker)
+
+    async def close(self) -> None:
+        for worker in self.workers.values():
+            await self._stop(worker)
+
+    async def _stop(self, worker: Worker) -> None:
+        for gate in self._gates:  # a held step would hold the event loop when its thread is joined
+            gate.open()
+        await worker.stop()
+
+
+@asynccontextmanager
+async def local_cluster(
+    checkpoint: TinyCheckpoint,
+    *,
+    prefill: int = 0,
+    decode: int = 0,
+    colocated: int = 0,
+    num_blocks: int = 256,
+    limits: BatchLimits = ROOMY,
+    lease_ttl_s: float = 10.0,
+) -> AsyncIterator[LocalCluster]:
+    """Starts workers named ``prefill-0``, ``decode-0`` and so on; at the end nothing may be left on a live one."""
+    scheduler = InProcessScheduler()
+    client = SchedulerClient(scheduler)
+    served = ServedModel((MODEL_NAME,), MAX_MODEL_LEN, 0, (), checkpoint.vocab_size)
+    cluster = LocalCluster(
+        checkpoint, scheduler, AsyncEngine(served, checkpoint.tokenizer, client), {}, {}, ChannelPool()
+    )
+    counts = {WorkerRole.PREFILL: prefill, WorkerRole.DECODE: decode, WorkerRole.COLOCATED: colocated}
+    try:
+        for role in (role for role, count in counts.items() for _ in range(count)):
+            worker_id = f"{role.value}-{sum(name.startswith(role.value) for name in cluster.workers)}"
+            options = _options(checkpoint, worker_id, role, num_blocks, limits, lease_ttl_s)
+            await _start_worker(cluster, options)
+        await client.start()
+        yield cluster
+        await check_no_leaks(cluster.workers.values())
+        await until(lambda: scheduler.requests_in_flight == 0, "the controller to hear that all requests ended")
+    finally:
+        await client.stop()
+        await cluster.engine.close()
+        await cluster.channels.close()
+        await cluster.close()
+
+
+def _options(
+    checkpoint: TinyCheckpoint,
+    worker_id: str,
+    role: WorkerRole,
+    num_blocks: int,
+    limits: BatchLimits,
+    lease_ttl_s: float,
+) -> WorkerOptions:
+    return WorkerOptions(
+        worker_id=worker_id,
+        role=role,
+        model_path=str(checkpoint.path),
+        model_name=MODEL_NAME,
+        spec=checkpoint.spec,
+        num_blocks=num_blocks,
+        max_model_len=MAX_MODEL_LEN,
+        vocab_size=checkpoint.vocab_size,
+        limits=limits,
+        lease_ttl_s=lease_ttl_s,
+    )
+
+
+async def _start_worker(cluster: LocalCluster, options: WorkerOptions) -> None:
+    storage = PagedStorage(options.spec, options.num_blocks)
+    runner = HookedRunner(load_model(Path(options.model_path), options.spec.dtype), storage)
+    worker = Worker(options, runner, storage)
+    await worker.start()
+    cluster.workers[options.worker_id] = worker
+    cluster.runners[options.worker_id] = runner
+    await cluster.scheduler.handle([WorkerRegistered(worker.info(1, DEVICE))])
