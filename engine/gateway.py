@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -62,7 +62,7 @@ class AsyncEngine:
 
     async def generate(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams, stop: Sequence[str] = ()
-    ) -> AsyncIterator[TextDelta]:
+    ) -> AsyncGenerator[TextDelta, None]:
         """See ``TextEngine.generate``."""
         text = _TextAssembler(self._tokenizer, self._model.eos_token_ids, stop)
         async with aclosing(self._tokens(tuple(prompt_token_ids), sampling)) as events:
@@ -143,7 +143,7 @@ class AsyncEngine:
 
 
 def _culprit(placement: Placement, error: UnavailableError) -> str:
-    """The worker to avoid: a decode worker that still answers speaks of its prefill worker."""
+    """The worker to try without: a decode worker that still answers speaks of its prefill worker."""
     if placement.prefill is None or isinstance(error, WorkerLostError):
         return placement.decode.worker_id
     return placement.prefill.worker_id

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,8 +51,8 @@ class TextEngine(Protocol):
 
     def generate(
         self, prompt_token_ids: Sequence[int], sampling: SamplingParams, stop: Sequence[str] = ()
-    ) -> AsyncIterator[TextDelta]:
-        """Streams one sequence. Closing the iterator (or cancelling its task) aborts it on every worker.
+    ) -> AsyncGenerator[TextDelta, None]:
+        """Streams one sequence. Closing the generator (or cancelling its task) aborts it on every worker.
 
         Raises:
             RequestError: prompt + max_tokens do not fit the model or the KV cache of the workers.

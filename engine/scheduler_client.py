@@ -13,6 +13,9 @@ from scheduler.controller import Command, Event, PlaceRequest, RefuseRequest, Re
 from scheduler.types import ClusterSnapshot, Placement
 
 SNAPSHOT_INTERVAL_S = 0.5
+PLACE_TIMEOUT_S = 5.0
+RETRY_INTERVAL_S = 0.2
+_Entry = tuple[Event, "asyncio.Future[Placement] | None"]  # None: nobody waits for an answer
 logger = logging.getLogger(__name__)
 
 
@@ -30,7 +33,7 @@ class SchedulerClient:
     def __init__(self, scheduler: SchedulerPort) -> None:
         self.cluster = ClusterSnapshot()
         self._scheduler = scheduler
-        self._outbox: list[tuple[Event, asyncio.Future[Placement] | None]] = []
+        self._outbox: list[_Entry] = []
         self._has_events = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -56,9 +59,11 @@ class SchedulerClient:
         placed: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
         self._put(request, placed)
         try:
-            return await placed
-        except asyncio.CancelledError:
+            return await asyncio.wait_for(placed, PLACE_TIMEOUT_S)
+        except (asyncio.CancelledError, TimeoutError) as error:
             self.tell(RequestEnded(request.request_id))  # nobody else knows that it is, or will be, placed
+            if isinstance(error, TimeoutError):
+                raise UnavailableError("The scheduler does not answer.") from None
             raise
 
     def tell(self, event: Event) -> None:
@@ -78,13 +83,21 @@ class SchedulerClient:
                 answers = await self._scheduler.handle([event for event, _ in batch])
             except UnavailableError as error:
                 logger.warning("%s", error)
-                for _, placed in batch:
-                    if placed is not None and not placed.done():
-                        placed.set_exception(UnavailableError(error.message))
+                self._answer_unavailable(batch, error)
+                await asyncio.sleep(RETRY_INTERVAL_S)
                 continue
             for (_, placed), commands in zip(batch, answers, strict=True):
                 if placed is not None and not placed.done():
                     _resolve(placed, commands)
+
+    def _answer_unavailable(self, batch: Sequence[_Entry], error: UnavailableError) -> None:
+        """Requests are told at once; what needs no answer is kept for the scheduler's return."""
+        self._outbox[:0] = [entry for entry in batch if entry[1] is None]
+        if self._outbox:
+            self._has_events.set()
+        for _, placed in batch:
+            if placed is not None and not placed.done():
+                placed.set_exception(UnavailableError(error.message))
 
     async def _refresh(self) -> None:
         while True:

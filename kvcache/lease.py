@@ -125,10 +125,6 @@ class LeaseTable:
             lease.move_to(LeaseState.ABORTED)
             self._close(lease)
 
-    def expired(self, now: float) -> list[BlockLease]:
-        """The open leases whose time has run out; the caller aborts their requests."""
-        return [lease for lease in self if now >= lease.expires_at_s]
-
     def _close(self, lease: BlockLease) -> None:
         del self._open[lease.transfer_id]
         self._pool.release(lease.block_ids)

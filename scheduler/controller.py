@@ -48,7 +48,7 @@ class RequestArrived:
     request_id: str
     num_prompt_tokens: int
     max_tokens: int
-    avoid: tuple[str, ...] = ()  # ids of workers that it has failed on already
+    avoid: tuple[str, ...] = ()  # ids of workers that it has failed on already; others are preferred
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,23 +15,24 @@ def place_least_loaded(request_id: str, workers: Iterable[WorkerSnapshot], avoid
     memory reads for decode. A decode worker that also prefills does so in place, without a handoff.
 
     Args:
-        avoid: ids of workers that this request has failed on already.
+        avoid: ids of workers that this request has failed on already: taken only where there is no other.
 
     Raises:
         UnavailableError: no live worker takes one of the phases; names it.
     """
-    workers = tuple(worker for worker in workers if worker.info.worker_id not in avoid)
-    decode = _least_loaded(Phase.DECODE, workers)
+    workers = tuple(workers)
+    decode = _least_loaded(Phase.DECODE, workers, avoid)
     if decode.info.role is WorkerRole.COLOCATED:
         return Placement(request_id, _address(decode), None)
-    return Placement(request_id, _address(decode), _address(_least_loaded(Phase.PREFILL, workers)))
+    return Placement(request_id, _address(decode), _address(_least_loaded(Phase.PREFILL, workers, avoid)))
 
 
-def _least_loaded(phase: Phase, workers: tuple[WorkerSnapshot, ...]) -> WorkerSnapshot:
+def _least_loaded(phase: Phase, workers: tuple[WorkerSnapshot, ...], avoid: Collection[str]) -> WorkerSnapshot:
     candidates = [worker for worker in workers if worker.info.role.takes(phase)]
     if not candidates:
         raise UnavailableError(f"No {phase.value} worker is available.")
-    return min(candidates, key=lambda worker: _load_key(phase, worker))
+    others = [worker for worker in candidates if worker.info.worker_id not in avoid]
+    return min(others or candidates, key=lambda worker: _load_key(phase, worker))
 
 
 def _load_key(phase: Phase, worker: WorkerSnapshot) -> tuple[float, int, int, str]:

@@ -26,6 +26,9 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  # the model's end tokens are in here unless ignore_eos
 
 
+MAX_STOP_TOKENS = 1024
+
+
 def check_sequence(
     prompt_token_ids: Sequence[int], sampling: SamplingParams, *, max_model_len: int, vocab_size: int
 ) -> None:
@@ -51,6 +54,8 @@ def check_sequence(
         )
     if not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < vocab_size:
         raise RequestError(f"Token ids of the prompt must be between 0 and {vocab_size - 1}.", "prompt")
+    if len(sampling.stop_token_ids) > MAX_STOP_TOKENS:
+        raise RequestError(f"There are more than {MAX_STOP_TOKENS} stop tokens.", "stop_token_ids")
     _check_range("temperature", sampling.temperature, 0.0, 2.0)
     _check_range("top_p", sampling.top_p, 0.0, 1.0)
     _check_range("top_k", sampling.top_k, 0, vocab_size)

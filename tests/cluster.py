@@ -290,7 +290,7 @@ async def local_cluster(
     colocated: int = 0,
     num_blocks: int = 256,
     limits: BatchLimits = ROOMY,
-    lease_ttl_s: float = 10.0,
+    lease_ttl_s: float = 30.0,
 ) -> AsyncIterator[LocalCluster]:
     """Starts workers named ``prefill-0``, ``decode-0`` and so on; at the end nothing may be left on a live one."""
     scheduler = InProcessScheduler()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
@@ -38,6 +39,7 @@ class DecodeRole:
         clock: Callable[[], float],
         channel_to: Callable[[str], grpc.aio.Channel],
         own_address: Callable[[], str],
+        failures: Counter[TransferFault],
     ) -> None:
         self._loop = loop
         self._clock = clock
@@ -45,6 +47,8 @@ class DecodeRole:
         self._own_address = own_address
         self._prefill_addresses: dict[str, str] = {}
         self._handoffs: dict[str, _Handoff] = {}
+        self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself holds its tasks only weakly
+        self._failures = failures
         loop.on_reserved = self._start_handoff
 
     async def generate(self, request: Request, prefill_address: str) -> AsyncGenerator[SampledToken, None]:
@@ -78,6 +82,8 @@ class DecodeRole:
         block_ids = manager.block_table(request.request_id)
         lease = manager.leases.open(uuid.uuid4().hex, request.request_id, block_ids, self._clock())
         task = asyncio.create_task(self._hand_off(request, lease))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         self._handoffs[request.request_id] = _Handoff(lease, task)
 
     def _end_handoff(self, request_id: str) -> None:
@@ -128,6 +134,7 @@ class DecodeRole:
             while True:
                 remaining = lease.expires_at_s - self._clock()
                 if remaining <= 0:
+                    self._failures[TransferFault.EXPIRED] += 1
                     raise TransferError(TransferFault.EXPIRED, "the prefill worker has not been heard of")
                 done, _ = await asyncio.wait({reading}, timeout=remaining)
                 if done:

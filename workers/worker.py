@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import grpc
 import torch
 
-from kvcache.errors import ResourceError
+from kvcache.errors import ResourceError, TransferFault
 from kvcache.manager import KVCacheManager
 from kvcache.storage import PagedStorage
 from kvcache.transfer import kv_transfer_pb2_grpc
@@ -36,11 +37,12 @@ class Worker:
         self.step_loop = StepLoop(Batcher(self.manager, options.limits), runner)
         self.address = ""
         self._channels = ChannelPool()
-        self._decode = DecodeRole(self.step_loop, time.monotonic, self._channels, lambda: self.address)
+        failures: Counter[TransferFault] = Counter()
+        self._decode = DecodeRole(self.step_loop, time.monotonic, self._channels, lambda: self.address, failures)
         self._prefill = PrefillRole(
             self.step_loop, storage, time.monotonic, self._channels, stall_timeout_s=options.lease_ttl_s
         )
-        self.transfers = KVTransferService(self.manager, storage, time.monotonic, self._decode.receive)
+        self.transfers = KVTransferService(self.manager, storage, time.monotonic, self._decode.receive, failures)
         self._server: grpc.aio.Server | None = None
         self._stepping: asyncio.Task[None] | None = None
 

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import cast
 
 from engine.metrics import Metrics
 from engine.outputs import TextDelta, TextEngine
@@ -77,10 +76,8 @@ class Fanout:
 
     async def _run_one(self, job: Job) -> AsyncGenerator[ChoiceDelta, None]:
         stream = self.engine.generate(job.prompt_token_ids, job.sampling, job.stop)
-        # The port promises an iterator that can be closed, which is a generator.
-        closable = cast("AsyncGenerator[TextDelta, None]", stream)
         with self.metrics.recorder(len(job.prompt_token_ids), self.started_s) as recorder:
-            async with aclosing(closable) as deltas:
+            async with aclosing(stream) as deltas:
                 async for delta in deltas:
                     recorder.on_delta(len(delta.token_ids), delta.finish_reason)
                     yield ChoiceDelta(job.index, delta)

@@ -38,6 +38,7 @@ class KVTransferService(pb_grpc.KVTransferServicer):
         storage: PagedStorage,
         clock: Callable[[], float],
         on_received: Callable[[ReceivedKV], None],
+        failures: Counter[TransferFault],
     ) -> None:
         self._manager = manager
         self._storage = storage
@@ -46,7 +47,7 @@ class KVTransferService(pb_grpc.KVTransferServicer):
         self.transfers = 0
         self.payload_bytes = 0
         self.receive_seconds = 0.0
-        self.failures: Counter[TransferFault] = Counter()
+        self.failures = failures
 
     async def Send(  # the name is gRPC's
         self,
@@ -59,6 +60,9 @@ class KVTransferService(pb_grpc.KVTransferServicer):
         except TransferError as error:
             self.failures[error.fault] += 1
             await refuse(context, error)
+        except asyncio.CancelledError:
+            self.failures[TransferFault.PEER_LOST] += 1
+            raise
         self.transfers += 1
         self.payload_bytes += received.payload_bytes
         self.receive_seconds += self._clock() - started

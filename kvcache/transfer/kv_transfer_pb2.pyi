@@ -60,16 +60,18 @@ class KVChunk(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layer: _Optional[int] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., checksum: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class TransferCommit(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "num_chunks", "first_token_id")
+    __slots__ = ("transfer_id", "epoch", "num_chunks", "first_token_id", "checksum")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     NUM_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     num_chunks: int
     first_token_id: int
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_chunks: _Optional[int] = ..., first_token_id: _Optional[int] = ...) -> None: ...
+    checksum: int
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_chunks: _Optional[int] = ..., first_token_id: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class TransferReceipt(_message.Message):
     __slots__ = ("payload_bytes",)

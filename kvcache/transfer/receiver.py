@@ -11,7 +11,7 @@ from kvcache.lease import BlockLease, LeaseState
 from kvcache.manager import KVCacheManager
 from kvcache.storage import PagedStorage
 from kvcache.transfer import kv_transfer_pb2 as pb
-from kvcache.transfer.wire import ChunkRange, chunk_checksum, spec_from_wire
+from kvcache.transfer.wire import ChunkRange, chunk_checksum, commit_checksum, spec_from_wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,9 @@ class IncomingTransfer:
                 f"transfer {message.transfer_id} lacks {missing} layer blocks,"
                 f" has {self._num_chunks} of {message.num_chunks} chunks",
             )
+        sealed = commit_checksum(message.transfer_id, message.epoch, message.num_chunks, message.first_token_id)
+        if sealed != message.checksum:
+            raise TransferError(TransferFault.BAD_CHECKSUM, f"the commit of transfer {message.transfer_id}")
         self._manager.leases.commit(self.lease)
         return ReceivedKV(self.lease.request_id, message.first_token_id, self.payload_bytes)
 

@@ -9,7 +9,7 @@ from kvcache.errors import TransferError, TransferFault
 from kvcache.lease import BlockLease
 from kvcache.storage import PagedStorage
 from kvcache.transfer import kv_transfer_pb2 as pb
-from kvcache.transfer.wire import make_chunk, plan_chunks, spec_to_wire
+from kvcache.transfer.wire import make_chunk, make_commit, plan_chunks, spec_to_wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,4 @@ def transfer_messages(
         payload = bytes(storage.read_blocks(chunk.layer, block_ids))
         yield pb.TransferMessage(chunk=make_chunk(target.transfer_id, target.epoch, chunk, payload))
         num_chunks += 1
-    yield pb.TransferMessage(
-        commit=pb.TransferCommit(
-            transfer_id=target.transfer_id,
-            epoch=target.epoch,
-            num_chunks=num_chunks,
-            first_token_id=first_token_id,
-        )
-    )
+    yield pb.TransferMessage(commit=make_commit(target.transfer_id, target.epoch, num_chunks, first_token_id))

@@ -15,7 +15,8 @@ MAX_CHUNK_BYTES = 1 << 20
 MAX_MESSAGE_BYTES = 16 << 20  # the gRPC limit: a chunk of one block may be larger than MAX_CHUNK_BYTES
 FAULT_METADATA_KEY = "twinpool-fault"
 
-_HEADER = struct.Struct("<QIII")
+_RANGE = struct.Struct("<QIII")
+_COMMIT = struct.Struct("<QII")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +39,25 @@ def plan_chunks(spec: KVCacheSpec, num_blocks: int, max_chunk_bytes: int = MAX_C
 def chunk_checksum(transfer_id: str, epoch: int, chunk: ChunkRange, payload: bytes | memoryview) -> int:
     """XXH3-64 over the header and the payload, so that a bit flipped in either is seen.
 
-    The header is the transfer id in UTF-8, then epoch (u64), layer, first block and block count (u32 each),
-    little-endian.
+    The header is the length of the transfer id (u32), the id in UTF-8, then epoch (u64), layer, first block and
+    block count (u32 each), little-endian.
     """
-    digest = xxhash.xxh3_64(transfer_id.encode())
-    digest.update(_HEADER.pack(epoch, chunk.layer, chunk.first_block, chunk.num_blocks))
+    digest = _digest_of(transfer_id)
+    digest.update(_RANGE.pack(epoch, chunk.layer, chunk.first_block, chunk.num_blocks))
     digest.update(payload)
     return digest.intdigest()
+
+
+def commit_checksum(transfer_id: str, epoch: int, num_chunks: int, first_token_id: int) -> int:
+    """XXH3-64 over the length of the transfer id (u32), the id, epoch (u64), chunk count and first token (u32 each)."""
+    digest = _digest_of(transfer_id)
+    digest.update(_COMMIT.pack(epoch, num_chunks, first_token_id))
+    return digest.intdigest()
+
+
+def _digest_of(transfer_id: str) -> xxhash.xxh3_64:
+    encoded = transfer_id.encode()
+    return xxhash.xxh3_64(len(encoded).to_bytes(4, "little") + encoded)
 
 
 def make_chunk(transfer_id: str, epoch: int, chunk: ChunkRange, payload: bytes) -> pb.KVChunk:
@@ -56,6 +69,16 @@ def make_chunk(transfer_id: str, epoch: int, chunk: ChunkRange, payload: bytes) 
         num_blocks=chunk.num_blocks,
         checksum=chunk_checksum(transfer_id, epoch, chunk, payload),
         payload=payload,
+    )
+
+
+def make_commit(transfer_id: str, epoch: int, num_chunks: int, first_token_id: int) -> pb.TransferCommit:
+    return pb.TransferCommit(
+        transfer_id=transfer_id,
+        epoch=epoch,
+        num_chunks=num_chunks,
+        first_token_id=first_token_id,
+        checksum=commit_checksum(transfer_id, epoch, num_chunks, first_token_id),
     )
 
 

@@ -12,7 +12,7 @@ import grpc
 from kvcache.spec import KVCacheSpec
 from kvcache.transfer import kv_transfer_pb2 as kv_pb
 from kvcache.transfer import kv_transfer_pb2_grpc as kv_pb_grpc
-from kvcache.transfer.wire import ChunkRange, make_chunk, spec_to_wire
+from kvcache.transfer.wire import ChunkRange, make_chunk, make_commit, spec_to_wire
 from scheduler.request import SamplingParams
 from tests.cluster import LocalCluster
 from workers import worker_pb2 as pb
@@ -75,12 +75,7 @@ class Handoff:
         return kv_pb.TransferMessage(chunk=chunk)
 
     def commit(self, num_chunks: int, first_token_id: int = 7) -> kv_pb.TransferMessage:
-        commit = kv_pb.TransferCommit(
-            transfer_id=self.request.transfer_id,
-            epoch=self.request.epoch,
-            num_chunks=num_chunks,
-            first_token_id=first_token_id,
-        )
+        commit = make_commit(self.request.transfer_id, self.request.epoch, num_chunks, first_token_id)
         return kv_pb.TransferMessage(commit=commit)
 
     def messages(self, spec: KVCacheSpec) -> list[kv_pb.TransferMessage]:

@@ -16,7 +16,7 @@ from tests.leaks import until
 
 pytestmark = pytest.mark.integration
 
-GIVEN_BACK_WITHIN_S = 1.0  # and a lease lasts ten seconds: it is not what gives the blocks back
+GIVEN_BACK_WITHIN_S = 8.0  # far above what it takes, far below the lease: it is not what gives the blocks back
 OTHERS = range(4)
 VICTIM_TOKENS = 300
 ONE_AT_A_TIME = BatchLimits(max_num_seqs=1, max_num_batched_tokens=64)
@@ -208,7 +208,7 @@ def test_many_clients_that_go_away_at_any_moment(checkpoint: TinyCheckpoint) -> 
                 await until(lambda v=victim, n=index % 4: v.num_tokens >= n, "the victim's tokens")  # type: ignore[misc]
                 await victim.go_away()
             for victim in victims:
-                await victim.check_gone(within_s=5)  # four busy workers share one event loop here
+                await victim.check_gone()
             await others
 
     asyncio.run(scenario())

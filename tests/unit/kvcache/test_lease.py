@@ -181,17 +181,9 @@ def test_renewing_gives_a_full_term_from_now(manager: KVCacheManager) -> None:
     close(manager, lease)
 
 
-def test_expired_lists_the_leases_whose_time_has_run_out(manager: KVCacheManager) -> None:
-    early, late = open_lease(manager, "early", now=0.0), open_lease(manager, "late", now=5.0)
-    assert manager.leases.expired(now=TTL_S - 0.001) == []
-    assert manager.leases.expired(now=TTL_S) == [early]
-    assert manager.leases.expired(now=5.0 + TTL_S) == [early, late]
-    close(manager, early, late)
-
-
 def test_an_expired_lease_keeps_its_blocks_until_it_is_aborted(manager: KVCacheManager) -> None:
     lease = open_lease(manager)
     manager.free("r")
-    assert manager.leases.expired(now=TTL_S) == [lease]
+    assert fault_of(manager, lease.transfer_id, 1, now=TTL_S) is TransferFault.EXPIRED
     assert manager.num_free == 6
     close(manager, lease)

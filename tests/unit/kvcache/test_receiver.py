@@ -100,6 +100,10 @@ def miscount(difference: int) -> Damage:
     return damage
 
 
+def change_first_token(handoff: Handoff) -> None:
+    handoff.commit.first_token_id ^= 1
+
+
 def change_epoch(which: int) -> Damage:
     def damage(handoff: Handoff) -> None:
         message = handoff.messages[which]
@@ -115,6 +119,7 @@ DAMAGES: dict[str, tuple[Damage, TransferFault]] = {
     "layer of another chunk": (flip_number("layer"), TransferFault.BAD_CHECKSUM),
     "first block of another chunk": (flip_number("first_block"), TransferFault.BAD_CHECKSUM),
     "number of blocks": (flip_number("num_blocks"), TransferFault.BAD_LENGTH),
+    "first token": (change_first_token, TransferFault.BAD_CHECKSUM),
     "epoch": (flip_number("epoch", bit=63), TransferFault.STALE_EPOCH),
     "transfer id": (rename_transfer, TransferFault.UNKNOWN_TRANSFER),
     "truncated by a byte": (resize_payload(2 * len(LAYER_BLOCK) - 1), TransferFault.BAD_LENGTH),

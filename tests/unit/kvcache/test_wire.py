@@ -17,6 +17,7 @@ from kvcache.transfer.wire import (
     MAX_MESSAGE_BYTES,
     ChunkRange,
     chunk_checksum,
+    commit_checksum,
     make_chunk,
     plan_chunks,
     spec_from_wire,
@@ -68,9 +69,25 @@ def test_the_checksum_is_over_header_and_payload_as_documented(
     transfer_id: str, epoch: int, chunk: ChunkRange, payload: bytes
 ) -> None:
     numbers = [chunk.layer, chunk.first_block, chunk.num_blocks]
-    layout = transfer_id.encode("utf-8") + epoch.to_bytes(8, "little")
+    encoded = transfer_id.encode("utf-8")
+    layout = len(encoded).to_bytes(4, "little") + encoded + epoch.to_bytes(8, "little")
     layout += b"".join(number.to_bytes(4, "little") for number in numbers) + payload
     assert chunk_checksum(transfer_id, epoch, chunk, payload) == xxhash.xxh3_64_intdigest(layout)
+
+
+def test_every_field_of_a_commit_changes_its_checksum_as_documented() -> None:
+    encoded = "übertragung".encode()
+    layout = len(encoded).to_bytes(4, "little") + encoded + (5).to_bytes(8, "little")
+    layout += (7).to_bytes(4, "little") + (11).to_bytes(4, "little")
+    sealed = commit_checksum("übertragung", 5, 7, 11)
+    assert sealed == xxhash.xxh3_64_intdigest(layout)
+    others = {
+        commit_checksum("ubertragung", 5, 7, 11),
+        commit_checksum("übertragung", 4, 7, 11),
+        commit_checksum("übertragung", 5, 6, 11),
+        commit_checksum("übertragung", 5, 7, 10),
+    }
+    assert len(others | {sealed}) == 5
 
 
 def test_every_bit_of_the_payload_changes_the_checksum() -> None:

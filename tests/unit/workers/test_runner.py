@@ -1,0 +1,63 @@
+"""A step of a real, tiny model: what happens to logits that are not numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvcache.spec import KVCacheSpec
+from kvcache.storage import PagedStorage
+from scheduler.batching import ScheduledChunk, StepPlan
+from scheduler.request import SamplingParams
+from workers.model.runner import ModelRunner, NotFiniteError, load_model
+
+POISON = 7
+SPEC = KVCacheSpec(num_layers=2, num_kv_heads=1, head_size=16, block_size=4, dtype="float32")
+GREEDY = SamplingParams(max_tokens=4, temperature=0.0)
+
+
+@pytest.fixture
+def storage() -> PagedStorage:
+    return PagedStorage(SPEC, num_blocks=8)
+
+
+@pytest.fixture
+def runner(tmp_path: Path, storage: PagedStorage) -> ModelRunner:
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=SPEC.num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(3)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path, "float32")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[POISON] = float("nan")  # type: ignore[operator]
+    return ModelRunner(model, storage)
+
+
+def chunk(request_id: str, token_ids: tuple[int, ...], start: int, block_table: tuple[int, ...]) -> ScheduledChunk:
+    return ScheduledChunk(request_id, token_ids, start, len(token_ids), block_table, GREEDY)
+
+
+def test_a_sequence_whose_logits_are_not_finite_gets_no_token(runner: ModelRunner) -> None:
+    with pytest.raises(NotFiniteError):
+        runner.execute(StepPlan((chunk("bad", (1, POISON, 2), 0, (0,)), chunk("good", (1, 2, 3), 0, (1,)))))
+
+
+def test_wiped_blocks_cannot_spoil_their_next_owner(runner: ModelRunner, storage: PagedStorage) -> None:
+    expected = runner.execute(StepPlan((chunk("good", (1, 2, 3, 4, 5, 6), 0, (2, 3)),)))
+    with pytest.raises(NotFiniteError):
+        runner.execute(StepPlan((chunk("bad", (POISON,) * 8, 0, (0, 1)),)))
+    assert any(layer.isnan().any() for layer in storage.layers)
+    runner.clear((0, 1))
+    assert not any(layer.isnan().any() for layer in storage.layers)
+    runner.execute(StepPlan((chunk("good", (1, 2, 3, 4, 5), 0, (0, 1)),)))
+    assert runner.execute(StepPlan((chunk("good", (6,), 5, (0, 1)),))) == expected
