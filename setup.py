@@ -35,7 +35,8 @@ DEV_REQUIRES = [
     "hypothesis>=6.150",  # property tests of pools, queues and the wire format
     "ruff>=0.15",  # lint and format
     "mypy>=1.19",
-    "types-tqdm",  # stubs of packages that ship none
+    "types-PyYAML",  # stubs of packages that ship none
+    "types-tqdm",
     "types-psutil",
     "types-protobuf",
     "types-grpcio",
