@@ -1,6 +1,6 @@
 """Packaging of Twinpool. Exact versions that were tested together stand in constraints.txt."""
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 # Lower bounds are what the code was written against; upper bounds stand where a major release is known to break.
 INSTALL_REQUIRES = [
@@ -46,6 +46,22 @@ DEV_REQUIRES = [
     "pre-commit>=4",
 ]
 
+# One build of the native decoder per instruction set; workers/native/library.py chooses at run time. Where there is
+# no compiler, or not this kind of processor, the build is skipped and the portable code serves.
+NATIVE_FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast"]
+NATIVE_BUILDS = {"decoder_avx2": "x86-64-v3", "decoder_avx512": "x86-64-v4"}
+EXTENSIONS = [
+    Extension(
+        f"workers.native.{name}",
+        ["workers/native/decoder.cpp"],
+        extra_compile_args=[*NATIVE_FLAGS, f"-march={instructions}"],
+        extra_link_args=["-fopenmp"],
+        language="c++",
+        optional=True,
+    )
+    for name, instructions in NATIVE_BUILDS.items()
+]
+
 setup(
     name="twinpool",
     version="0.1.0",
@@ -54,6 +70,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["kvcache*", "scheduler*", "workers*", "engine*", "benchmarks*"]),
     package_data={"": ["*.proto", "*.pyi"]},
+    ext_modules=EXTENSIONS,
     install_requires=INSTALL_REQUIRES,
     extras_require={"dev": DEV_REQUIRES},
     entry_points={"console_scripts": ["twinpool = engine.cli:main"]},

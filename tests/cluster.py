@@ -34,8 +34,9 @@ from tests.fakes import MODEL_NAME, tiny_backend
 from tests.leaks import check_no_leaks, until
 from workers import worker_pb2_grpc
 from workers.channels import ChannelPool
-from workers.model.runner import ModelRunner, load_model
+from workers.model.runner import ModelRunner, choose_step_model
 from workers.model.sampler import sample
+from workers.model.transformers_model import load_model
 from workers.worker import Worker
 from workers.worker_options import WorkerOptions
 
@@ -340,7 +341,8 @@ def _options(
 
 async def _start_worker(cluster: LocalCluster, options: WorkerOptions) -> None:
     storage = PagedStorage(options.spec, options.num_blocks)
-    runner = HookedRunner(load_model(Path(options.model_path), options.spec.dtype), storage)
+    model = load_model(Path(options.model_path), options.spec.dtype)
+    runner = HookedRunner(choose_step_model(model, options.spec, options.max_model_len, 1), storage)
     worker = Worker(options, runner, storage)
     await worker.start()
     cluster.workers[options.worker_id] = worker

@@ -21,7 +21,8 @@ from scheduler.types import DeviceProfile, Phase, WorkerInfo, WorkerLoad
 from workers import worker_pb2_grpc
 from workers.channels import SERVER_OPTIONS, ChannelPool
 from workers.decode import DecodeRole
-from workers.model.runner import ModelRunner, load_model
+from workers.model.runner import ModelRunner, choose_step_model
+from workers.model.transformers_model import load_model
 from workers.prefill import PrefillRole
 from workers.service import SequenceLimits, WorkerService
 from workers.step_loop import StepLoop
@@ -130,8 +131,9 @@ def build_worker(options: WorkerOptions) -> Worker:
     """
     torch.set_num_threads(options.num_threads)
     model = load_model(Path(options.model_path), options.spec.dtype)
+    step_model = choose_step_model(model, options.spec, options.max_model_len, options.num_threads)
     try:
         storage = PagedStorage(options.spec, options.num_blocks)
     except RuntimeError as error:  # torch's allocator
         raise ResourceError(f"No memory for {options.num_blocks} KV blocks: {error}") from error
-    return Worker(options, ModelRunner(model, storage), storage)
+    return Worker(options, ModelRunner(step_model, storage), storage)

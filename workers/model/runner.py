@@ -1,106 +1,51 @@
-"""Runs one step of any transformers causal language model over a paged KV cache."""
+"""One step: logits from the model, tokens from the sampler."""
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AttentionInterface, AutoModelForCausalLM
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.utils.logging import disable_progress_bar
 
-from kvcache.errors import ModelError, TwinpoolError
-from kvcache.storage import TORCH_DTYPES, PagedStorage
-from scheduler.batching import StepPlan
-from workers.model.attention.torch_backend import paged_attention
+from kvcache.errors import TwinpoolError
+from kvcache.spec import KVCacheSpec
+from kvcache.storage import PagedStorage
+from scheduler.batching import ScheduledChunk, StepPlan
+from scheduler.request import SamplingParams
+from workers.model.fused_decoder import FusedDecoder, find_misfit
 from workers.model.sampler import sample
-from workers.model.step_inputs import PagedAttentionInputs, build_step_inputs
+from workers.model.transformers_model import TransformersModel
 
-ATTENTION_NAME = "twinpool_paged"
-_NOT_SUPPORTED = ("sliding_window", "softcap", "s_aux", "head_mask")
-
-
-def _attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    paged_storage: PagedStorage | None = None,
-    paged_inputs: PagedAttentionInputs | None = None,
-    **kwargs: object,
-) -> tuple[torch.Tensor, None]:
-    """What transformers calls instead of its own attention.
-
-    ``query``, ``key`` and ``value`` are ``[1, heads, T, head_size]``; the result is ``[1, T, heads, head_size]``.
-    """
-    assert paged_storage is not None and paged_inputs is not None, "the model was called without a step's inputs"
-    for name in _NOT_SUPPORTED:
-        # The checkpoint's description refuses such models at load; this makes a gap there loud and not wrong.
-        if kwargs.get(name) is not None:
-            raise ModelError(f"{type(module).__name__} needs {name}, which paged attention does not do.")
-    attended = paged_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        paged_storage.layers[module.layer_idx],  # type: ignore[index]
-        paged_inputs,
-        scaling if scaling is not None else query.shape[-1] ** -0.5,
-    )
-    return attended.unsqueeze(0), None
+MAX_RELATIVE_DIFFERENCE = 1e-3  # of two float32 implementations' logits; rounding gives some 1e-6
+logger = logging.getLogger(__name__)
 
 
-def _no_mask(*_args: object, **_kwargs: object) -> None:
-    """Paged attention masks by itself; transformers need not build a mask."""
+class StepModel(Protocol):
+    """A model with a paged KV cache behind it."""
 
+    def logits(self, plan: StepPlan, storage: PagedStorage) -> torch.Tensor:
+        """Computes the chunks of ``plan`` and fills their KV in ``storage``.
 
-AttentionInterface.register(ATTENTION_NAME, _attention_forward)
-AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
-
-
-def load_model(path: Path, dtype: str, device: str = "cpu") -> nn.Module:
-    """Loads a checkpoint folder (safetensors only) with attention replaced by ours.
-
-    Raises:
-        ModelError: the weights cannot be read or do not fit the configuration.
-    """
-    disable_progress_bar()  # several workers load at once; the launcher shows how far they are
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=TORCH_DTYPES[dtype],
-            attn_implementation=ATTENTION_NAME,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-        return model.to(device).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"The model in {path} cannot be loaded: {error}") from error
+        Returns:
+            ``[S, vocabulary]``: one row for each chunk that has ``sampling``, in the order of the plan.
+        """
+        ...
 
 
 class NotFiniteError(TwinpoolError):
     """The model computed no usable logits."""
 
 
-def _check_finite(logits: torch.Tensor) -> None:
-    if not torch.isfinite(logits.amax(dim=-1)).all():  # the maximum of a row with a NaN is NaN
-        raise NotFiniteError("the model's logits are not finite")
-
-
 class ModelRunner:
-    """A model and its KV cache. ``execute`` may run on any one thread at a time."""
+    """A model and its KV cache. One thread at a time may call ``execute``."""
 
-    def __init__(self, model: nn.Module, storage: PagedStorage, device: str = "cpu") -> None:
+    def __init__(self, model: StepModel, storage: PagedStorage) -> None:
         self._model = model
         self._storage = storage
-        self._device = device
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> dict[str, int]:
         """Computes the chunks of ``plan``, fills their KV, and samples where a chunk has ``sampling``.
 
@@ -110,23 +55,65 @@ class ModelRunner:
         Raises:
             NotFiniteError: a sequence's logits hold NaN or infinity; no token was sampled for any.
         """
-        inputs = build_step_inputs(plan, self._storage.spec.block_size, self._device)
-        output = self._model(
-            input_ids=inputs.token_ids,
-            position_ids=inputs.positions,
-            use_cache=False,
-            logits_to_keep=inputs.sampled_rows,
-            paged_storage=self._storage,
-            paged_inputs=inputs.attention,
-        )
-        if not inputs.sampled_chunks:
+        logits = self._model.logits(plan, self._storage)
+        chunks = [chunk for chunk in plan.chunks if chunk.sampling is not None]
+        if not chunks:
             return {}
-        chunks = inputs.sampled_chunks
-        _check_finite(output.logits[0])
+        _check_finite(logits)
         params = [chunk.sampling for chunk in chunks if chunk.sampling is not None]
-        tokens = sample(output.logits[0], params, [chunk.end for chunk in chunks])
+        tokens = sample(logits, params, [chunk.end for chunk in chunks])
         return {chunk.request_id: token for chunk, token in zip(chunks, tokens, strict=True)}
 
     def clear(self, block_ids: Sequence[int]) -> None:
         """Wipes what a sequence that failed has written, so that no later owner of the blocks can read a NaN."""
         self._storage.clear_blocks(block_ids)
+
+
+def choose_step_model(model: nn.Module, spec: KVCacheSpec, max_model_len: int, num_threads: int) -> StepModel:
+    """The fastest way to run ``model`` that gives its results."""
+    reference = TransformersModel(model)
+    misfit = find_misfit(model, spec)
+    if misfit is None:
+        fused = FusedDecoder(model, spec, max_model_len, num_threads)
+        difference = relative_difference(reference, fused, spec)
+        if difference <= MAX_RELATIVE_DIFFERENCE:
+            return fused
+        misfit = f"its logits differ by {difference:.2g} of the largest"
+    logger.warning("This model runs through transformers: %s.", misfit)
+    return reference
+
+
+def relative_difference(reference: StepModel, other: StepModel, spec: KVCacheSpec) -> float:
+    """Runs the same few steps on both: how far the logits are apart, over the largest of them."""
+    plans = _comparison_plans(spec.block_size)
+    num_blocks = 1 + max(block for plan in plans for chunk in plan.chunks for block in chunk.block_table)
+    storages = PagedStorage(spec, num_blocks), PagedStorage(spec, num_blocks)
+    worst = 0.0
+    for plan in plans:
+        expected = reference.logits(plan, storages[0])
+        found = other.logits(plan, storages[1])
+        worst = max(worst, float((found - expected).abs().max() / expected.abs().max()))
+    return worst if math.isfinite(worst) else math.inf
+
+
+def _comparison_plans(block_size: int) -> tuple[StepPlan, ...]:
+    """A prompt in two chunks beside a single token that goes on, then both decoding."""
+    token_ids = tuple((37 * i + 11) % 97 for i in range(24))
+    long = tuple(range(-(-len(token_ids) // block_size)))
+    short = tuple(len(long) + block for block in range(-(-3 // block_size)))
+    greedy = SamplingParams(max_tokens=1, temperature=0.0)
+
+    def chunk(name: str, start: int, end: int) -> ScheduledChunk:
+        table = long if name == "long" else short
+        return ScheduledChunk(name, token_ids[start:end], start, end - start, table, greedy)
+
+    return (
+        StepPlan((chunk("long", 0, 13), chunk("short", 0, 1))),
+        StepPlan((chunk("short", 1, 2), chunk("long", 13, 21))),
+        StepPlan((chunk("long", 21, 22), chunk("short", 2, 3))),
+    )
+
+
+def _check_finite(logits: torch.Tensor) -> None:
+    if not torch.isfinite(logits.amax(dim=-1)).all():  # the maximum of a row with a NaN is NaN
+        raise NotFiniteError("the model's logits are not finite")

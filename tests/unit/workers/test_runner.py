@@ -12,7 +12,8 @@ from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import ScheduledChunk, StepPlan
 from scheduler.request import SamplingParams
-from workers.model.runner import ModelRunner, NotFiniteError, load_model
+from workers.model.runner import ModelRunner, NotFiniteError
+from workers.model.transformers_model import TransformersModel, load_model
 
 POISON = 7
 SPEC = KVCacheSpec(num_layers=2, num_kv_heads=1, head_size=16, block_size=4, dtype="float32")
@@ -40,7 +41,7 @@ def runner(tmp_path: Path, storage: PagedStorage) -> ModelRunner:
     model = load_model(tmp_path, "float32")
     with torch.no_grad():
         model.get_input_embeddings().weight[POISON] = float("nan")  # type: ignore[operator]
-    return ModelRunner(model, storage)
+    return ModelRunner(TransformersModel(model), storage)
 
 
 def chunk(request_id: str, token_ids: tuple[int, ...], start: int, block_table: tuple[int, ...]) -> ScheduledChunk:

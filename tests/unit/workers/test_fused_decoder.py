@@ -1,0 +1,193 @@
+"""The native decoder gives what the transformers model gives, in every build that this processor can run."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GemmaConfig, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from kvcache.spec import KVCacheSpec
+from kvcache.storage import PagedStorage
+from scheduler.batching import ScheduledChunk, StepPlan
+from scheduler.request import SamplingParams
+from workers.model.fused_decoder import FusedDecoder, find_misfit
+from workers.model.runner import choose_step_model
+from workers.model.transformers_model import TransformersModel, load_model
+from workers.native import library
+from workers.native.processor import processor_flags
+
+# Sizes that are multiples of nothing, so that every edge of the kernels is met.
+SHAPE: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 80,
+    "intermediate_size": 101,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SHAPE | {"num_attention_heads": 4, "hidden_size": 128}),
+    "llama, tied, llama3 rope": lambda: LlamaConfig(
+        **SHAPE | {"num_attention_heads": 5, "num_key_value_heads": 5},
+        tie_word_embeddings=True,
+        rope_parameters=LLAMA3_ROPE,
+    ),
+    "qwen2, biases": lambda: Qwen2Config(**SHAPE | {"num_attention_heads": 4, "hidden_size": 128}),
+    "qwen3, q and k norms": lambda: Qwen3Config(**SHAPE),
+}
+BUILDS = [
+    name
+    for name, needed in library.BUILDS
+    if needed <= processor_flags() and importlib.util.find_spec(f"workers.native.{name}") is not None
+]
+SEQUENCE_LENGTH = 200
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    library.load_library.cache_clear()
+
+
+@pytest.fixture(params=BUILDS)
+def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Makes one of the builds the only one there is."""
+    monkeypatch.setattr(library, "BUILDS", tuple(entry for entry in library.BUILDS if entry[0] == request.param))
+    library.load_library.cache_clear()
+    return str(request.param)
+
+
+def make_model(folder: Path, config: PreTrainedConfig) -> Any:
+    torch.manual_seed(11)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:  # ones and zeros would hide that they are used
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(folder)
+    return load_model(folder, "float32")
+
+
+def spec_of(config: Any, dtype: str = "float32", block_size: int = 16) -> KVCacheSpec:
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return KVCacheSpec(config.num_hidden_layers, config.num_key_value_heads, head_size, block_size, dtype)
+
+
+def steps(block_size: int) -> list[StepPlan]:
+    """Prefill, chunks off the block edges, decoding, and all of them mixed; blocks scattered and out of order."""
+    width = -(-SEQUENCE_LENGTH // block_size)
+    tables = [tuple(3 * block + which for block in reversed(range(width))) for which in range(3)]
+    greedy = SamplingParams(max_tokens=1, temperature=0.0)
+
+    def chunk(which: int, start: int, end: int, sampled: bool = True) -> ScheduledChunk:
+        token_ids = tuple((7 * which + 13 * position + position * position) % 131 for position in range(start, end))
+        return ScheduledChunk(str(which), token_ids, start, end - start, tables[which], greedy if sampled else None)
+
+    return [
+        StepPlan((chunk(0, 0, 150),)),
+        StepPlan((chunk(1, 0, 1), chunk(0, 150, 151), chunk(2, 0, 37, sampled=False))),
+        StepPlan((chunk(0, 151, 152), chunk(2, 37, 40), chunk(1, 1, 62))),
+        StepPlan((chunk(0, 152, 153), chunk(1, 62, 63), chunk(2, 40, 41))),
+        StepPlan((chunk(2, 41, 199), chunk(0, 153, 166))),
+    ]
+
+
+def assert_same_logits(model: Any, spec: KVCacheSpec, num_threads: int) -> None:
+    reference, fused = TransformersModel(model), FusedDecoder(model, spec, SEQUENCE_LENGTH, num_threads)
+    num_blocks = 3 * -(-SEQUENCE_LENGTH // spec.block_size)
+    storages = PagedStorage(spec, num_blocks), PagedStorage(spec, num_blocks)
+    for plan in steps(spec.block_size):
+        expected = reference.logits(plan, storages[0])
+        found = fused.logits(plan, storages[1])
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    for ours, theirs in zip(storages[1].layers, storages[0].layers, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_kv_equal_the_model_s(tmp_path: Path, build: str, name: str) -> None:
+    config = CONFIGS[name]()
+    model = make_model(tmp_path, config)
+    spec = spec_of(config)
+    assert find_misfit(model, spec) is None
+    assert_same_logits(model, spec, num_threads=1)
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 128])
+def test_any_block_size_and_two_threads_give_the_same(tmp_path: Path, build: str, block_size: int) -> None:
+    config = CONFIGS["llama"]()
+    assert_same_logits(make_model(tmp_path, config), spec_of(config, block_size=block_size), num_threads=2)
+
+
+def test_what_a_sequence_computes_does_not_depend_on_its_neighbours(tmp_path: Path, build: str) -> None:
+    config = CONFIGS["llama"]()
+    spec = spec_of(config)
+    fused = FusedDecoder(make_model(tmp_path, config), spec, SEQUENCE_LENGTH, 1)
+    storage = PagedStorage(spec, 60)
+    for plan in steps(spec.block_size)[:3]:
+        fused.logits(plan, storage)
+    together = steps(spec.block_size)[3]
+    alone = [fused.logits(StepPlan((chunk,)), storage) for chunk in together.chunks]
+    assert torch.equal(fused.logits(together, storage), torch.cat(alone))
+
+
+MISFITS: dict[str, tuple[Callable[[], PreTrainedConfig], str, str]] = {
+    "gelu": (lambda: LlamaConfig(**SHAPE | {"num_attention_heads": 4}, hidden_act="gelu"), "float32", "SiLU"),
+    "dtype": (lambda: LlamaConfig(**SHAPE | {"num_attention_heads": 4}), "bfloat16", "bfloat16"),
+    "head size": (lambda: LlamaConfig(**SHAPE | {"num_attention_heads": 4, "head_dim": 24}), "float32", "24"),
+    "mlp bias": (lambda: LlamaConfig(**SHAPE | {"num_attention_heads": 4}, mlp_bias=True), "float32", "MLP has biases"),
+    "another structure": (
+        lambda: GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=64),
+        "float32",
+        "list of decoder layers",
+    ),
+}
+
+
+@pytest.mark.skipif(not BUILDS, reason="no native build for this processor")
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_model_that_does_not_fit_is_named_and_left_to_transformers(tmp_path: Path, name: str) -> None:
+    make_config, dtype, reason = MISFITS[name]
+    config: Any = make_config()
+    model = AutoModelForCausalLM.from_config(config)
+    spec = spec_of(config, dtype) if name != "another structure" else KVCacheSpec(1, 2, 16, 16, dtype)
+    assert reason in (find_misfit(model, spec) or "")
+
+
+@pytest.mark.skipif(not BUILDS, reason="no native build for this processor")
+def test_a_model_that_only_looks_alike_is_found_out_at_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Gemma has Llama's modules, but its norms multiply by 1 + weight and its embeddings are scaled."""
+    config = GemmaConfig(**SHAPE | {"num_attention_heads": 4}, hidden_act="silu", hidden_activation="silu")
+    model = make_model(tmp_path, config)
+    assert find_misfit(model, spec_of(config)) is None
+    assert isinstance(choose_step_model(model, spec_of(config), 64, 1), TransformersModel)
+    assert "logits differ" in caplog.text
+
+
+def test_without_a_native_build_transformers_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "BUILDS", ())
+    library.load_library.cache_clear()
+    config = CONFIGS["llama"]()
+    model = make_model(tmp_path, config)
+    assert isinstance(choose_step_model(model, spec_of(config), 64, 1), TransformersModel)

@@ -1,0 +1,218 @@
+"""The common decoder, fast: a whole step in one native call, made from the weights of a loaded transformers model.
+
+Chosen by the structure of the modules and not by the model's name, and compared with the model it replaces when it
+is loaded. What does not fit stays with transformers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from kvcache.errors import ResourceError
+from kvcache.spec import KVCacheSpec
+from kvcache.storage import PagedStorage
+from scheduler.batching import StepPlan
+from workers.native.library import Sequence, Shape, Step, load_library
+
+HEAD_SIZE_MULTIPLE = 16  # the widest vector of any build
+FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})  # angles that depend on the position alone
+
+
+class LinearIndex(IntEnum):
+    """``TwinpoolLinear`` of decoder.cpp."""
+
+    QUERY = 0
+    KEY = 1
+    VALUE = 2
+    OUTPUT = 3
+    GATE = 4
+    UP = 5
+    DOWN = 6
+    HEAD = 7
+    EMBEDDING = 8
+
+
+class VectorIndex(IntEnum):
+    """``TwinpoolVector``."""
+
+    INPUT_NORM = 0
+    POST_NORM = 1
+    QUERY_NORM = 2
+    KEY_NORM = 3
+    FINAL_NORM = 4
+
+
+# A loaded model is typed Any here: whether it has the parts that are read below is what find_misfit finds out.
+
+
+def find_misfit(model: Any, spec: KVCacheSpec) -> str | None:
+    """Names the first thing about the model's structure that the fused decoder does not do, or None."""
+    if load_library() is None:
+        return "there is no native build for this processor"
+    if spec.dtype != "float32":
+        return f"the native decoder computes in float32, not {spec.dtype}"
+    if spec.head_size % HEAD_SIZE_MULTIPLE:
+        return f"the head size {spec.head_size} is no multiple of {HEAD_SIZE_MULTIPLE}"
+    body: Any = getattr(model, "model", None)
+    if not isinstance(getattr(body, "layers", None), nn.ModuleList):
+        return "there is no list of decoder layers"
+    if set(dict(body.named_children())) != {"embed_tokens", "layers", "norm", "rotary_emb"}:
+        return "the model has parts beside embedding, layers, norm and rotary embedding"
+    if not isinstance(getattr(model, "lm_head", None), nn.Linear) or model.lm_head.bias is not None:
+        return "there is no output head without bias"
+    if getattr(body.rotary_emb, "rope_type", None) not in FIXED_ROPE_TYPES:
+        return "its rotary embedding depends on the length of the sequence"
+    return next((problem for layer in body.layers if (problem := _layer_misfit(layer))), None)
+
+
+_LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def _layer_misfit(layer: Any) -> str | None:
+    if set(dict(layer.named_children())) != _LAYER_PARTS:
+        return f"a layer has the parts {sorted(dict(layer.named_children()))}"
+    attention = set(dict(layer.self_attn.named_children()))
+    if attention not in (_ATTENTION_PARTS, _ATTENTION_PARTS | {"q_norm", "k_norm"}):
+        return f"attention has the parts {sorted(attention)}"
+    mlp = dict(layer.mlp.named_children())
+    if not {"gate_proj", "up_proj", "down_proj"} <= set(mlp) <= {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        return f"the MLP has the parts {sorted(mlp)}"
+    activation = layer.mlp.act_fn
+    sample = torch.linspace(-4, 4, 9)
+    if not torch.allclose(activation(sample), nn.functional.silu(sample)):
+        return "the MLP's activation is not SiLU"
+    if any(linear.bias is not None for name, linear in mlp.items() if name != "act_fn"):
+        return "the MLP has biases"
+    if layer.self_attn.o_proj.bias is not None:
+        return "the attention's output has a bias"
+    return None
+
+
+class FusedDecoder:
+    """A decoder whose weights are packed for the native code. One thread at a time may call it.
+
+    The weights are copies: the model that they came from may be dropped.
+    """
+
+    def __init__(self, model: Any, spec: KVCacheSpec, max_model_len: int, num_threads: int) -> None:
+        library = load_library()
+        assert library is not None, "find_misfit was not asked"
+        self._library = library
+        self._num_threads = num_threads
+        config = model.config
+        self._vocab_size = int(config.vocab_size)
+        shape = Shape(
+            num_layers=spec.num_layers,
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_size=spec.head_size,
+            intermediate_size=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            block_size=spec.block_size,
+            norm_epsilon=config.rms_norm_eps,
+            attention_scale=model.model.layers[0].self_attn.scaling,
+        )
+        self._decoder = ctypes.c_void_p(library.twinpool_create(ctypes.byref(shape)))
+        if not self._decoder:
+            raise ResourceError("There is no memory for the native decoder.")
+        self._set_weights(model)
+        self._cosine, self._sine = _rotary_tables(model, max_model_len)
+
+    def __del__(self) -> None:
+        if getattr(self, "_decoder", None):
+            self._library.twinpool_destroy(self._decoder)
+
+    def logits(self, plan: StepPlan, storage: PagedStorage) -> torch.Tensor:
+        """See ``StepModel.logits``; in float32."""
+        chunks = plan.chunks
+        lengths = [len(chunk.token_ids) for chunk in chunks]
+        first_rows = [0, *itertools.accumulate(lengths)]
+        token_ids = np.fromiter(itertools.chain.from_iterable(chunk.token_ids for chunk in chunks), np.int64)
+        positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
+        cosine, sine = self._cosine[positions], self._sine[positions]
+        tables = [np.array(chunk.block_table, dtype=np.int64) for chunk in chunks]
+        sequences = (Sequence * len(chunks))(
+            *(
+                Sequence(first_rows[i], lengths[i], chunk.start, 0, tables[i].ctypes.data)
+                for i, chunk in enumerate(chunks)
+            )
+        )
+        sampled = [first_rows[i + 1] - 1 for i, chunk in enumerate(chunks) if chunk.sampling is not None]
+        sampled_rows = np.array(sampled, dtype=np.int64)
+        cache_layers = np.array([layer.data_ptr() for layer in storage.layers], dtype=np.uintp)
+        logits = np.empty((len(sampled), self._vocab_size), dtype=np.float32)
+        step = Step(
+            num_rows=first_rows[-1],
+            num_sequences=len(chunks),
+            num_sampled=len(sampled),
+            token_ids=token_ids.ctypes.data,
+            cosine=cosine.ctypes.data,
+            sine=sine.ctypes.data,
+            sequences=ctypes.addressof(sequences),
+            sampled_rows=sampled_rows.ctypes.data,
+            cache_layers=cache_layers.ctypes.data,
+            logits=logits.ctypes.data,
+        )
+        if self._library.twinpool_step(self._decoder, ctypes.byref(step), self._num_threads):
+            raise ResourceError(f"There is no memory for a step of {first_rows[-1]} tokens.")
+        return torch.from_numpy(logits)
+
+    def _set_weights(self, model: Any) -> None:
+        body = model.model
+        for index, layer in enumerate(body.layers):
+            attention, mlp = layer.self_attn, layer.mlp
+            for which, linear in (
+                (LinearIndex.QUERY, attention.q_proj),
+                (LinearIndex.KEY, attention.k_proj),
+                (LinearIndex.VALUE, attention.v_proj),
+                (LinearIndex.OUTPUT, attention.o_proj),
+                (LinearIndex.GATE, mlp.gate_proj),
+                (LinearIndex.UP, mlp.up_proj),
+                (LinearIndex.DOWN, mlp.down_proj),
+            ):
+                self._set_linear(index, which, linear.weight, linear.bias)
+            self._set_vector(index, VectorIndex.INPUT_NORM, layer.input_layernorm.weight)
+            self._set_vector(index, VectorIndex.POST_NORM, layer.post_attention_layernorm.weight)
+            if hasattr(attention, "q_norm"):
+                self._set_vector(index, VectorIndex.QUERY_NORM, attention.q_norm.weight)
+                self._set_vector(index, VectorIndex.KEY_NORM, attention.k_norm.weight)
+        self._set_vector(0, VectorIndex.FINAL_NORM, body.norm.weight)
+        head, embedding = model.lm_head.weight, body.embed_tokens.weight
+        self._set_linear(0, LinearIndex.HEAD, head, None)
+        if head.data_ptr() != embedding.data_ptr():
+            self._set_linear(0, LinearIndex.EMBEDDING, embedding, None)
+
+    def _set_linear(self, layer: int, which: LinearIndex, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        weight = weight.detach().float().contiguous()
+        bias = bias.detach().float().contiguous() if bias is not None else None
+        failed = self._library.twinpool_set_linear(
+            self._decoder,
+            layer,
+            int(which),
+            weight.data_ptr(),
+            bias.data_ptr() if bias is not None else None,
+            *weight.shape,
+        )
+        if failed:
+            raise ResourceError("There is no memory for the packed weights.")
+
+    def _set_vector(self, layer: int, which: VectorIndex, values: torch.Tensor) -> None:
+        values = values.detach().float().contiguous()
+        self._library.twinpool_set_vector(self._decoder, layer, int(which), values.data_ptr(), values.numel())
+
+
+def _rotary_tables(model: Any, max_model_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine of every position, each ``[max_model_len, head_size]`` float32, from the model's own module."""
+    positions = torch.arange(max_model_len).unsqueeze(0)
+    with torch.inference_mode():
+        cosine, sine = model.model.rotary_emb(torch.zeros(1, 1), positions)
+    return cosine[0].float().contiguous().numpy(), sine[0].float().contiguous().numpy()

@@ -1,0 +1,105 @@
+"""Level 1: any causal language model of transformers, its attention replaced by ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils.logging import disable_progress_bar
+
+from kvcache.errors import ModelError
+from kvcache.storage import TORCH_DTYPES, PagedStorage
+from scheduler.batching import StepPlan
+from workers.model.attention.torch_backend import paged_attention
+from workers.model.step_inputs import PagedAttentionInputs, build_step_inputs
+
+ATTENTION_NAME = "twinpool_paged"
+_NOT_SUPPORTED = ("sliding_window", "softcap", "s_aux", "head_mask")
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    paged_storage: PagedStorage | None = None,
+    paged_inputs: PagedAttentionInputs | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls instead of its own attention.
+
+    ``query``, ``key`` and ``value`` are ``[1, heads, T, head_size]``; the result is ``[1, T, heads, head_size]``.
+    """
+    assert paged_storage is not None and paged_inputs is not None, "the model was called without a step's inputs"
+    for name in _NOT_SUPPORTED:
+        # The checkpoint's description refuses such models at load; this makes a gap there loud and not wrong.
+        if kwargs.get(name) is not None:
+            raise ModelError(f"{type(module).__name__} needs {name}, which paged attention does not do.")
+    attended = paged_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        paged_storage.layers[module.layer_idx],  # type: ignore[index]
+        paged_inputs,
+        scaling if scaling is not None else query.shape[-1] ** -0.5,
+    )
+    return attended.unsqueeze(0), None
+
+
+def _no_mask(*_args: object, **_kwargs: object) -> None:
+    """Paged attention masks by itself; transformers need not build a mask."""
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention_forward)
+AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
+
+
+def load_model(path: Path, dtype: str, device: str = "cpu") -> nn.Module:
+    """Loads a checkpoint folder (safetensors only) with attention replaced by ours.
+
+    Raises:
+        ModelError: the weights cannot be read or do not fit the configuration.
+    """
+    disable_progress_bar()  # several workers load at once; the launcher shows how far they are
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=TORCH_DTYPES[dtype],
+            attn_implementation=ATTENTION_NAME,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        return model.to(device).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"The model in {path} cannot be loaded: {error}") from error
+
+
+class TransformersModel:
+    """A ``StepModel`` over a loaded model. One thread at a time may call it."""
+
+    def __init__(self, model: nn.Module, device: str = "cpu") -> None:
+        self._model = model
+        self._device = device
+
+    @torch.inference_mode()
+    def logits(self, plan: StepPlan, storage: PagedStorage) -> torch.Tensor:
+        """See ``StepModel.logits``."""
+        inputs = build_step_inputs(plan, storage.spec.block_size, self._device)
+        output = self._model(
+            input_ids=inputs.token_ids,
+            position_ids=inputs.positions,
+            use_cache=False,
+            logits_to_keep=inputs.sampled_rows,
+            paged_storage=storage,
+            paged_inputs=inputs.attention,
+        )
+        logits: torch.Tensor = output.logits[0]
+        row_of = {chunk.request_id: row for row, chunk in enumerate(inputs.sampled_chunks)}
+        return logits[[row_of[chunk.request_id] for chunk in plan.chunks if chunk.sampling is not None]]

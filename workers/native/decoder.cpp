@@ -1,0 +1,542 @@
+// One step of a decoder-only transformer on a CPU, in one call: embedding, every layer, final norm, logits.
+//
+// Built several times from this file, once per instruction set (see setup.py); workers/native/library.py chooses at
+// run time. Vectors are GCC vector extensions, so the same source gives AVX2, AVX-512 or NEON code.
+//
+// A linear layer's weights are packed into panels of kPanel output columns, k-major:
+//
+//     panel p:  [k = 0: w[p*kPanel + 0 .. kPanel-1][0]]  [k = 1: ...]  ...  [k = K-1: ...]
+//
+// so that a small batch streams them from memory once, in order, and a large one reuses a panel from the cache
+// (Goto, van de Geijn: Anatomy of High-Performance Matrix Multiplication, TOMS 2008). Attention packs keys and
+// values of a prompt into the same panels and runs on the same inner kernel.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include <omp.h>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kTileRows = 12;  // 24 of 32 registers accumulate
+#else
+constexpr int kLanes = 8;
+constexpr int kTileRows = 6;  // 12 of 16
+#endif
+constexpr int kPanel = 2 * kLanes;
+constexpr int64_t kRowBlock = 144;  // rows of activations that stay in the second-level cache
+constexpr int64_t kQueryBlock = 48;  // queries of one head that share packed keys and values
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+
+inline Vec load(const float* from) {
+  Vec value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
+
+inline float sum(Vec value) {
+  float total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += value[lane];
+  return total;
+}
+
+// exp to about 2 units in the last place: 2^n * p(r), with the polynomial of Cephes' expf (Moshier, 1989).
+inline Vec exponential(Vec x) {
+  x = x < -87.0f ? Vec{} - 87.0f : x;
+  x = x > 88.0f ? Vec{} + 88.0f : x;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = x * 1.44269504f + kRound;
+  const Vec n = shifted - kRound;
+  const Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Vec p = Vec{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  IntVec exponent;
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  exponent = (exponent - 0x4B400000 + 127) << 23;
+  Vec scale;
+  std::memcpy(&scale, &exponent, sizeof scale);
+  return p * scale;
+}
+
+// A buffer that only grows.
+class Scratch {
+ public:
+  float* get(int64_t size) {
+    if (static_cast<int64_t>(data_.size()) < size) data_.resize(size);
+    return data_.data();
+  }
+
+ private:
+  std::vector<float> data_;
+};
+
+// c[rows][kPanel] (+)= a[rows][depth] * panel[depth][kPanel]
+template <int kRows, bool kAccumulate>
+void tile(const float* a, int64_t a_stride, const float* panel, int64_t depth, float* c, int64_t c_stride) {
+  Vec left[kRows] = {}, right[kRows] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    const Vec b0 = load(panel + k * kPanel), b1 = load(panel + k * kPanel + kLanes);
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row) {
+      const float value = a[row * a_stride + k];
+      left[row] += value * b0;
+      right[row] += value * b1;
+    }
+  }
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row) {
+    float* out = c + row * c_stride;
+    if (kAccumulate) {
+      left[row] += load(out);
+      right[row] += load(out + kLanes);
+    }
+    store(out, left[row]);
+    store(out + kLanes, right[row]);
+  }
+}
+
+template <bool kAccumulate, int kRows = kTileRows>
+void tile_of(int64_t rows, const float* a, int64_t a_stride, const float* panel, int64_t depth, float* c,
+             int64_t c_stride) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return tile_of<kAccumulate, kRows - 1>(rows, a, a_stride, panel, depth, c, c_stride);
+  }
+  tile<kRows, kAccumulate>(a, a_stride, panel, depth, c, c_stride);
+}
+
+int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+
+// A linear layer y = x W^T + b with W of [columns][depth].
+struct Linear {
+  int64_t columns = 0, depth = 0;
+  std::vector<float> packed;
+  std::vector<float> bias;  // empty, or padded to whole panels
+
+  void pack(const float* weight, int64_t new_columns, int64_t new_depth) {
+    columns = new_columns;
+    depth = new_depth;
+    packed.resize(panels_of(columns) * kPanel * depth);
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < panels_of(columns); ++p) {
+      float* to = packed.data() + p * kPanel * depth;
+      const int64_t width = std::min<int64_t>(kPanel, columns - p * kPanel);
+      const float* from = weight + p * kPanel * depth;
+      for (int64_t k = 0; k < depth; ++k, to += kPanel) {
+        for (int64_t column = 0; column < width; ++column) to[column] = from[column * depth + k];
+        std::fill(to + width, to + kPanel, 0.0f);
+      }
+    }
+  }
+
+  const float* panel(int64_t index) const { return packed.data() + index * kPanel * depth; }
+
+  // Row `column` of W: how tied embeddings are read without a second copy.
+  void row(int64_t column, float* to) const {
+    const float* from = panel(column / kPanel) + column % kPanel;
+    for (int64_t k = 0; k < depth; ++k) to[k] = from[k * kPanel];
+  }
+};
+
+// y (+)= x W^T (+ b), row-major, rows of `columns` floats.
+template <bool kAccumulate>
+void linear(const Linear& layer, const float* x, int64_t rows, float* y, int num_threads) {
+  const int64_t num_panels = panels_of(layer.columns);
+#pragma omp parallel num_threads(num_threads)
+  for (int64_t block = 0; block < rows; block += kRowBlock) {
+    const int64_t block_rows = std::min(kRowBlock, rows - block);
+#pragma omp for schedule(static) nowait
+    for (int64_t p = 0; p < num_panels; ++p) {
+      const int64_t width = std::min<int64_t>(kPanel, layer.columns - p * kPanel);
+      for (int64_t row = 0; row < block_rows; row += kTileRows) {
+        const int64_t tile_rows = std::min<int64_t>(kTileRows, block_rows - row);
+        const float* a = x + (block + row) * layer.depth;
+        float* c = y + (block + row) * layer.columns + p * kPanel;
+        if (width == kPanel && layer.bias.empty()) {
+          tile_of<kAccumulate>(tile_rows, a, layer.depth, layer.panel(p), layer.depth, c, layer.columns);
+          continue;
+        }
+        float edge[kTileRows * kPanel];
+        tile_of<false>(tile_rows, a, layer.depth, layer.panel(p), layer.depth, edge, kPanel);
+        for (int64_t i = 0; i < tile_rows; ++i)
+          for (int64_t j = 0; j < width; ++j) {
+            float value = edge[i * kPanel + j];
+            if (!layer.bias.empty()) value += layer.bias[p * kPanel + j];
+            c[i * layer.columns + j] = kAccumulate ? c[i * layer.columns + j] + value : value;
+          }
+      }
+    }
+  }
+}
+
+// out = silu(x G^T) * (x U^T): gate and up side by side, so that neither is ever written.
+void gated(const Linear& gate, const Linear& up, const float* x, int64_t rows, float* out, int num_threads) {
+  const int64_t num_panels = panels_of(gate.columns);
+#pragma omp parallel num_threads(num_threads)
+  for (int64_t block = 0; block < rows; block += kRowBlock) {
+    const int64_t block_rows = std::min(kRowBlock, rows - block);
+#pragma omp for schedule(static) nowait
+    for (int64_t p = 0; p < num_panels; ++p) {
+      const int64_t width = std::min<int64_t>(kPanel, gate.columns - p * kPanel);
+      float g[kTileRows * kPanel], u[kTileRows * kPanel];
+      for (int64_t row = 0; row < block_rows; row += kTileRows) {
+        const int64_t tile_rows = std::min<int64_t>(kTileRows, block_rows - row);
+        const float* a = x + (block + row) * gate.depth;
+        tile_of<false>(tile_rows, a, gate.depth, gate.panel(p), gate.depth, g, kPanel);
+        tile_of<false>(tile_rows, a, up.depth, up.panel(p), up.depth, u, kPanel);
+        for (int64_t i = 0; i < tile_rows; ++i) {
+          for (int half = 0; half < kPanel; half += kLanes) {
+            const Vec value = load(g + i * kPanel + half);
+            store(g + i * kPanel + half, value / (1.0f + exponential(-value)) * load(u + i * kPanel + half));
+          }
+          std::memcpy(out + (block + row + i) * gate.columns + p * kPanel, g + i * kPanel, width * sizeof(float));
+        }
+      }
+    }
+  }
+}
+
+void rms_norm(const float* x, const std::vector<float>& weight, float epsilon, int64_t size, float* out) {
+  double squares = 0;
+  for (int64_t i = 0; i < size; ++i) squares += static_cast<double>(x[i]) * x[i];
+  const float scale = 1.0f / std::sqrt(static_cast<float>(squares / size) + epsilon);
+  for (int64_t i = 0; i < size; ++i) out[i] = x[i] * scale * weight[i];
+}
+
+// Turns pairs (i, i + size/2) by the position's angle (Su et al.: RoFormer, 2021), in the half-split layout.
+void rotate(float* x, const float* cosine, const float* sine, int64_t size) {
+  const int64_t half = size / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float first = x[i], second = x[i + half];
+    x[i] = first * cosine[i] - second * sine[i];
+    x[i + half] = second * cosine[i + half] + first * sine[i + half];
+  }
+}
+
+// Scores of one query become weights that sum to one; whatever lies beyond `count` up to `padded` becomes 0.
+void softmax(float* scores, int64_t count, int64_t padded, float scale) {
+  float highest = scores[0];
+  for (int64_t i = 1; i < count; ++i) highest = std::max(highest, scores[i]);
+  for (int64_t i = count; i < padded; ++i) scores[i] = -INFINITY;
+  Vec total = {};
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const Vec value = exponential((load(scores + i) - highest) * scale);
+    store(scores + i, value);
+    total += value;
+  }
+  float surplus = 0;  // exponential() ends at e^-87, which is not quite 0
+  for (int64_t i = count; i < padded; ++i) {
+    surplus += scores[i];
+    scores[i] = 0;
+  }
+  const float inverse = 1.0f / (sum(total) - surplus);
+  for (int64_t i = 0; i < count; ++i) scores[i] *= inverse;
+}
+
+}  // namespace
+
+extern "C" {
+
+struct TwinpoolShape {
+  int32_t num_layers, hidden_size, num_heads, num_kv_heads, head_size, intermediate_size, vocab_size, block_size;
+  float norm_epsilon, attention_scale;
+};
+
+// One sequence of a step. Its tokens are rows first_row .. first_row + num_rows - 1, at positions start ...
+struct TwinpoolSequence {
+  int32_t first_row, num_rows, start, reserved;
+  const int64_t* block_table;
+};
+
+struct TwinpoolStep {
+  int64_t num_rows, num_sequences, num_sampled;
+  const int64_t* token_ids;          // [num_rows]
+  const float* cosine;               // [num_rows][head_size]
+  const float* sine;                 // [num_rows][head_size]
+  const TwinpoolSequence* sequences;
+  const int64_t* sampled_rows;       // [num_sampled]
+  float* const* cache_layers;        // per layer: [num_blocks][2][num_kv_heads][block_size][head_size]
+  float* logits;                     // [num_sampled][vocab_size]
+};
+
+enum TwinpoolLinear { kQuery = 0, kKey, kValue, kOutput, kGate, kUp, kDown, kHead, kEmbedding };
+enum TwinpoolVector { kInputNorm = 0, kPostNorm, kQueryNorm, kKeyNorm, kFinalNorm };
+}
+
+namespace {
+
+struct Layer {
+  Linear linears[kDown + 1];
+  std::vector<float> norms[kKeyNorm + 1];
+};
+
+struct Decoder {
+  TwinpoolShape shape;
+  std::vector<Layer> layers;
+  Linear head;
+  std::vector<float> embedding;  // empty when tied to the head
+  std::vector<float> final_norm;
+  Scratch hidden, normed, query, key, value, attended, gated_rows;
+  std::vector<Scratch> per_thread;
+};
+
+struct Work {
+  int32_t sequence, kv_head, first_query, num_queries;
+};
+
+// Where block `index` of a sequence keeps the keys (part 0) or values (part 1) of one head: [block_size][head_size].
+inline float* block_of(const Decoder& m, float* cache, const TwinpoolSequence& s, int64_t index, int part, int kv_head) {
+  const TwinpoolShape& d = m.shape;
+  const int64_t head = static_cast<int64_t>(d.block_size) * d.head_size;
+  return cache + ((s.block_table[index] * 2 + part) * d.num_kv_heads + kv_head) * head;
+}
+
+void write_cache(const Decoder& m, float* cache, const TwinpoolSequence& s, const float* key, const float* value) {
+  const TwinpoolShape& d = m.shape;
+  const int64_t stride = static_cast<int64_t>(d.num_kv_heads) * d.head_size;
+  for (int32_t i = 0; i < s.num_rows; ++i) {
+    const int64_t position = s.start + i, offset = position % d.block_size * d.head_size;
+    for (int kv_head = 0; kv_head < d.num_kv_heads; ++kv_head) {
+      const int64_t from = (s.first_row + i) * stride + kv_head * d.head_size;
+      std::memcpy(block_of(m, cache, s, position / d.block_size, 0, kv_head) + offset, key + from,
+                  d.head_size * sizeof(float));
+      std::memcpy(block_of(m, cache, s, position / d.block_size, 1, kv_head) + offset, value + from,
+                  d.head_size * sizeof(float));
+    }
+  }
+}
+
+// One new token: every query head of the group against each block, straight from the cache.
+void attend_one(Decoder& m, float* cache, const TwinpoolSequence& s, int kv_head, const float* query, float* out,
+                Scratch& scratch) {
+  const TwinpoolShape& d = m.shape;
+  const int64_t count = s.start + 1, padded = (count + kLanes - 1) / kLanes * kLanes;
+  const int group = d.num_heads / d.num_kv_heads;
+  const int64_t head = d.head_size, row = static_cast<int64_t>(s.first_row) * d.num_heads * head;
+  float* scores = scratch.get(group * padded);
+  for (int64_t index = 0; index * d.block_size < count; ++index) {
+    const float* keys = block_of(m, cache, s, index, 0, kv_head);
+    const int64_t tokens = std::min<int64_t>(d.block_size, count - index * d.block_size);
+    for (int g = 0; g < group; ++g) {
+      const float* q = query + row + (kv_head * group + g) * head;
+      for (int64_t t = 0; t < tokens; ++t) {
+        Vec products = {};
+        for (int64_t i = 0; i < head; i += kLanes) products += load(q + i) * load(keys + t * head + i);
+        scores[g * padded + index * d.block_size + t] = sum(products);
+      }
+    }
+  }
+  for (int g = 0; g < group; ++g) {
+    softmax(scores + g * padded, count, padded, d.attention_scale);
+    std::memset(out + row + (kv_head * group + g) * head, 0, head * sizeof(float));
+  }
+  for (int64_t index = 0; index * d.block_size < count; ++index) {
+    const float* values = block_of(m, cache, s, index, 1, kv_head);
+    const int64_t tokens = std::min<int64_t>(d.block_size, count - index * d.block_size);
+    for (int g = 0; g < group; ++g) {
+      const float* weights = scores + g * padded + index * d.block_size;
+      float* o = out + row + (kv_head * group + g) * head;
+      for (int64_t i = 0; i < head; i += kLanes) {
+        Vec total = load(o + i);
+        for (int64_t t = 0; t < tokens; ++t) total += weights[t] * load(values + t * head + i);
+        store(o + i, total);
+      }
+    }
+  }
+}
+
+// Some queries of a prompt chunk: keys and values are packed into panels, then it is two matrix products.
+void attend_many(Decoder& m, float* cache, const TwinpoolSequence& s, const Work& work, const float* query, float* out,
+                 Scratch& scratch) {
+  const TwinpoolShape& d = m.shape;
+  const int group = d.num_heads / d.num_kv_heads;
+  const int64_t head = d.head_size, stride = static_cast<int64_t>(d.num_heads) * head;
+  const int64_t last = s.start + work.first_query + work.num_queries;  // keys that any of the queries sees
+  const int64_t padded = panels_of(last) * kPanel, value_panels = panels_of(head);
+  float* keys = scratch.get(padded * head + value_panels * kPanel * padded + kTileRows * (padded + value_panels * kPanel));
+  float* values = keys + padded * head;
+  float* scores = values + value_panels * kPanel * padded;
+  float* result = scores + kTileRows * padded;
+  std::memset(keys + (padded - kPanel) * head, 0, kPanel * head * sizeof(float));
+  std::memset(values, 0, value_panels * kPanel * padded * sizeof(float));
+  for (int64_t t = 0; t < last; ++t) {
+    const int64_t offset = t % d.block_size * head;
+    const float* k = block_of(m, cache, s, t / d.block_size, 0, work.kv_head) + offset;
+    const float* v = block_of(m, cache, s, t / d.block_size, 1, work.kv_head) + offset;
+    float* key_panel = keys + t / kPanel * kPanel * head + t % kPanel;
+    for (int64_t i = 0; i < head; ++i) key_panel[i * kPanel] = k[i];
+    for (int64_t i = 0; i < head; ++i) values[(i / kPanel * padded + t) * kPanel + i % kPanel] = v[i];
+  }
+  for (int g = 0; g < group; ++g) {
+    for (int64_t first = work.first_query; first < work.first_query + work.num_queries; first += kTileRows) {
+      const int64_t rows = std::min<int64_t>(kTileRows, work.first_query + work.num_queries - first);
+      const int64_t at = (s.first_row + first) * stride + (work.kv_head * group + g) * head;
+      const int64_t seen = s.start + first + rows, panels = panels_of(seen);
+      for (int64_t p = 0; p < panels; ++p)
+        tile_of<false>(rows, query + at, stride, keys + p * kPanel * head, head, scores + p * kPanel, padded);
+      for (int64_t i = 0; i < rows; ++i)
+        softmax(scores + i * padded, s.start + first + i + 1, panels * kPanel, d.attention_scale);
+      for (int64_t p = 0; p < value_panels; ++p)
+        tile_of<false>(rows, scores, padded, values + p * padded * kPanel, seen, result + p * kPanel,
+                       value_panels * kPanel);
+      for (int64_t i = 0; i < rows; ++i)
+        std::memcpy(out + at + i * stride, result + i * value_panels * kPanel, head * sizeof(float));
+    }
+  }
+}
+
+std::vector<Work> split_attention(const Decoder& m, const TwinpoolStep& step) {
+  std::vector<Work> items;
+  for (int32_t index = 0; index < step.num_sequences; ++index)
+    for (int32_t kv_head = 0; kv_head < m.shape.num_kv_heads; ++kv_head)
+      for (int32_t first = 0; first < step.sequences[index].num_rows; first += kQueryBlock)
+        items.push_back({index, kv_head, first,
+                         static_cast<int32_t>(std::min<int64_t>(kQueryBlock, step.sequences[index].num_rows - first))});
+  // Later queries see more keys: the longest first, so that the threads end together.
+  std::stable_sort(items.begin(), items.end(), [&](const Work& a, const Work& b) {
+    const TwinpoolSequence &s = step.sequences[a.sequence], &t = step.sequences[b.sequence];
+    return static_cast<int64_t>(s.start + a.first_query) * a.num_queries >
+           static_cast<int64_t>(t.start + b.first_query) * b.num_queries;
+  });
+  return items;
+}
+
+void attend(Decoder& m, const TwinpoolStep& step, const std::vector<Work>& items, float* cache, const float* query,
+            float* out, int num_threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads)
+  for (size_t i = 0; i < items.size(); ++i) {
+    const TwinpoolSequence& s = step.sequences[items[i].sequence];
+    Scratch& scratch = m.per_thread[omp_get_thread_num()];
+    if (s.num_rows == 1)
+      attend_one(m, cache, s, items[i].kv_head, query, out, scratch);
+    else
+      attend_many(m, cache, s, items[i], query, out, scratch);
+  }
+}
+
+void norm_rows(const float* x, const std::vector<float>& weight, float epsilon, int64_t rows, int64_t size, float* out,
+               int num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+  for (int64_t row = 0; row < rows; ++row) rms_norm(x + row * size, weight, epsilon, size, out + row * size);
+}
+
+void prepare_heads(const Layer& layer, const TwinpoolShape& d, const TwinpoolStep& step, float* query, float* key,
+                   int num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+  for (int64_t row = 0; row < step.num_rows; ++row) {
+    const float *cosine = step.cosine + row * d.head_size, *sine = step.sine + row * d.head_size;
+    for (int which = 0; which < 2; ++which) {
+      const int num_heads = which == 0 ? d.num_heads : d.num_kv_heads;
+      const std::vector<float>& norm = layer.norms[which == 0 ? kQueryNorm : kKeyNorm];
+      float* x = (which == 0 ? query : key) + row * num_heads * d.head_size;
+      for (int head = 0; head < num_heads; ++head, x += d.head_size) {
+        if (!norm.empty()) rms_norm(x, norm, d.norm_epsilon, d.head_size, x);
+        rotate(x, cosine, sine, d.head_size);
+      }
+    }
+  }
+}
+
+void run(Decoder& m, const TwinpoolStep& step, int num_threads) {
+  const TwinpoolShape& d = m.shape;
+  const int64_t rows = step.num_rows, size = d.hidden_size;
+  const int64_t query_size = static_cast<int64_t>(d.num_heads) * d.head_size;
+  const int64_t kv_size = static_cast<int64_t>(d.num_kv_heads) * d.head_size;
+  float *x = m.hidden.get(rows * size), *normed = m.normed.get(std::max(rows, step.num_sampled) * size);
+  float *query = m.query.get(rows * query_size), *attended = m.attended.get(rows * query_size);
+  float *key = m.key.get(rows * kv_size), *value = m.value.get(rows * kv_size);
+  float* gated_rows = m.gated_rows.get(rows * d.intermediate_size);
+  if (static_cast<int>(m.per_thread.size()) < num_threads) m.per_thread.resize(num_threads);
+  const std::vector<Work> items = split_attention(m, step);
+
+  for (int64_t row = 0; row < rows; ++row) {
+    if (m.embedding.empty())
+      m.head.row(step.token_ids[row], x + row * size);
+    else
+      std::memcpy(x + row * size, m.embedding.data() + step.token_ids[row] * size, size * sizeof(float));
+  }
+  for (int32_t index = 0; index < d.num_layers; ++index) {
+    const Layer& layer = m.layers[index];
+    float* cache = step.cache_layers[index];
+    norm_rows(x, layer.norms[kInputNorm], d.norm_epsilon, rows, size, normed, num_threads);
+    linear<false>(layer.linears[kQuery], normed, rows, query, num_threads);
+    linear<false>(layer.linears[kKey], normed, rows, key, num_threads);
+    linear<false>(layer.linears[kValue], normed, rows, value, num_threads);
+    prepare_heads(layer, d, step, query, key, num_threads);
+    for (int64_t i = 0; i < step.num_sequences; ++i) write_cache(m, cache, step.sequences[i], key, value);
+    attend(m, step, items, cache, query, attended, num_threads);
+    linear<true>(layer.linears[kOutput], attended, rows, x, num_threads);
+    norm_rows(x, layer.norms[kPostNorm], d.norm_epsilon, rows, size, normed, num_threads);
+    gated(layer.linears[kGate], layer.linears[kUp], normed, rows, gated_rows, num_threads);
+    linear<true>(layer.linears[kDown], gated_rows, rows, x, num_threads);
+  }
+  for (int64_t i = 0; i < step.num_sampled; ++i)
+    rms_norm(x + step.sampled_rows[i] * size, m.final_norm, d.norm_epsilon, size, normed + i * size);
+  linear<false>(m.head, normed, step.num_sampled, step.logits, num_threads);
+}
+
+}  // namespace
+
+extern "C" {
+
+void* twinpool_create(const TwinpoolShape* shape) {
+  Decoder* m = new (std::nothrow) Decoder;
+  if (m != nullptr) {
+    m->shape = *shape;
+    m->layers.resize(shape->num_layers);
+  }
+  return m;
+}
+
+void twinpool_destroy(void* decoder) { delete static_cast<Decoder*>(decoder); }
+
+// weight: [columns][depth]; bias: [columns] or null. The caller's memory is not kept. Returns 0, or 1 without memory.
+int twinpool_set_linear(void* decoder, int layer, int which, const float* weight, const float* bias, int64_t columns,
+                        int64_t depth) {
+  Decoder* m = static_cast<Decoder*>(decoder);
+  try {
+    if (which == kEmbedding) {
+      m->embedding.assign(weight, weight + columns * depth);
+      return 0;
+    }
+    Linear& linear = which == kHead ? m->head : m->layers[layer].linears[which];
+    linear.pack(weight, columns, depth);
+    if (bias != nullptr) {
+      linear.bias.assign(panels_of(columns) * kPanel, 0.0f);
+      std::copy(bias, bias + columns, linear.bias.begin());
+    }
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
+
+void twinpool_set_vector(void* decoder, int layer, int which, const float* values, int64_t size) {
+  Decoder* m = static_cast<Decoder*>(decoder);
+  (which == kFinalNorm ? m->final_norm : m->layers[layer].norms[which]).assign(values, values + size);
+}
+
+// Returns 0, or 1 without memory for the step.
+int twinpool_step(void* decoder, const TwinpoolStep* step, int num_threads) {
+  try {
+    run(*static_cast<Decoder*>(decoder), *step, num_threads);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
+}

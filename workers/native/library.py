@@ -1,0 +1,107 @@
+"""Finds the build of the native decoder that this processor can run."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from pathlib import Path
+
+from workers.native.processor import processor_flags
+
+# Best first: name of the build (see setup.py) and the processor flags that it needs.
+BUILDS = (
+    ("decoder_avx512", frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})),
+    ("decoder_avx2", frozenset({"avx2", "fma", "bmi2", "f16c"})),
+)
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """The fastest build that is installed and that this processor can run; None where there is none."""
+    flags = processor_flags()
+    for name, needed in BUILDS:
+        path = _path_of(name)
+        if path is not None and needed <= flags:
+            return _declare(ctypes.CDLL(str(path)))
+    return None
+
+
+def _path_of(name: str) -> Path | None:
+    # Found as the import system finds an extension module, though it is none: it is called through ctypes.
+    found = importlib.util.find_spec(f"workers.native.{name}")
+    return Path(found.origin) if found is not None and found.origin is not None else None
+
+
+class Shape(ctypes.Structure):
+    """``TwinpoolShape`` of decoder.cpp."""
+
+    _fields_ = [
+        ("num_layers", ctypes.c_int32),
+        ("hidden_size", ctypes.c_int32),
+        ("num_heads", ctypes.c_int32),
+        ("num_kv_heads", ctypes.c_int32),
+        ("head_size", ctypes.c_int32),
+        ("intermediate_size", ctypes.c_int32),
+        ("vocab_size", ctypes.c_int32),
+        ("block_size", ctypes.c_int32),
+        ("norm_epsilon", ctypes.c_float),
+        ("attention_scale", ctypes.c_float),
+    ]
+
+
+class Sequence(ctypes.Structure):
+    """``TwinpoolSequence``."""
+
+    _fields_ = [
+        ("first_row", ctypes.c_int32),
+        ("num_rows", ctypes.c_int32),
+        ("start", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("block_table", ctypes.c_void_p),
+    ]
+
+
+class Step(ctypes.Structure):
+    """``TwinpoolStep``."""
+
+    _fields_ = [
+        ("num_rows", ctypes.c_int64),
+        ("num_sequences", ctypes.c_int64),
+        ("num_sampled", ctypes.c_int64),
+        ("token_ids", ctypes.c_void_p),
+        ("cosine", ctypes.c_void_p),
+        ("sine", ctypes.c_void_p),
+        ("sequences", ctypes.c_void_p),
+        ("sampled_rows", ctypes.c_void_p),
+        ("cache_layers", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
+    ]
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.twinpool_create.argtypes = [ctypes.POINTER(Shape)]
+    library.twinpool_create.restype = ctypes.c_void_p
+    library.twinpool_destroy.argtypes = [ctypes.c_void_p]
+    library.twinpool_destroy.restype = None
+    library.twinpool_set_linear.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+    ]
+    library.twinpool_set_linear.restype = ctypes.c_int
+    library.twinpool_set_vector.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+    ]
+    library.twinpool_set_vector.restype = None
+    library.twinpool_step.argtypes = [ctypes.c_void_p, ctypes.POINTER(Step), ctypes.c_int]
+    library.twinpool_step.restype = ctypes.c_int
+    return library
