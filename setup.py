@@ -49,12 +49,16 @@ DEV_REQUIRES = [
 # One build of the native decoder per instruction set; workers/native/library.py chooses at run time. Where there is
 # no compiler, or not this kind of processor, the build is skipped and the portable code serves.
 NATIVE_FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast"]
-NATIVE_BUILDS = {"decoder_avx2": "x86-64-v3", "decoder_avx512": "x86-64-v4"}
+NATIVE_BUILDS = {
+    "decoder_avx2": ["-march=x86-64-v3"],
+    "decoder_avx512": ["-march=x86-64-v4"],
+    "decoder_avx512_vnni_bf16": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"],
+}
 EXTENSIONS = [
     Extension(
         f"workers.native.{name}",
         ["workers/native/decoder.cpp"],
-        extra_compile_args=[*NATIVE_FLAGS, f"-march={instructions}"],
+        extra_compile_args=[*NATIVE_FLAGS, *instructions],
         extra_link_args=["-fopenmp"],
         language="c++",
         optional=True,

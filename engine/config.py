@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import ByteSize, Field, ValidationError, model_validator
+from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -23,7 +23,7 @@ from kvcache.errors import ConfigError
 from workers.model.checkpoint import DEFAULT_MODEL
 
 ENVIRONMENT_PREFIX = "TWINPOOL_"
-OTHER_VARIABLES = frozenset({"TWINPOOL_CACHE", "TWINPOOL_CONFIG"})
+OTHER_VARIABLES = frozenset({"TWINPOOL_CACHE"})
 
 
 def _option(default: Any, group: str, help_text: str, metavar: str = "N", **limits: Any) -> Any:
@@ -72,8 +72,17 @@ class ServeConfig(BaseSettings):
     @classmethod
     def _split_keys(cls, values: Any) -> Any:
         if isinstance(values, dict) and isinstance(values.get("api_key"), str):
-            values["api_key"] = tuple(key.strip() for key in values["api_key"].split(",") if key.strip())
+            values["api_key"] = tuple(key.strip() for key in values["api_key"].split(","))
         return values
+
+    @field_validator("api_key")
+    @classmethod
+    def _check_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        """An empty key, as of a secret that was not set, must not turn into no key at all."""
+        for key in keys:
+            if not key or not key.isascii() or not key.isprintable() or key != key.strip():
+                raise ValueError("a key must be printable ASCII, not empty and without spaces around it")
+        return keys
 
     @model_validator(mode="after")
     def _check_pools(self) -> Self:
@@ -83,8 +92,6 @@ class ServeConfig(BaseSettings):
         if bool(prefill) != bool(decode):
             lacking, given = ("decode_workers", "prefill_workers") if prefill else ("prefill_workers", "decode_workers")
             raise ValueError(f"{given} needs {lacking} of at least 1 as well")
-        if any(not key for key in self.api_key):
-            raise ValueError("api_key must not be empty")
         return self
 
     @property
@@ -182,7 +189,8 @@ def _first_problem(
         where = f"{field} in {file}"
     else:
         where = field
-    return f"{where} is {problem['input']!r}: {message[0].lower()}{message[1:]}."
+    given = "" if field == "api_key" else f" is {problem['input']!r}"  # a key stays out of terminals and logs
+    return f"{where}{given}: {message[0].lower()}{message[1:]}."
 
 
 def flag_of(field: str) -> str:

@@ -31,8 +31,9 @@ class AsyncEngine:
     """Implements ``engine.outputs.TextEngine`` over real workers. One event loop owns it.
 
     It alone knows which tokens a client was given. When a worker is lost, the sequence is placed again with
-    prompt and delivered tokens as its prompt, and goes on at the next token: since the draw of a token depends
-    on (seed, position) only, it is the token that the lost worker would have sent.
+    prompt and delivered tokens as its prompt, and goes on at the next token. The draw of a token depends on
+    (seed, position) and its logits only, so it is the token that the lost worker would have sent, as far as
+    computing the delivered tokens' KV as a prompt gives the same logits: to rounding.
     """
 
     def __init__(self, model: ServedModel, tokenizer: Tokenizer, scheduler: SchedulerClient) -> None:

@@ -35,6 +35,8 @@ from scheduler.types import WorkerInfo
 from workers.ray_worker import start_worker
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no token and no KV goes through it
+START_TIMEOUT_S = 900.0  # to load all workers; Ray restarts one that crashes, so a crash alone does not end the wait
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 logger = logging.getLogger(__name__)
 
 
@@ -44,14 +46,23 @@ def serve(config: ServeConfig) -> None:
     Raises:
         StartupError: one sentence; nothing is left running.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    _interrupt_on_signals()
     check_installation()
     with contextlib.closing(bind_server_socket(config.host, config.port)) as server_socket:
         plan = make_plan(config)
         _log_plan(plan)
         tokenizer = Tokenizer.from_checkpoint(plan.checkpoint.path)
         with _ray_session(), _running_cluster(plan, config.shutdown_timeout) as scheduler:
-            asyncio.run(_serve_http(config, plan, tokenizer, scheduler, server_socket))
+            try:
+                asyncio.run(_serve_http(config, plan, tokenizer, scheduler, server_socket))
+            finally:
+                _interrupt_on_signals()  # the event loop has taken its own handlers away
+
+
+def _interrupt_on_signals() -> None:
+    """Whatever ends this process early goes through the clean-up below."""
+    for signum in END_SIGNALS:
+        signal.signal(signum, _interrupt)
 
 
 def _interrupt(signum: int, _frame: FrameType | None) -> None:
@@ -64,15 +75,18 @@ def _ray_session() -> Iterator[None]:
     # Short: the paths of Ray's sockets below it may not exceed 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="twinpool-"))
     try:
-        ray.init(
-            address="local",
-            namespace="twinpool",
-            num_cpus=1,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level=logging.WARNING,
-            _temp_dir=str(folder),
-        )
+        try:
+            ray.init(
+                address="local",
+                namespace="twinpool",
+                num_cpus=1,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.WARNING,
+                _temp_dir=str(folder),
+            )
+        except (RayError, OSError, RuntimeError, ValueError) as error:
+            raise ResourceError(f"Ray could not start: {error}") from error
         yield
     finally:
         ray.shutdown()
@@ -109,16 +123,19 @@ def _await_workers(workers: dict[str, ActorHandle]) -> None:
 
 def _await_all(pending: list[ray.ObjectRef[None]], label: str) -> None:
     """Waits for all; the first failure is raised at once. A bar counts them on a terminal."""
+    deadline = time.monotonic() + START_TIMEOUT_S
     with tqdm(total=len(pending), desc=label, disable=not sys.stderr.isatty(), leave=False) as bar:
         while pending:
-            done, pending = ray.wait(pending, num_returns=1, timeout=None)
+            done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                raise ResourceError(f"{len(pending)} workers have not started within {START_TIMEOUT_S:g} s.")
             ray.get(done)
             bar.update()
 
 
 def _stop_workers(workers: dict[str, ActorHandle], timeout_s: float) -> None:
     """Asks all to stop; whoever does not in time is killed with the session."""
-    stopping = [worker.stop.remote(0.0) for worker in workers.values()]
+    stopping = [worker.stop.remote() for worker in workers.values()]
     with contextlib.suppress(RayError):  # a worker that is dead already has stopped
         ray.wait(stopping, num_returns=len(stopping), timeout=timeout_s)
 
@@ -147,7 +164,7 @@ async def _serve_http(
     logging_activity = asyncio.create_task(log_activity(engine))
     announcing = asyncio.create_task(_announce(server, config))
     try:
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in END_SIGNALS:
             asyncio.get_running_loop().add_signal_handler(signum, server.stop)
         await server.serve(sockets=[server_socket])
     finally:
@@ -194,7 +211,7 @@ async def _announce(server: uvicorn.Server, config: ServeConfig) -> None:
         f"  curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
         f'    -d \'{{"model": "{model}", "stream": true, "max_tokens": 64,\n'
         f'         "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}\'\n\n'
-        f"  twinpool status --url {url}      (Ctrl-C here ends everything)\n",
+        f"  {sys.argv[0]} status --url {url}      (Ctrl-C here ends everything)\n",
         flush=True,
     )
 

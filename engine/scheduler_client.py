@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Protocol
 
-from kvcache.errors import UnavailableError
+from kvcache.errors import TwinpoolError, UnavailableError
 from scheduler.controller import Command, Event, PlaceRequest, RefuseRequest, RequestArrived, RequestEnded
 from scheduler.types import ClusterSnapshot, Placement
 
@@ -59,9 +58,10 @@ class SchedulerClient:
         placed: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
         self._put(request, placed)
         try:
-            return await asyncio.wait_for(placed, PLACE_TIMEOUT_S)
-        except (asyncio.CancelledError, TimeoutError) as error:
-            self.tell(RequestEnded(request.request_id))  # nobody else knows that it is, or will be, placed
+            async with asyncio.timeout(PLACE_TIMEOUT_S):  # not wait_for: in Python 3.11 that can lose a cancellation
+                return await placed
+        except BaseException as error:
+            self.tell(RequestEnded(request.request_id))  # it may be on the scheduler's books all the same
             if isinstance(error, TimeoutError):
                 raise UnavailableError("The scheduler does not answer.") from None
             raise
@@ -86,6 +86,12 @@ class SchedulerClient:
                 self._answer_unavailable(batch, error)
                 await asyncio.sleep(RETRY_INTERVAL_S)
                 continue
+            except Exception as error:  # the top of this task, which must go on; the events of one batch are lost
+                logger.exception("The scheduler could not take %d events.", len(batch))
+                for _, placed in batch:
+                    if placed is not None and not placed.done():
+                        placed.set_exception(TwinpoolError(f"the scheduler failed: {type(error).__name__}"))
+                continue
             for (_, placed), commands in zip(batch, answers, strict=True):
                 if placed is not None and not placed.done():
                     _resolve(placed, commands)
@@ -102,8 +108,12 @@ class SchedulerClient:
     async def _refresh(self) -> None:
         while True:
             await asyncio.sleep(SNAPSHOT_INTERVAL_S)
-            with contextlib.suppress(UnavailableError):  # keeps the last view; placing will tell
+            try:
                 self.cluster = await self._scheduler.snapshot()
+            except UnavailableError:
+                pass  # keeps the last view; placing will tell
+            except Exception:  # the top of this task, which must go on
+                logger.exception("The scheduler gave no view of the cluster.")
 
 
 def _resolve(placed: asyncio.Future[Placement], commands: Sequence[Command]) -> None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 
-import psutil
-
 from engine.config import ServeConfig
+from engine.machine_limits import available_memory_bytes, usable_cores
 from kvcache.errors import ConfigError, ResourceError
 from kvcache.spec import KVCacheSpec
+from kvcache.transfer.wire import MAX_BLOCK_BYTES
 from scheduler.batching import BatchLimits
 from scheduler.types import WorkerRole
 from workers.model.checkpoint import CheckpointInfo, describe_checkpoint, prepare_checkpoint
@@ -92,6 +92,11 @@ def make_plan(config: ServeConfig) -> StartupPlan:
     spec = KVCacheSpec(
         checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.head_size, config.block_size, checkpoint.dtype
     )
+    if spec.layer_block_bytes > MAX_BLOCK_BYTES:
+        raise ConfigError(
+            f"--block-size is {config.block_size}: one block of one layer would have"
+            f" {_mebibytes(spec.layer_block_bytes)}; a message of the handoff holds {_mebibytes(MAX_BLOCK_BYTES)}."
+        )
     num_blocks = _num_blocks(config, spec, max_model_len)
     _check_memory(config, checkpoint)
     workers = tuple(
@@ -105,7 +110,8 @@ def make_plan(config: ServeConfig) -> StartupPlan:
             max_model_len=max_model_len,
             vocab_size=checkpoint.vocab_size,
             limits=BatchLimits(config.max_num_seqs, config.max_num_batched_tokens),
-            num_threads=config.threads_per_worker or max(1, _num_cores() // config.num_workers),
+            num_threads=config.threads_per_worker or max(1, usable_cores() // config.num_workers),
+            log_level=config.log_level,
         )
         for worker_id, role in _roles(config)
     )
@@ -119,10 +125,6 @@ def _roles(config: ServeConfig) -> list[tuple[str, WorkerRole]]:
         WorkerRole.COLOCATED: config.colocated,
     }
     return [(f"{role.value}-{index}", role) for role, count in counts.items() for index in range(count)]
-
-
-def _num_cores() -> int:
-    return len(psutil.Process().cpu_affinity() or [0])
 
 
 def _max_model_len(config: ServeConfig, checkpoint: CheckpointInfo) -> int:
@@ -145,9 +147,10 @@ def _num_blocks(config: ServeConfig, spec: KVCacheSpec, max_model_len: int) -> i
 
 
 def _check_memory(config: ServeConfig, checkpoint: CheckpointInfo) -> None:
-    per_worker = checkpoint.weight_bytes + int(config.kv_cache_memory_bytes) + PROCESS_BYTES
+    # Twice the weights: while they are packed and compared, a worker holds them as loaded and as packed.
+    per_worker = 2 * checkpoint.weight_bytes + int(config.kv_cache_memory_bytes) + PROCESS_BYTES
     needed = per_worker * config.num_workers
-    available = psutil.virtual_memory().available
+    available = available_memory_bytes()
     if needed > available:
         raise ResourceError(
             f"Too little memory: {config.num_workers} workers with {_mebibytes(checkpoint.weight_bytes)} of weights and"

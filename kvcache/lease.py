@@ -40,7 +40,7 @@ _LEGAL = {
 class BlockLease:
     """One side of one handoff. Changed by its ``LeaseTable`` only.
 
-    ``epoch`` grows each time the sending side changes; chunks of an earlier epoch are refused.
+    Messages of another ``epoch`` are refused: it is to grow when a transfer is handed to another sender.
     ``expires_at_s`` is on the monotonic clock of the process that holds the lease.
     """
 

@@ -37,11 +37,6 @@ class PagedStorage:
         blocks = self.layers[layer].index_select(0, index).cpu()
         return memoryview(blocks.view(torch.uint8).numpy().data).cast("B")
 
-    def clear_blocks(self, block_ids: Sequence[int]) -> None:
-        """Sets the blocks to zero in every layer."""
-        for layer in self.layers:
-            layer[torch.tensor(block_ids, dtype=torch.long, device=layer.device)] = 0
-
     def write_blocks(self, layer: int, block_ids: Sequence[int], payload: bytes | memoryview) -> None:
         """Replaces the blocks' content by ``payload``, laid out as ``read_blocks`` gives it."""
         if len(payload) != len(block_ids) * self.spec.layer_block_bytes:

@@ -37,7 +37,7 @@ class WorkerReported:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLeft:
-    """Stopped on purpose, or found dead by somebody who talked to it."""
+    """Stopped on purpose."""
 
     worker_id: str
     incarnation: int

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from kvcache.errors import UnavailableError
 from scheduler.controller import ClusterController, Command, Event, Tick
@@ -16,12 +16,13 @@ from scheduler.types import ClusterSnapshot
 ActorHandle = Any  # Ray's own type says nothing of the actor's methods
 ACTOR_NAME = "scheduler"
 TICK_INTERVAL_S = 0.5
+STANDSTILL_S = 2.0  # calls come at least twice a second
 
 
 class SchedulerActor:
     """One per cluster. Every caller sends the events of its tick in one call, for a call costs milliseconds.
 
-    There is no timer: workers report twice a second, and each call first lets the time pass.
+    There is no timer: workers report twice a second, and each call lets the time pass.
     """
 
     def __init__(self, expected_workers: Sequence[str]) -> None:
@@ -31,17 +32,21 @@ class SchedulerActor:
     def handle(self, events: Sequence[Event]) -> list[list[Command]]:
         """The commands that follow from each event, in order."""
         now = time.monotonic()
-        self._tick(now)
-        return [self._controller.handle(event, now) for event in events]
+        commands = [self._controller.handle(event, now) for event in events]
+        self._tick(now)  # after the heartbeats among the events
+        return commands
 
     def snapshot(self) -> ClusterSnapshot:
         self._tick(time.monotonic())
         return self._controller.snapshot()
 
     def _tick(self, now: float) -> None:
+        """Time in which this process itself stood still says nothing of the workers: their heartbeats wait in line."""
+        stood_still = now - self._ticked_at > STANDSTILL_S
         if now - self._ticked_at >= TICK_INTERVAL_S:
             self._ticked_at = now
-            self._controller.handle(Tick(), now)
+            if not stood_still:
+                self._controller.handle(Tick(), now)
 
 
 class RayScheduler:
@@ -57,6 +62,8 @@ class RayScheduler:
         """
         try:
             commands: list[list[Command]] = await self._actor.handle.remote(tuple(events))
+        except RayTaskError:
+            raise  # the controller itself raised: a bug, and no reason to send the same again
         except RayError as error:
             raise UnavailableError("The scheduler is restarting.") from error
         return commands

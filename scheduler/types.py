@@ -89,7 +89,7 @@ class WorkerSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class ClusterSnapshot:
-    """All live workers: what `twinpool status` shows, and what the gateway places from when the scheduler is away."""
+    """All live workers: what `twinpool status` shows."""
 
     workers: tuple[WorkerSnapshot, ...] = ()
     missing: tuple[str, ...] = field(default=())  # ids of workers that were launched and are not registered now

@@ -27,10 +27,11 @@ class WorkerActor:
     """One worker process. The launcher calls ``ready`` and ``join``; a restarted process joins by itself."""
 
     def __init__(self, options: WorkerOptions) -> None:
-        logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+        level = options.log_level.upper() if options.log_level != "info" else "WARNING"  # the launcher tells the rest
+        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
         self._options = options
         self._scheduler = find_scheduler()
-        self._incarnation = time.time_ns()  # only compared with other processes of this worker
+        self._incarnation = time.monotonic_ns()  # only compared with other processes of this worker, on this machine
         self._event_loop = asyncio.new_event_loop()
         self._failure: TwinpoolError | None = None
         self._info: WorkerInfo | None = None
@@ -42,7 +43,7 @@ class WorkerActor:
         except TwinpoolError as error:
             self._failure = error  # raised by ready(), where its type survives
             return
-        asyncio.run_coroutine_threadsafe(self._watch(), self._event_loop)
+        self._event_loop.call_soon_threadsafe(self._watch)
         if _was_restarted():
             self.join()
 
@@ -68,16 +69,17 @@ class WorkerActor:
             self._info = asyncio.run_coroutine_threadsafe(self._register(device), self._event_loop).result()
         return self._info
 
-    def stop(self, grace_s: float) -> None:
-        """Lets running requests end for ``grace_s`` seconds, then ends them."""
+    def stop(self) -> None:
+        """Ends what is running and gives everything back."""
         if self._failure is None:
-            asyncio.run_coroutine_threadsafe(self._stop(grace_s), self._event_loop).result()
+            asyncio.run_coroutine_threadsafe(self._stop(), self._event_loop).result()
 
     async def _register(self, device: DeviceProfile) -> WorkerInfo:
         info = self._worker.info(self._incarnation, device)
         while not await self._registered(info):  # noqa: ASYNC110  the scheduler is another process: only time tells
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
         self._heartbeats = asyncio.create_task(self._send_heartbeats(info))
+        self._heartbeats.add_done_callback(self._end_process_on_failure)
         return info
 
     async def _registered(self, info: WorkerInfo) -> bool:
@@ -103,18 +105,21 @@ class WorkerActor:
             if any(isinstance(command, AskToRegister) for command in commands[0]):
                 await self._registered(info)
 
-    async def _stop(self, grace_s: float) -> None:
+    async def _stop(self) -> None:
         if self._heartbeats is not None and self._info is not None:
             self._heartbeats.cancel()
             await self._scheduler.handle((WorkerLeft(self._info.worker_id, self._incarnation),))
-        await self._worker.stop(grace_s)
+        await self._worker.stop()
 
-    async def _watch(self) -> None:
-        """A worker whose step loop has died is of no use: the process ends, and Ray starts a new one."""
-        try:
-            await self._worker.wait()
-        except Exception:
-            logger.exception("Worker %s failed; its process ends and is started again.", self._options.worker_id)
+    def _watch(self) -> None:
+        self._worker.stepping.add_done_callback(self._end_process_on_failure)
+
+    def _end_process_on_failure(self, task: asyncio.Task[None]) -> None:
+        """A worker that no longer steps, or is no longer heard of, is of no use: Ray starts a new process."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            message = "Worker %s failed; its process ends and is started again."
+            logger.critical(message, self._options.worker_id, exc_info=error)
             logging.shutdown()
             os._exit(1)
 

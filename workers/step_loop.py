@@ -95,7 +95,7 @@ class StepLoop:
         self.wake()
 
     def deliver(self, output: SampledToken) -> None:
-        self.generation_tokens += 1
+        self.generation_tokens += not output.request.prefill_only  # counted where it is sent on to the client
         stream = self._streams.get(output.request.request_id)
         if stream is not None:
             stream.put(output)
@@ -142,5 +142,4 @@ class StepLoop:
                 tokens |= self._runner.execute(StepPlan((chunk,)))
             except Exception as error:  # noqa: BLE001  a sequence's boundary; its client is told
                 failures[chunk.request_id] = f"{type(error).__name__}: {error}"
-                self._runner.clear(chunk.block_table)
         return StepResult(tokens, failures)

@@ -64,12 +64,11 @@ class Worker:
         await self._server.start()
         self._stepping = asyncio.create_task(self.step_loop.run())
 
-    async def wait(self) -> None:
-        """Returns when the started worker was stopped; raises what the step loop raised, which is always a bug."""
-        if self._stepping is not None:
-            await asyncio.wait({self._stepping})
-            if not self._stepping.cancelled():
-                self._stepping.result()
+    @property
+    def stepping(self) -> asyncio.Task[None]:
+        """The step loop of a started worker. It ends by ``stop``; what it raises is always a bug."""
+        assert self._stepping is not None, "start was not called"
+        return self._stepping
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """Refuses new calls, lets running ones end for ``grace_s``, then ends them and gives everything back."""

@@ -25,3 +25,4 @@ class WorkerOptions:
     host: str = "127.0.0.1"
     num_threads: int = 1
     lease_ttl_s: float = 10.0
+    log_level: str = "info"

@@ -186,7 +186,9 @@ class ChatRequest(GenerationRequest):
 
 
 class TokenizeRequest(BaseModel):
-    """Body of ``POST /tokenize``: a text or a conversation."""
+    """Body of ``POST /tokenize``: a text or a conversation. What it does not know is refused."""
+
+    model_config = ConfigDict(extra="forbid")
 
     model: Name | None = None
     prompt: Text | None = None

@@ -16,6 +16,7 @@ from kvcache.errors import RequestError, UnknownModelError
 from scheduler.request import SamplingParams
 
 THREAD_FROM_CHARACTERS = 4096
+MAX_SEQUENCES = 128  # of one request: it shares the workers' queues with others
 """Text from this length on is tokenized in a thread: the event loop carries everybody's streams."""
 
 _INT64 = 1 << 64
@@ -112,6 +113,10 @@ def make_jobs(
     Raises:
         RequestError: a prompt is empty, too long, or has a token id that the model does not know.
     """
+    if len(prompts) * body.num_choices > MAX_SEQUENCES:
+        raise RequestError(
+            f"{len(prompts)} prompts with n = {body.num_choices} are more than {MAX_SEQUENCES} sequences", "n"
+        )
     jobs: list[Job] = []
     for prompt in prompts:
         max_tokens = fit_to_context(prompt, limit, model)

@@ -12,7 +12,8 @@ from kvcache.spec import KVCacheSpec
 from kvcache.transfer import kv_transfer_pb2 as pb
 
 MAX_CHUNK_BYTES = 1 << 20
-MAX_MESSAGE_BYTES = 16 << 20  # the gRPC limit: a chunk of one block may be larger than MAX_CHUNK_BYTES
+MAX_BLOCK_BYTES = 15 << 20  # of one layer: a chunk of one block may be larger than MAX_CHUNK_BYTES
+MAX_MESSAGE_BYTES = 16 << 20  # the gRPC limit
 FAULT_METADATA_KEY = "twinpool-fault"
 
 _RANGE = struct.Struct("<QIII")

@@ -19,6 +19,7 @@ import psutil
 from pydantic import TypeAdapter
 
 from scheduler.types import ClusterSnapshot, WorkerRole, WorkerSnapshot
+from workers.ray_worker import HEARTBEAT_INTERVAL_S
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
@@ -45,6 +46,7 @@ class RunningServer:
     url: str
     process: psutil.Process
     output: Path
+    num_workers: int
 
     def cluster(self) -> ClusterSnapshot:
         return CLUSTER.validate_json(httpx.get(f"{self.url}/cluster", timeout=10).content)
@@ -53,8 +55,21 @@ class RunningServer:
         return [worker for worker in self.cluster().workers if worker.info.role is role]
 
     def wait_until_idle(self, timeout_s: float = 20.0) -> ClusterSnapshot:
-        """The no-leak check: every block of every worker is free, nothing is leased, nothing unaccounted for."""
-        wait_until("every block free on every worker", lambda: _is_idle(self.cluster()), timeout_s)
+        """The no-leak check: every block of every worker is free, nothing is leased, nothing unaccounted for.
+
+        All workers must be there, and must have said so in a heartbeat sent after this call began.
+        """
+        asked_at_s = {worker.info.worker_id: worker.last_heard_s for worker in self.cluster().workers}
+
+        def is_idle() -> bool:
+            cluster = self.cluster()
+            fresh = all(
+                worker.last_heard_s > asked_at_s.get(worker.info.worker_id, 0.0) + 2 * HEARTBEAT_INTERVAL_S
+                for worker in cluster.workers
+            )
+            return fresh and len(cluster.workers) == self.num_workers and not cluster.missing and _is_idle(cluster)
+
+        wait_until("every block free on every worker", is_idle, timeout_s)
         return self.cluster()
 
 
@@ -73,7 +88,7 @@ def serving(*arguments: str, expected_workers: int) -> Iterator[RunningServer]:
     """A server with these arguments, ready; ended with Ctrl-C, after which nothing of it may be left."""
     port = free_port()
     shared_memory = set(os.listdir("/dev/shm"))
-    folders = _session_folders()
+    folders = session_folders()
     output = Path(tempfile.mkdtemp()) / "output.txt"
     with output.open("wb") as sink:
         process = psutil.Popen(
@@ -83,7 +98,7 @@ def serving(*arguments: str, expected_workers: int) -> Iterator[RunningServer]:
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # the test run's own Ctrl-C is not the server's
         )
-    server = RunningServer(f"http://127.0.0.1:{port}", process, output)
+    server = RunningServer(f"http://127.0.0.1:{port}", process, output, expected_workers)
     try:
         _wait_until_ready(server, expected_workers)
         yield server
@@ -92,21 +107,27 @@ def serving(*arguments: str, expected_workers: int) -> Iterator[RunningServer]:
         print(output.read_text(errors="replace")[-5000:])
         raise
     finally:
-        family = [process, *process.children(recursive=True)] if process.is_running() else [process]
-        process.send_signal(signal.SIGINT)
-        _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
-        for leftover in alive:
-            leftover.kill()
+        alive = interrupt(process)
     assert not alive, f"left running after Ctrl-C: {alive}\n{output.read_text(errors='replace')[-5000:]}"
     assert process.returncode == 0, f"status {process.returncode}\n{output.read_text(errors='replace')[-5000:]}"
     assert set(os.listdir("/dev/shm")) <= shared_memory
-    assert _session_folders() <= folders
+    assert session_folders() <= folders
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", port))  # raises when somebody still listens
 
 
-def _session_folders() -> set[str]:
+def interrupt(process: psutil.Popen) -> list[psutil.Process]:
+    """Ctrl-C as a terminal sends it, to the whole process group. Returns what is left, after killing it."""
+    family = [process, *process.children(recursive=True)] if process.is_running() else [process]
+    os.killpg(process.pid, signal.SIGINT)
+    _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
+    for leftover in alive:
+        leftover.kill()
+    return list(alive)
+
+
+def session_folders() -> set[str]:
     return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("twinpool-")}
 
 

@@ -7,19 +7,21 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from tests.e2e.server import free_port, interrupt, session_folders
 
 pytestmark = pytest.mark.e2e
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs the command to its end; also checks that it left no session folder, so that Ray was never started."""
-    before = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("twinpool-")}
+    before = session_folders()
     done = subprocess.run(
         [sys.executable, "-m", "engine.cli", *arguments],
         capture_output=True,
@@ -28,8 +30,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         env=os.environ | environment,
         check=False,
     )
-    after = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("twinpool-")}
-    assert after <= before
+    assert session_folders() <= before
     return done
 
 
@@ -108,3 +109,23 @@ def test_an_architecture_that_cannot_run_is_named(tmp_path: Path, checkpoint: Pa
 
 def test_status_without_a_server_says_so() -> None:
     assert_one_sentence(run("status", "--url", "http://127.0.0.1:9"), "Nobody answers", "127.0.0.1:9")
+
+
+def test_ctrl_c_while_workers_load_leaves_nothing() -> None:
+    before = session_folders()
+    process = psutil.Popen(
+        [sys.executable, "-m", "engine.cli", "serve", "--port", str(free_port())],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for line in process.stderr:
+        if "Starting 2 worker processes" in line:
+            break
+    assert len(process.children(recursive=True)) > 2, "Ray is not running yet"
+    left = interrupt(process)
+    process.stderr.close()
+    assert left == []
+    assert process.returncode == 130
+    assert session_folders() <= before

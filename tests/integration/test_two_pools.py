@@ -51,7 +51,7 @@ def test_each_pool_does_its_own_phase_only(checkpoint: TinyCheckpoint) -> None:
             await check_all_greedy(cluster, prompts)
             prefill, decode = (cluster.load(name) for name in ("prefill-0", "decode-0"))
             assert prefill.prompt_tokens_computed == sum(len(prompt) for prompt in prompts)
-            assert prefill.generation_tokens == len(prompts)  # the first of each
+            assert prefill.generation_tokens == 0  # the first of each is counted where it goes on to the client
             assert decode.prompt_tokens_computed == 0
             assert decode.generation_tokens == len(prompts) * NUM_TOKENS
 
@@ -76,7 +76,8 @@ def test_thirty_two_at_once_over_four_workers_give_the_reference(checkpoint: Tin
     async def scenario() -> None:
         async with local_cluster(checkpoint, prefill=2, decode=2) as cluster:
             await check_all_greedy(cluster, many_prompts(checkpoint, 32))
-            assert all(worker.load().generation_tokens > 0 for worker in cluster.workers.values())
+            loads = [worker.load() for worker in cluster.workers.values()]
+            assert all(load.generation_tokens > 0 or load.prompt_tokens_computed > 0 for load in loads)
 
     asyncio.run(scenario())
 

@@ -20,6 +20,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConf
 from kvcache.errors import ModelError
 from workers.model.safetensors_file import TensorHeader
 
+FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})  # angles that depend on the position alone
 FULL_ATTENTION = "full_attention"
 
 # Configuration fields that, when set, change attention itself, and what they stand for.
@@ -83,6 +84,7 @@ def check_architecture(folder: Path, config: PretrainedConfig, headers: list[Ten
         or _refuse_class(config)
         or _refuse_layers(config)
         or _refuse_window(config)
+        or _refuse_rotary(config)
         or _refuse_attention(config, headers)
     )
     if refusal:
@@ -133,6 +135,15 @@ def _refuse_window(config: PretrainedConfig) -> str | None:
     if window is None or _field(config, "layer_types") or (context is not None and window >= context):
         return None
     return f"its attention has a sliding window of {window} tokens (sliding_window)"
+
+
+def _refuse_rotary(config: PretrainedConfig) -> str | None:
+    """Angles that depend on the longest sequence of a step would let one request change another's tokens."""
+    parameters = _field(config, "rope_parameters") or {}
+    kind = parameters.get("rope_type", "default") if isinstance(parameters, dict) else "default"
+    if kind in FIXED_ROPE_TYPES:
+        return None
+    return f"its rotary embedding ({kind}) depends on the length of the sequences that share a step"
 
 
 def _refuse_attention(config: PretrainedConfig, headers: list[TensorHeader]) -> str | None:

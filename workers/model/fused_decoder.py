@@ -22,7 +22,14 @@ from scheduler.batching import StepPlan
 from workers.native.library import Sequence, Shape, Step, load_library
 
 HEAD_SIZE_MULTIPLE = 16  # the widest vector of any build
-FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})  # angles that depend on the position alone
+
+
+class WeightFormat(IntEnum):
+    """``Format`` of decoder.cpp."""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    INT8 = 2
 
 
 class LinearIndex(IntEnum):
@@ -49,6 +56,8 @@ class VectorIndex(IntEnum):
     FINAL_NORM = 4
 
 
+CACHE_FORMATS = {"float32": WeightFormat.FLOAT32, "bfloat16": WeightFormat.BFLOAT16}
+
 # A loaded model is typed Any here: whether it has the parts that are read below is what find_misfit finds out.
 
 
@@ -56,8 +65,8 @@ def find_misfit(model: Any, spec: KVCacheSpec) -> str | None:
     """Names the first thing about the model's structure that the fused decoder does not do, or None."""
     if load_library() is None:
         return "there is no native build for this processor"
-    if spec.dtype != "float32":
-        return f"the native decoder computes in float32, not {spec.dtype}"
+    if spec.dtype not in CACHE_FORMATS:
+        return f"the native decoder's KV is float32 or bfloat16, not {spec.dtype}"
     if spec.head_size % HEAD_SIZE_MULTIPLE:
         return f"the head size {spec.head_size} is no multiple of {HEAD_SIZE_MULTIPLE}"
     body: Any = getattr(model, "model", None)
@@ -67,8 +76,6 @@ def find_misfit(model: Any, spec: KVCacheSpec) -> str | None:
         return "the model has parts beside embedding, layers, norm and rotary embedding"
     if not isinstance(getattr(model, "lm_head", None), nn.Linear) or model.lm_head.bias is not None:
         return "there is no output head without bias"
-    if getattr(body.rotary_emb, "rope_type", None) not in FIXED_ROPE_TYPES:
-        return "its rotary embedding depends on the length of the sequence"
     return next((problem for layer in body.layers if (problem := _layer_misfit(layer))), None)
 
 
@@ -79,6 +86,9 @@ _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 def _layer_misfit(layer: Any) -> str | None:
     if set(dict(layer.named_children())) != _LAYER_PARTS:
         return f"a layer has the parts {sorted(dict(layer.named_children()))}"
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        if set(dict(norm.named_parameters())) != {"weight"} or not hasattr(norm, "variance_epsilon"):
+            return f"its norm is {type(norm).__name__}"
     attention = set(dict(layer.self_attn.named_children()))
     if attention not in (_ATTENTION_PARTS, _ATTENTION_PARTS | {"q_norm", "k_norm"}):
         return f"attention has the parts {sorted(attention)}"
@@ -102,13 +112,22 @@ class FusedDecoder:
     The weights are copies: the model that they came from may be dropped.
     """
 
-    def __init__(self, model: Any, spec: KVCacheSpec, max_model_len: int, num_threads: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        spec: KVCacheSpec,
+        max_model_len: int,
+        num_threads: int,
+        weight_format: WeightFormat | None = None,
+    ) -> None:
+        """Packs the weights, by default in the dtype of the KV cache."""
         library = load_library()
         assert library is not None, "find_misfit was not asked"
         self._library = library
         self._num_threads = num_threads
+        self._format = weight_format if weight_format is not None else CACHE_FORMATS[spec.dtype]
         config = model.config
-        self._vocab_size = int(config.vocab_size)
+        self.vocab_size = int(config.vocab_size)
         shape = Shape(
             num_layers=spec.num_layers,
             hidden_size=config.hidden_size,
@@ -118,8 +137,10 @@ class FusedDecoder:
             intermediate_size=config.intermediate_size,
             vocab_size=config.vocab_size,
             block_size=spec.block_size,
-            norm_epsilon=config.rms_norm_eps,
+            norm_epsilon=model.model.norm.variance_epsilon,
             attention_scale=model.model.layers[0].self_attn.scaling,
+            weight_format=self._format,
+            cache_format=CACHE_FORMATS[spec.dtype],
         )
         self._decoder = ctypes.c_void_p(library.twinpool_create(ctypes.byref(shape)))
         if not self._decoder:
@@ -149,7 +170,7 @@ class FusedDecoder:
         sampled = [first_rows[i + 1] - 1 for i, chunk in enumerate(chunks) if chunk.sampling is not None]
         sampled_rows = np.array(sampled, dtype=np.int64)
         cache_layers = np.array([layer.data_ptr() for layer in storage.layers], dtype=np.uintp)
-        logits = np.empty((len(sampled), self._vocab_size), dtype=np.float32)
+        logits = np.empty((len(sampled), self.vocab_size), dtype=np.float32)
         step = Step(
             num_rows=first_rows[-1],
             num_sequences=len(chunks),
@@ -188,7 +209,8 @@ class FusedDecoder:
         self._set_vector(0, VectorIndex.FINAL_NORM, body.norm.weight)
         head, embedding = model.lm_head.weight, body.embed_tokens.weight
         self._set_linear(0, LinearIndex.HEAD, head, None)
-        if head.data_ptr() != embedding.data_ptr():
+        # A tied embedding is read out of the packed head, where that holds it without loss.
+        if head.data_ptr() != embedding.data_ptr() or self._format is not WeightFormat.FLOAT32:
             self._set_linear(0, LinearIndex.EMBEDDING, embedding, None)
 
     def _set_linear(self, layer: int, which: LinearIndex, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -42,6 +42,7 @@ class PagedAttentionInputs:
 
     write_blocks: torch.Tensor  # int64 [T]: physical block of each token of the row
     write_offsets: torch.Tensor  # int64 [T]: its place inside the block
+    new_blocks: torch.Tensor  # int64: blocks that get their first token; what an earlier owner left is wiped
     decode_groups: tuple[DecodeGroup, ...]
     prompt_spans: tuple[PromptSpan, ...]
 
@@ -73,9 +74,12 @@ def build_step_inputs(plan: StepPlan, block_size: int, device: str = "cpu") -> S
             sampled_rows.append(len(token_ids) - 1)
 
     position_row = torch.tensor(positions, device=device)
+    block_row = torch.tensor(write_blocks, device=device)
+    offsets = position_row % block_size
     attention = PagedAttentionInputs(
-        write_blocks=torch.tensor(write_blocks, device=device),
-        write_offsets=position_row % block_size,
+        write_blocks=block_row,
+        write_offsets=offsets,
+        new_blocks=block_row[offsets == 0],
         decode_groups=_decode_groups(decode, block_size, device),
         prompt_spans=_prompt_spans(prompts, len(decode), block_size, device),
     )

@@ -19,6 +19,9 @@
 #include <vector>
 
 #include <omp.h>
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -44,11 +47,53 @@ inline Vec load(const float* from) {
 
 inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
 
-inline float sum(Vec value) {
-  float total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += value[lane];
-  return total;
+// Adds the halves onto each other until one lane is left.
+template <int kWidth = kLanes>
+inline float sum(const float* value) {
+  if constexpr (kWidth == 1) {
+    return value[0];
+  } else {
+    typedef float Half __attribute__((vector_size(kWidth * 2)));
+    Half low, high;
+    std::memcpy(&low, value, sizeof low);
+    std::memcpy(&high, value + kWidth / 2, sizeof high);
+    low += high;
+    return sum<kWidth / 2>(reinterpret_cast<const float*>(&low));
+  }
 }
+
+inline float sum(Vec value) { return sum<kLanes>(reinterpret_cast<const float*>(&value)); }
+
+inline float bfloat16_to_float(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+// Round to nearest, ties to even; a NaN stays one.
+inline uint16_t float_to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline Vec load(const uint16_t* from) {
+  typedef uint16_t Narrow __attribute__((vector_size(kLanes * 2)));
+  typedef uint32_t Wide __attribute__((vector_size(kLanes * 4)));
+  Narrow narrow;
+  std::memcpy(&narrow, from, sizeof narrow);
+  const Wide wide = __builtin_convertvector(narrow, Wide) << 16;
+  Vec value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+inline float as_float(float value) { return value; }
+inline float as_float(uint16_t value) { return bfloat16_to_float(value); }
+inline void assign(float* to, float value) { *to = value; }
+inline void assign(uint16_t* to, float value) { *to = float_to_bfloat16(value); }
 
 // exp to about 2 units in the last place: 2^n * p(r), with the polynomial of Cephes' expf (Moshier, 1989).
 inline Vec exponential(Vec x) {
@@ -121,26 +166,67 @@ void tile_of(int64_t rows, const float* a, int64_t a_stride, const float* panel,
 
 int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
-// A linear layer y = x W^T + b with W of [columns][depth].
+enum Format { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+
+// How many values of one column lie side by side, so that one instruction multiplies and adds them.
+constexpr int kGroupOf[] = {1, 2, 4};
+
+// A linear layer y = x W^T + b with W of [columns][depth], in one of three formats:
+//   float32   panels as above
+//   bfloat16  panels of pairs:  [k/2][column][2]; products of bfloat16, sums in float32
+//   int8      panels of fours:  [k/4][column][4], one scale per column; activations are rounded to 8 bits with a
+//             scale per row (dynamic quantization), sums in int32
 struct Linear {
   int64_t columns = 0, depth = 0;
+  Format format = kFloat32;
   std::vector<float> packed;
+  std::vector<uint16_t> packed16;
+  std::vector<int8_t> packed8;
+  std::vector<float> scales;  // int8: per column, padded to whole panels
+  std::vector<int32_t> offsets;  // int8: 128 times the sum of the column, which unsigned activations add
   std::vector<float> bias;  // empty, or padded to whole panels
 
-  void pack(const float* weight, int64_t new_columns, int64_t new_depth) {
+  int64_t padded_depth() const { return (depth + kGroupOf[format] - 1) / kGroupOf[format] * kGroupOf[format]; }
+
+  void pack(const float* weight, int64_t new_columns, int64_t new_depth, Format new_format) {
     columns = new_columns;
     depth = new_depth;
-    packed.resize(panels_of(columns) * kPanel * depth);
-#pragma omp parallel for schedule(static)
-    for (int64_t p = 0; p < panels_of(columns); ++p) {
-      float* to = packed.data() + p * kPanel * depth;
-      const int64_t width = std::min<int64_t>(kPanel, columns - p * kPanel);
-      const float* from = weight + p * kPanel * depth;
-      for (int64_t k = 0; k < depth; ++k, to += kPanel) {
-        for (int64_t column = 0; column < width; ++column) to[column] = from[column * depth + k];
-        std::fill(to + width, to + kPanel, 0.0f);
-      }
+    format = new_format;
+    const int64_t num_panels = panels_of(columns);
+    if (format == kFloat32) packed.assign(num_panels * kPanel * depth, 0.0f);
+    if (format == kBfloat16) packed16.assign(num_panels * kPanel * padded_depth(), 0);
+    if (format == kInt8) {
+      packed8.assign(num_panels * kPanel * padded_depth(), 0);
+      scales.assign(num_panels * kPanel, 1.0f);
+      offsets.assign(num_panels * kPanel, 0);
     }
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < num_panels; ++p) {
+      const int64_t width = std::min<int64_t>(kPanel, columns - p * kPanel);
+      if (format == kInt8)
+        for (int64_t column = 0; column < width; ++column) set_scale(p * kPanel + column, weight);
+      const int64_t group = kGroupOf[format], base = p * kPanel * padded_depth();
+      for (int64_t k = 0; k < depth; ++k) {
+        const int64_t row = base + k / group * kPanel * group + k % group;
+        for (int64_t column = 0; column < width; ++column) {
+          const float value = weight[(p * kPanel + column) * depth + k];
+          if (format == kFloat32) packed[row + column] = value;
+          if (format == kBfloat16) packed16[row + column * 2] = float_to_bfloat16(value);
+          if (format == kInt8)
+            packed8[row + column * 4] = static_cast<int8_t>(std::nearbyint(value / scales[p * kPanel + column]));
+        }
+      }
+      if (format == kInt8)
+        for (int64_t k = 0; k < padded_depth(); ++k)
+          for (int64_t column = 0; column < kPanel; ++column)
+            offsets[p * kPanel + column] += 128 * packed8[base + (k / 4 * kPanel + column) * 4 + k % 4];
+    }
+  }
+
+  void set_scale(int64_t column, const float* weight) {
+    float highest = 0;
+    for (int64_t k = 0; k < depth; ++k) highest = std::max(highest, std::fabs(weight[column * depth + k]));
+    scales[column] = highest > 0 ? highest / 127.0f : 1.0f;
   }
 
   const float* panel(int64_t index) const { return packed.data() + index * kPanel * depth; }
@@ -152,9 +238,202 @@ struct Linear {
   }
 };
 
+// The rows of x as a linear layer's format wants them.
+struct Activations {
+  const float* rows32 = nullptr;
+  const uint16_t* rows16 = nullptr;
+  const uint8_t* rows8 = nullptr;
+  const float* row_scales = nullptr;
+  int64_t stride = 0;
+};
+
+class Converter {
+ public:
+  Activations convert(const float* x, int64_t rows, int64_t depth, Format format, int num_threads) {
+    const int64_t group = kGroupOf[format], stride = (depth + group - 1) / group * group;
+    Activations out;
+    out.stride = stride;
+    if (format == kFloat32) {
+      out.rows32 = x;
+      return out;
+    }
+    grow(rows16_, format == kBfloat16 ? rows * stride : 0);
+    grow(rows8_, format == kInt8 ? rows * stride : 0);
+    grow(scales_, format == kInt8 ? rows : 0);
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* from = x + row * depth;
+      if (format == kBfloat16) {
+        uint16_t* to = rows16_.data() + row * stride;
+        for (int64_t k = 0; k < depth; ++k) to[k] = float_to_bfloat16(from[k]);
+        std::fill(to + depth, to + stride, uint16_t{0});
+      } else {
+        quantize(from, depth, stride, rows8_.data() + row * stride, scales_.data() + row);
+      }
+    }
+    out.rows16 = rows16_.data();
+    out.rows8 = rows8_.data();
+    out.row_scales = scales_.data();
+    return out;
+  }
+
+ private:
+  template <typename T>
+  static void grow(std::vector<T>& buffer, int64_t size) {
+    if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
+  }
+
+  // Symmetric, 128 added: the instruction wants unsigned activations.
+  static void quantize(const float* from, int64_t depth, int64_t stride, uint8_t* to, float* scale) {
+    uint32_t highest_bits = 0;  // of non-negative floats the order is that of their bits, which vectorizes
+    for (int64_t k = 0; k < depth; ++k) {
+      uint32_t bits;
+      std::memcpy(&bits, from + k, sizeof bits);
+      highest_bits = std::max(highest_bits, bits & 0x7fffffffu);
+    }
+    float highest;
+    std::memcpy(&highest, &highest_bits, sizeof highest);
+    *scale = highest > 0 ? highest / 127.0f : 1.0f;  // NaN and infinity stay in the scale and so in the result
+    if (!(highest <= 3.0e38f)) {
+      *scale = NAN;
+      std::fill(to, to + stride, uint8_t{128});
+      return;
+    }
+    const float inverse = 1.0f / *scale;
+    constexpr float kRound = 12582912.0f;
+    for (int64_t k = 0; k < depth; ++k) {
+      const float shifted = from[k] * inverse + kRound;
+      int32_t bits;
+      std::memcpy(&bits, &shifted, sizeof bits);
+      to[k] = static_cast<uint8_t>(bits - 0x4B400000 + 128);
+    }
+    std::fill(to + depth, to + stride, uint8_t{128});
+  }
+
+  std::vector<uint16_t> rows16_;
+  std::vector<uint8_t> rows8_;
+  std::vector<float> scales_;
+};
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+
+// out[kRows][kPanel] = a * panel, with the pair and four-fold products of the instruction set.
+template <int kRows>
+void tile16(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t depth, float* out, int64_t out_stride) {
+  __m512 left[kRows], right[kRows];
+  for (int row = 0; row < kRows; ++row) left[row] = right[row] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < depth; k += 2) {
+    const __m512bh b0 = (__m512bh)_mm512_loadu_si512(panel + k * kPanel);
+    const __m512bh b1 = (__m512bh)_mm512_loadu_si512(panel + k * kPanel + 32);
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row) {
+      int32_t pair;
+      std::memcpy(&pair, a + row * a_stride + k, sizeof pair);
+      const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+      left[row] = _mm512_dpbf16_ps(left[row], value, b0);
+      right[row] = _mm512_dpbf16_ps(right[row], value, b1);
+    }
+  }
+  for (int row = 0; row < kRows; ++row) {
+    _mm512_storeu_ps(out + row * out_stride, left[row]);
+    _mm512_storeu_ps(out + row * out_stride + 16, right[row]);
+  }
+}
+
+template <int kRows>
+void tile8(const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t depth, int32_t* out) {
+  __m512i left[kRows], right[kRows];
+  for (int row = 0; row < kRows; ++row) left[row] = right[row] = _mm512_setzero_si512();
+  for (int64_t k = 0; k < depth; k += 4) {
+    const __m512i b0 = _mm512_loadu_si512(panel + k * kPanel), b1 = _mm512_loadu_si512(panel + k * kPanel + 64);
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row) {
+      int32_t four;
+      std::memcpy(&four, a + row * a_stride + k, sizeof four);
+      const __m512i value = _mm512_set1_epi32(four);
+      left[row] = _mm512_dpbusd_epi32(left[row], value, b0);
+      right[row] = _mm512_dpbusd_epi32(right[row], value, b1);
+    }
+  }
+  for (int row = 0; row < kRows; ++row) {
+    _mm512_storeu_si512(out + row * kPanel, left[row]);
+    _mm512_storeu_si512(out + row * kPanel + 16, right[row]);
+  }
+}
+
+#else
+
+// The same sums without the instructions: right, and slower than float32.
+template <int kRows>
+void tile16(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t depth, float* out, int64_t out_stride) {
+  for (int row = 0; row < kRows; ++row) {
+    float sums[kPanel] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+      const float value = bfloat16_to_float(a[row * a_stride + k]);
+      const uint16_t* b = panel + k / 2 * kPanel * 2 + k % 2;
+      for (int column = 0; column < kPanel; ++column) sums[column] += value * bfloat16_to_float(b[column * 2]);
+    }
+    std::memcpy(out + row * out_stride, sums, sizeof sums);
+  }
+}
+
+template <int kRows>
+void tile8(const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t depth, int32_t* out) {
+  for (int row = 0; row < kRows; ++row) {
+    int32_t sums[kPanel] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+      const int32_t value = a[row * a_stride + k];
+      const int8_t* b = panel + k / 4 * kPanel * 4 + k % 4;
+      for (int column = 0; column < kPanel; ++column) sums[column] += value * b[column * 4];
+    }
+    std::memcpy(out + row * kPanel, sums, sizeof sums);
+  }
+}
+
+#endif
+
+template <int kRows = kTileRows>
+void tile16_of(int64_t rows, const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t depth, float* out) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return tile16_of<kRows - 1>(rows, a, a_stride, panel, depth, out);
+  }
+  tile16<kRows>(a, a_stride, panel, depth, out, kPanel);
+}
+
+template <int kRows = kTileRows>
+void tile8_of(int64_t rows, const uint8_t* a, int64_t a_stride, const int8_t* panel, int64_t depth, int32_t* out) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return tile8_of<kRows - 1>(rows, a, a_stride, panel, depth, out);
+  }
+  tile8<kRows>(a, a_stride, panel, depth, out);
+}
+
+// out[rows][kPanel] = rows `first` ... of x times panel p of W, bias not added.
+inline void product(const Linear& layer, const Activations& x, int64_t first, int64_t rows, int64_t p, float* out) {
+  const int64_t depth = layer.padded_depth();
+  switch (layer.format) {
+    case kFloat32:
+      tile_of<false>(rows, x.rows32 + first * x.stride, x.stride, layer.panel(p), depth, out, kPanel);
+      return;
+    case kBfloat16:
+      tile16_of(rows, x.rows16 + first * x.stride, x.stride, layer.packed16.data() + p * kPanel * depth, depth, out);
+      return;
+    case kInt8: {
+      int32_t sums[kTileRows * kPanel];
+      tile8_of(rows, x.rows8 + first * x.stride, x.stride, layer.packed8.data() + p * kPanel * depth, depth, sums);
+      const int32_t* offsets = layer.offsets.data() + p * kPanel;
+      const float* scales = layer.scales.data() + p * kPanel;
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < kPanel; ++j)
+          out[i * kPanel + j] =
+              static_cast<float>(sums[i * kPanel + j] - offsets[j]) * (scales[j] * x.row_scales[first + i]);
+    }
+  }
+}
+
 // y (+)= x W^T (+ b), row-major, rows of `columns` floats.
 template <bool kAccumulate>
-void linear(const Linear& layer, const float* x, int64_t rows, float* y, int num_threads) {
+void linear(const Linear& layer, const Activations& x, int64_t rows, float* y, int num_threads) {
   const int64_t num_panels = panels_of(layer.columns);
 #pragma omp parallel num_threads(num_threads)
   for (int64_t block = 0; block < rows; block += kRowBlock) {
@@ -164,17 +443,17 @@ void linear(const Linear& layer, const float* x, int64_t rows, float* y, int num
       const int64_t width = std::min<int64_t>(kPanel, layer.columns - p * kPanel);
       for (int64_t row = 0; row < block_rows; row += kTileRows) {
         const int64_t tile_rows = std::min<int64_t>(kTileRows, block_rows - row);
-        const float* a = x + (block + row) * layer.depth;
         float* c = y + (block + row) * layer.columns + p * kPanel;
-        if (width == kPanel && layer.bias.empty()) {
-          tile_of<kAccumulate>(tile_rows, a, layer.depth, layer.panel(p), layer.depth, c, layer.columns);
+        if (layer.format == kFloat32 && width == kPanel && layer.bias.empty()) {
+          tile_of<kAccumulate>(tile_rows, x.rows32 + (block + row) * x.stride, x.stride, layer.panel(p), layer.depth, c,
+                               layer.columns);
           continue;
         }
-        float edge[kTileRows * kPanel];
-        tile_of<false>(tile_rows, a, layer.depth, layer.panel(p), layer.depth, edge, kPanel);
+        float part[kTileRows * kPanel];
+        product(layer, x, block + row, tile_rows, p, part);
         for (int64_t i = 0; i < tile_rows; ++i)
           for (int64_t j = 0; j < width; ++j) {
-            float value = edge[i * kPanel + j];
+            float value = part[i * kPanel + j];
             if (!layer.bias.empty()) value += layer.bias[p * kPanel + j];
             c[i * layer.columns + j] = kAccumulate ? c[i * layer.columns + j] + value : value;
           }
@@ -184,7 +463,7 @@ void linear(const Linear& layer, const float* x, int64_t rows, float* y, int num
 }
 
 // out = silu(x G^T) * (x U^T): gate and up side by side, so that neither is ever written.
-void gated(const Linear& gate, const Linear& up, const float* x, int64_t rows, float* out, int num_threads) {
+void gated(const Linear& gate, const Linear& up, const Activations& x, int64_t rows, float* out, int num_threads) {
   const int64_t num_panels = panels_of(gate.columns);
 #pragma omp parallel num_threads(num_threads)
   for (int64_t block = 0; block < rows; block += kRowBlock) {
@@ -195,9 +474,8 @@ void gated(const Linear& gate, const Linear& up, const float* x, int64_t rows, f
       float g[kTileRows * kPanel], u[kTileRows * kPanel];
       for (int64_t row = 0; row < block_rows; row += kTileRows) {
         const int64_t tile_rows = std::min<int64_t>(kTileRows, block_rows - row);
-        const float* a = x + (block + row) * gate.depth;
-        tile_of<false>(tile_rows, a, gate.depth, gate.panel(p), gate.depth, g, kPanel);
-        tile_of<false>(tile_rows, a, up.depth, up.panel(p), up.depth, u, kPanel);
+        product(gate, x, block + row, tile_rows, p, g);
+        product(up, x, block + row, tile_rows, p, u);
         for (int64_t i = 0; i < tile_rows; ++i) {
           for (int half = 0; half < kPanel; half += kLanes) {
             const Vec value = load(g + i * kPanel + half);
@@ -211,10 +489,13 @@ void gated(const Linear& gate, const Linear& up, const float* x, int64_t rows, f
 }
 
 void rms_norm(const float* x, const std::vector<float>& weight, float epsilon, int64_t size, float* out) {
-  double squares = 0;
-  for (int64_t i = 0; i < size; ++i) squares += static_cast<double>(x[i]) * x[i];
-  const float scale = 1.0f / std::sqrt(static_cast<float>(squares / size) + epsilon);
-  for (int64_t i = 0; i < size; ++i) out[i] = x[i] * scale * weight[i];
+  Vec squares = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) squares += load(x + i) * load(x + i);
+  float total = sum(squares);
+  for (; i < size; ++i) total += x[i] * x[i];
+  const float scale = 1.0f / std::sqrt(total / static_cast<float>(size) + epsilon);
+  for (i = 0; i < size; ++i) out[i] = x[i] * scale * weight[i];
 }
 
 // Turns pairs (i, i + size/2) by the position's angle (Su et al.: RoFormer, 2021), in the half-split layout.
@@ -229,9 +510,14 @@ void rotate(float* x, const float* cosine, const float* sine, int64_t size) {
 
 // Scores of one query become weights that sum to one; whatever lies beyond `count` up to `padded` becomes 0.
 void softmax(float* scores, int64_t count, int64_t padded, float scale) {
-  float highest = scores[0];
-  for (int64_t i = 1; i < count; ++i) highest = std::max(highest, scores[i]);
   for (int64_t i = count; i < padded; ++i) scores[i] = -INFINITY;
+  Vec maxima = load(scores);
+  for (int64_t i = kLanes; i < padded; i += kLanes) {
+    const Vec value = load(scores + i);
+    maxima = value > maxima ? value : maxima;
+  }
+  float highest = maxima[0];
+  for (int lane = 1; lane < kLanes; ++lane) highest = std::max(highest, maxima[lane]);
   Vec total = {};
   for (int64_t i = 0; i < padded; i += kLanes) {
     const Vec value = exponential((load(scores + i) - highest) * scale);
@@ -254,6 +540,8 @@ extern "C" {
 struct TwinpoolShape {
   int32_t num_layers, hidden_size, num_heads, num_kv_heads, head_size, intermediate_size, vocab_size, block_size;
   float norm_epsilon, attention_scale;
+  int32_t weight_format;  // Format of every linear layer
+  int32_t cache_format;   // kFloat32 or kBfloat16
 };
 
 // One sequence of a step. Its tokens are rows first_row .. first_row + num_rows - 1, at positions start ...
@@ -269,7 +557,7 @@ struct TwinpoolStep {
   const float* sine;                 // [num_rows][head_size]
   const TwinpoolSequence* sequences;
   const int64_t* sampled_rows;       // [num_sampled]
-  float* const* cache_layers;        // per layer: [num_blocks][2][num_kv_heads][block_size][head_size]
+  void* const* cache_layers;         // per layer: [num_blocks][2][num_kv_heads][block_size][head_size]
   float* logits;                     // [num_sampled][vocab_size]
 };
 
@@ -291,6 +579,7 @@ struct Decoder {
   std::vector<float> embedding;  // empty when tied to the head
   std::vector<float> final_norm;
   Scratch hidden, normed, query, key, value, attended, gated_rows;
+  Converter converter;
   std::vector<Scratch> per_thread;
 };
 
@@ -299,29 +588,39 @@ struct Work {
 };
 
 // Where block `index` of a sequence keeps the keys (part 0) or values (part 1) of one head: [block_size][head_size].
-inline float* block_of(const Decoder& m, float* cache, const TwinpoolSequence& s, int64_t index, int part, int kv_head) {
+template <typename KV>
+inline KV* block_of(const Decoder& m, KV* cache, const TwinpoolSequence& s, int64_t index, int part, int kv_head) {
   const TwinpoolShape& d = m.shape;
   const int64_t head = static_cast<int64_t>(d.block_size) * d.head_size;
   return cache + ((s.block_table[index] * 2 + part) * d.num_kv_heads + kv_head) * head;
 }
 
-void write_cache(const Decoder& m, float* cache, const TwinpoolSequence& s, const float* key, const float* value) {
+template <typename KV>
+void write_cache(const Decoder& m, KV* cache, const TwinpoolSequence& s, const float* key, const float* value) {
   const TwinpoolShape& d = m.shape;
   const int64_t stride = static_cast<int64_t>(d.num_kv_heads) * d.head_size;
   for (int32_t i = 0; i < s.num_rows; ++i) {
     const int64_t position = s.start + i, offset = position % d.block_size * d.head_size;
     for (int kv_head = 0; kv_head < d.num_kv_heads; ++kv_head) {
       const int64_t from = (s.first_row + i) * stride + kv_head * d.head_size;
-      std::memcpy(block_of(m, cache, s, position / d.block_size, 0, kv_head) + offset, key + from,
-                  d.head_size * sizeof(float));
-      std::memcpy(block_of(m, cache, s, position / d.block_size, 1, kv_head) + offset, value + from,
-                  d.head_size * sizeof(float));
+      if (offset == 0) {  // the first token of a block: nothing of an earlier owner stays, here or in a handoff
+        const int64_t block_size = static_cast<int64_t>(d.block_size) * d.head_size * sizeof(KV);
+        std::memset(block_of(m, cache, s, position / d.block_size, 0, kv_head), 0, block_size);
+        std::memset(block_of(m, cache, s, position / d.block_size, 1, kv_head), 0, block_size);
+      }
+      KV* k = block_of(m, cache, s, position / d.block_size, 0, kv_head) + offset;
+      KV* v = block_of(m, cache, s, position / d.block_size, 1, kv_head) + offset;
+      for (int64_t j = 0; j < d.head_size; ++j) {
+        assign(k + j, key[from + j]);
+        assign(v + j, value[from + j]);
+      }
     }
   }
 }
 
 // One new token: every query head of the group against each block, straight from the cache.
-void attend_one(Decoder& m, float* cache, const TwinpoolSequence& s, int kv_head, const float* query, float* out,
+template <typename KV>
+void attend_one(Decoder& m, KV* cache, const TwinpoolSequence& s, int kv_head, const float* query, float* out,
                 Scratch& scratch) {
   const TwinpoolShape& d = m.shape;
   const int64_t count = s.start + 1, padded = (count + kLanes - 1) / kLanes * kLanes;
@@ -329,7 +628,7 @@ void attend_one(Decoder& m, float* cache, const TwinpoolSequence& s, int kv_head
   const int64_t head = d.head_size, row = static_cast<int64_t>(s.first_row) * d.num_heads * head;
   float* scores = scratch.get(group * padded);
   for (int64_t index = 0; index * d.block_size < count; ++index) {
-    const float* keys = block_of(m, cache, s, index, 0, kv_head);
+    const KV* keys = block_of(m, cache, s, index, 0, kv_head);
     const int64_t tokens = std::min<int64_t>(d.block_size, count - index * d.block_size);
     for (int g = 0; g < group; ++g) {
       const float* q = query + row + (kv_head * group + g) * head;
@@ -345,7 +644,7 @@ void attend_one(Decoder& m, float* cache, const TwinpoolSequence& s, int kv_head
     std::memset(out + row + (kv_head * group + g) * head, 0, head * sizeof(float));
   }
   for (int64_t index = 0; index * d.block_size < count; ++index) {
-    const float* values = block_of(m, cache, s, index, 1, kv_head);
+    const KV* values = block_of(m, cache, s, index, 1, kv_head);
     const int64_t tokens = std::min<int64_t>(d.block_size, count - index * d.block_size);
     for (int g = 0; g < group; ++g) {
       const float* weights = scores + g * padded + index * d.block_size;
@@ -360,7 +659,8 @@ void attend_one(Decoder& m, float* cache, const TwinpoolSequence& s, int kv_head
 }
 
 // Some queries of a prompt chunk: keys and values are packed into panels, then it is two matrix products.
-void attend_many(Decoder& m, float* cache, const TwinpoolSequence& s, const Work& work, const float* query, float* out,
+template <typename KV>
+void attend_many(Decoder& m, KV* cache, const TwinpoolSequence& s, const Work& work, const float* query, float* out,
                  Scratch& scratch) {
   const TwinpoolShape& d = m.shape;
   const int group = d.num_heads / d.num_kv_heads;
@@ -375,11 +675,11 @@ void attend_many(Decoder& m, float* cache, const TwinpoolSequence& s, const Work
   std::memset(values, 0, value_panels * kPanel * padded * sizeof(float));
   for (int64_t t = 0; t < last; ++t) {
     const int64_t offset = t % d.block_size * head;
-    const float* k = block_of(m, cache, s, t / d.block_size, 0, work.kv_head) + offset;
-    const float* v = block_of(m, cache, s, t / d.block_size, 1, work.kv_head) + offset;
+    const KV* k = block_of(m, cache, s, t / d.block_size, 0, work.kv_head) + offset;
+    const KV* v = block_of(m, cache, s, t / d.block_size, 1, work.kv_head) + offset;
     float* key_panel = keys + t / kPanel * kPanel * head + t % kPanel;
-    for (int64_t i = 0; i < head; ++i) key_panel[i * kPanel] = k[i];
-    for (int64_t i = 0; i < head; ++i) values[(i / kPanel * padded + t) * kPanel + i % kPanel] = v[i];
+    for (int64_t i = 0; i < head; ++i) key_panel[i * kPanel] = as_float(k[i]);
+    for (int64_t i = 0; i < head; ++i) values[(i / kPanel * padded + t) * kPanel + i % kPanel] = as_float(v[i]);
   }
   for (int g = 0; g < group; ++g) {
     for (int64_t first = work.first_query; first < work.first_query + work.num_queries; first += kTileRows) {
@@ -415,7 +715,8 @@ std::vector<Work> split_attention(const Decoder& m, const TwinpoolStep& step) {
   return items;
 }
 
-void attend(Decoder& m, const TwinpoolStep& step, const std::vector<Work>& items, float* cache, const float* query,
+template <typename KV>
+void attend(Decoder& m, const TwinpoolStep& step, const std::vector<Work>& items, KV* cache, const float* query,
             float* out, int num_threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
   for (size_t i = 0; i < items.size(); ++i) {
@@ -451,6 +752,7 @@ void prepare_heads(const Layer& layer, const TwinpoolShape& d, const TwinpoolSte
   }
 }
 
+template <typename KV>
 void run(Decoder& m, const TwinpoolStep& step, int num_threads) {
   const TwinpoolShape& d = m.shape;
   const int64_t rows = step.num_rows, size = d.hidden_size;
@@ -462,6 +764,7 @@ void run(Decoder& m, const TwinpoolStep& step, int num_threads) {
   float* gated_rows = m.gated_rows.get(rows * d.intermediate_size);
   if (static_cast<int>(m.per_thread.size()) < num_threads) m.per_thread.resize(num_threads);
   const std::vector<Work> items = split_attention(m, step);
+  const Format format = static_cast<Format>(d.weight_format);
 
   for (int64_t row = 0; row < rows; ++row) {
     if (m.embedding.empty())
@@ -471,27 +774,35 @@ void run(Decoder& m, const TwinpoolStep& step, int num_threads) {
   }
   for (int32_t index = 0; index < d.num_layers; ++index) {
     const Layer& layer = m.layers[index];
-    float* cache = step.cache_layers[index];
+    KV* cache = static_cast<KV*>(step.cache_layers[index]);
     norm_rows(x, layer.norms[kInputNorm], d.norm_epsilon, rows, size, normed, num_threads);
-    linear<false>(layer.linears[kQuery], normed, rows, query, num_threads);
-    linear<false>(layer.linears[kKey], normed, rows, key, num_threads);
-    linear<false>(layer.linears[kValue], normed, rows, value, num_threads);
+    Activations input = m.converter.convert(normed, rows, size, format, num_threads);
+    linear<false>(layer.linears[kQuery], input, rows, query, num_threads);
+    linear<false>(layer.linears[kKey], input, rows, key, num_threads);
+    linear<false>(layer.linears[kValue], input, rows, value, num_threads);
     prepare_heads(layer, d, step, query, key, num_threads);
     for (int64_t i = 0; i < step.num_sequences; ++i) write_cache(m, cache, step.sequences[i], key, value);
     attend(m, step, items, cache, query, attended, num_threads);
-    linear<true>(layer.linears[kOutput], attended, rows, x, num_threads);
+    input = m.converter.convert(attended, rows, query_size, format, num_threads);
+    linear<true>(layer.linears[kOutput], input, rows, x, num_threads);
     norm_rows(x, layer.norms[kPostNorm], d.norm_epsilon, rows, size, normed, num_threads);
-    gated(layer.linears[kGate], layer.linears[kUp], normed, rows, gated_rows, num_threads);
-    linear<true>(layer.linears[kDown], gated_rows, rows, x, num_threads);
+    input = m.converter.convert(normed, rows, size, format, num_threads);
+    gated(layer.linears[kGate], layer.linears[kUp], input, rows, gated_rows, num_threads);
+    input = m.converter.convert(gated_rows, rows, d.intermediate_size, format, num_threads);
+    linear<true>(layer.linears[kDown], input, rows, x, num_threads);
   }
   for (int64_t i = 0; i < step.num_sampled; ++i)
     rms_norm(x + step.sampled_rows[i] * size, m.final_norm, d.norm_epsilon, size, normed + i * size);
-  linear<false>(m.head, normed, step.num_sampled, step.logits, num_threads);
+  linear<false>(m.head, m.converter.convert(normed, step.num_sampled, size, format, num_threads), step.num_sampled,
+                step.logits, num_threads);
 }
 
 }  // namespace
 
 extern "C" {
+
+// Compared with library.py's number: another one means that the library was built from another version of this file.
+int twinpool_interface() { return 2; }
 
 void* twinpool_create(const TwinpoolShape* shape) {
   Decoder* m = new (std::nothrow) Decoder;
@@ -514,7 +825,7 @@ int twinpool_set_linear(void* decoder, int layer, int which, const float* weight
       return 0;
     }
     Linear& linear = which == kHead ? m->head : m->layers[layer].linears[which];
-    linear.pack(weight, columns, depth);
+    linear.pack(weight, columns, depth, static_cast<Format>(m->shape.weight_format));
     if (bias != nullptr) {
       linear.bias.assign(panels_of(columns) * kPanel, 0.0f);
       std::copy(bias, bias + columns, linear.bias.begin());
@@ -533,7 +844,11 @@ void twinpool_set_vector(void* decoder, int layer, int which, const float* value
 // Returns 0, or 1 without memory for the step.
 int twinpool_step(void* decoder, const TwinpoolStep* step, int num_threads) {
   try {
-    run(*static_cast<Decoder*>(decoder), *step, num_threads);
+    Decoder& m = *static_cast<Decoder*>(decoder);
+    if (m.shape.cache_format == kBfloat16)
+      run<uint16_t>(m, *step, num_threads);
+    else
+      run<float>(m, *step, num_threads);
   } catch (const std::bad_alloc&) {
     return 1;
   }

@@ -7,23 +7,32 @@ import functools
 import importlib.util
 from pathlib import Path
 
+from kvcache.errors import ResourceError
 from workers.native.processor import processor_flags
 
+INTERFACE = 2  # grows with every change of what decoder.cpp and this file agree on
+
 # Best first: name of the build (see setup.py) and the processor flags that it needs.
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
 BUILDS = (
-    ("decoder_avx512", frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})),
+    ("decoder_avx512_vnni_bf16", _AVX512 | {"avx512_vnni", "avx512_bf16"}),
+    ("decoder_avx512", _AVX512),
     ("decoder_avx2", frozenset({"avx2", "fma", "bmi2", "f16c"})),
 )
 
 
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
-    """The fastest build that is installed and that this processor can run; None where there is none."""
+    """The fastest build that is installed and that this processor can run; None where there is none.
+
+    Raises:
+        ResourceError: the build is not of this version's source.
+    """
     flags = processor_flags()
     for name, needed in BUILDS:
         path = _path_of(name)
         if path is not None and needed <= flags:
-            return _declare(ctypes.CDLL(str(path)))
+            return _declare(path)
     return None
 
 
@@ -47,6 +56,8 @@ class Shape(ctypes.Structure):
         ("block_size", ctypes.c_int32),
         ("norm_epsilon", ctypes.c_float),
         ("attention_scale", ctypes.c_float),
+        ("weight_format", ctypes.c_int32),
+        ("cache_format", ctypes.c_int32),
     ]
 
 
@@ -79,7 +90,10 @@ class Step(ctypes.Structure):
     ]
 
 
-def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+def _declare(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    if getattr(library, "twinpool_interface", lambda: None)() != INTERFACE:
+        raise ResourceError(f"{path.name} was built from another version of decoder.cpp; install Twinpool again.")
     library.twinpool_create.argtypes = [ctypes.POINTER(Shape)]
     library.twinpool_create.restype = ctypes.c_void_p
     library.twinpool_destroy.argtypes = [ctypes.c_void_p]

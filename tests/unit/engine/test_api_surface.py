@@ -7,9 +7,6 @@ import logging
 import pytest
 from fastapi import FastAPI
 
-from engine.api.app import create_app
-from engine.metrics import Metrics
-from kvcache.errors import ConfigError
 from kvcache.spec import KVCacheSpec
 from scheduler.types import ClusterSnapshot, DeviceProfile, WorkerInfo, WorkerLoad, WorkerRole, WorkerSnapshot
 from tests.fakes import FakeEngine, Script
@@ -63,13 +60,6 @@ def test_everything_else_is_closed_without_the_right_key(locked: FastAPI, path: 
 def test_every_key_opens(locked: FastAPI, key: str) -> None:
     response = call(locked, "/v1/models", headers={"authorization": f"Bearer {key}"})
     assert response.status_code == 200
-
-
-@pytest.mark.parametrize("key", ["", " ", "a\nb", "schlüssel"])
-def test_a_key_that_cannot_work_is_refused_at_start(key: str) -> None:
-    engine = FakeEngine()
-    with pytest.raises(ConfigError):
-        create_app(engine, api_keys=[key], metrics=Metrics("tiny", lambda: engine.cluster))
 
 
 def test_a_bug_is_logged_with_its_traceback_and_the_server_lives_on(caplog: pytest.LogCaptureFixture) -> None:

@@ -310,3 +310,17 @@ def test_importing_the_module_imports_nothing_heavy() -> None:
 
 def test_the_default_model_has_a_name_that_is_no_hub_id() -> None:
     assert "/" not in DEFAULT_MODEL
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_angles_that_depend_on_the_neighbours_are_refused(tmp_path: Path, kind: str) -> None:
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    sentence = refusal(make_checkpoint(tmp_path, LLAMA | {"rope_parameters": rope}))
+    assert kind in sentence
+
+
+def test_rotary_angles_fixed_by_the_position_are_accepted(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    assert describe_checkpoint(make_checkpoint(tmp_path, LLAMA | {"rope_parameters": rope}), device="cpu").num_layers

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GemmaConfig, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import GemmaConfig, GPT2Config, GraniteConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from kvcache.spec import KVCacheSpec
@@ -154,7 +154,8 @@ def test_what_a_sequence_computes_does_not_depend_on_its_neighbours(tmp_path: Pa
 
 MISFITS: dict[str, tuple[Callable[[], PreTrainedConfig], str, str]] = {
     "gelu": (lambda: LlamaConfig(**SHAPE | {"num_attention_heads": 4}, hidden_act="gelu"), "float32", "SiLU"),
-    "dtype": (lambda: LlamaConfig(**SHAPE | {"num_attention_heads": 4}), "bfloat16", "bfloat16"),
+    "dtype": (lambda: LlamaConfig(**SHAPE | {"num_attention_heads": 4}), "float16", "float16"),
+    "norm": (lambda: GemmaConfig(**SHAPE | {"num_attention_heads": 4}), "float32", "GemmaRMSNorm"),
     "head size": (lambda: LlamaConfig(**SHAPE | {"num_attention_heads": 4, "head_dim": 24}), "float32", "24"),
     "mlp bias": (lambda: LlamaConfig(**SHAPE | {"num_attention_heads": 4}, mlp_bias=True), "float32", "MLP has biases"),
     "another structure": (
@@ -177,8 +178,8 @@ def test_a_model_that_does_not_fit_is_named_and_left_to_transformers(tmp_path: P
 
 @pytest.mark.skipif(not BUILDS, reason="no native build for this processor")
 def test_a_model_that_only_looks_alike_is_found_out_at_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Gemma has Llama's modules, but its norms multiply by 1 + weight and its embeddings are scaled."""
-    config = GemmaConfig(**SHAPE | {"num_attention_heads": 4}, hidden_act="silu", hidden_activation="silu")
+    """Granite has Llama's modules, but multiplies embeddings, residuals and logits by numbers of its own."""
+    config = GraniteConfig(**SHAPE | {"num_attention_heads": 4, "hidden_size": 128}, residual_multiplier=0.5)
     model = make_model(tmp_path, config)
     assert find_misfit(model, spec_of(config)) is None
     assert isinstance(choose_step_model(model, spec_of(config), 64, 1), TransformersModel)

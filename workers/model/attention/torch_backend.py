@@ -30,6 +30,7 @@ def paged_attention(
     Returns:
         ``[T, num_heads, head_size]``.
     """
+    cache[inputs.new_blocks] = 0
     cache[inputs.write_blocks, 0, :, inputs.write_offsets] = key
     cache[inputs.write_blocks, 1, :, inputs.write_offsets] = value
     output = torch.empty_like(query)

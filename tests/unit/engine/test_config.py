@@ -1,0 +1,110 @@
+"""Flags, environment and file: who wins, and what is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.config import ServeConfig, load_config
+from engine.machine_limits import available_memory_bytes, usable_cores
+from kvcache.errors import ConfigError
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("port: 1111\nblock-size: 8\nmax_num_seqs: 3\n")
+    monkeypatch.setenv("TWINPOOL_PORT", "2222")
+    monkeypatch.setenv("TWINPOOL_BLOCK_SIZE", "32")
+    config = load_config({"port": "3333"}, file)
+    assert (config.port, config.block_size, config.max_num_seqs) == (3333, 32, 3)
+
+
+def test_the_pools_follow_from_what_is_given() -> None:
+    def pools(**flags: str) -> tuple[int, int, int]:
+        config = load_config(flags)
+        return config.num_prefill_workers, config.num_decode_workers, config.colocated
+
+    assert pools() == (1, 1, 0)
+    assert pools(prefill_workers="3") == (3, 1, 0)
+    assert pools(colocated="2") == (0, 0, 2)
+    assert pools(colocated="1", prefill_workers="1", decode_workers="2") == (1, 2, 1)
+
+
+def test_sizes_are_written_as_people_write_them() -> None:
+    assert load_config({"kv_cache_memory_bytes": "1.5GiB"}).kv_cache_memory_bytes == 3 << 29
+
+
+def test_keys_come_from_repeated_flags_or_from_one_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_config({"api_key": ["a", "b"]}).api_key == ("a", "b")
+    monkeypatch.setenv("TWINPOOL_API_KEY", "c, d")
+    assert load_config({}).api_key == ("c", "d")
+
+
+@pytest.mark.parametrize("keys", ["", " ", "a,,b", "schlüssel", "a\tb"])
+def test_a_key_that_cannot_work_is_refused_and_not_repeated(keys: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty secret must not turn the lock off."""
+    monkeypatch.setenv("TWINPOOL_API_KEY", keys)
+    with pytest.raises(ConfigError, match="TWINPOOL_API_KEY: a key must be") as caught:
+        load_config({})
+    assert "schlüssel" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"port": "x"}, "--port is 'x'"),
+        ({"decode_workers": "0"}, "prefill_workers needs decode_workers"),
+        ({"prefill_workers": "0", "decode_workers": "0"}, "no workers"),
+        ({"dtype": "int3"}, "--dtype is 'int3'"),
+    ],
+)
+def test_a_bad_value_is_named(flags: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prot: 1\n", "'prot'.*names no option"),
+        ("port: many\n", "port in .*cluster.yaml is 'many'"),
+        ("- 1\n", "must hold keys and values"),
+        ("a: [\n", "not valid YAML"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_config({}, file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml cannot be read"):
+        load_config({}, tmp_path / "nowhere.yaml")
+
+
+def test_an_environment_variable_that_names_no_option_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TWINPOOL_PROT", "1")
+    with pytest.raises(ConfigError, match="TWINPOOL_PROT"):
+        load_config({})
+
+
+def test_every_option_has_a_description() -> None:
+    assert all(field.description for field in ServeConfig.model_fields.values())
+
+
+def test_a_container_s_limits_count(tmp_path: Path) -> None:
+    assert available_memory_bytes(tmp_path) > 0
+    assert usable_cores(tmp_path) >= 1
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    (tmp_path / "cpu.max").write_text("100000 100000\n")
+    assert available_memory_bytes(tmp_path) == 2_000_000
+    assert usable_cores(tmp_path) == 1
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert available_memory_bytes(tmp_path) > 2_000_000
