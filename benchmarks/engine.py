@@ -1,0 +1,108 @@
+"""Speed of one worker: ``python -m benchmarks.engine [--threads 1] [--dtype float32] [--json FILE]``.
+
+The step loop that serves, without HTTP, gRPC and Ray, beside what this machine can do at the same moment. All
+cases take turns, so that a slow minute of the machine meets each of them.
+
+Exit status: 0, 1 when it cannot run, 2 for a wrong flag, 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+from rich.console import Console
+from tqdm import tqdm
+
+from benchmarks.engine_limits import MachineLimits, measure_limits, read_costs
+from benchmarks.engine_options import DecodeCase, Options, check_lengths, parse_options
+from benchmarks.engine_profile import split_model
+from benchmarks.engine_ready import FreshProcess, measure_fresh_process
+from benchmarks.engine_report import (
+    Measurements,
+    Result,
+    Run,
+    build_result,
+    profile_tables,
+    profiled_case,
+    result_table,
+)
+from benchmarks.engine_work import MAX_BATCHED_TOKENS, EngineSettings, num_blocks_needed, open_engine
+from kvcache.errors import ConfigError, TwinpoolError
+from workers.model.checkpoint import describe_checkpoint, prepare_checkpoint
+
+
+async def measure(options: Options, settings: EngineSettings, bar: tqdm[Any]) -> Measurements:
+    """All but the fresh processes. Model and KV cache are given back before it returns."""
+    prefill: dict[int, list[Run]] = {length: [] for length in options.prefill_tokens}
+    decode: dict[DecodeCase, list[Run]] = {case: [] for case in options.decode_cases}
+    num_blocks = num_blocks_needed([*prefill], options.batches, [case.context for case in decode])
+    limits = MachineLimits(0.0, 0.0)
+    async with open_engine(settings, num_blocks, max(options.batches)) as engine:
+        await engine.prefill(min(prefill))
+        for _ in range(options.runs):
+            bar.set_description("limits of the machine")
+            limits = limits.better_of(measure_limits())
+            bar.update()
+            for length, prefill_runs in prefill.items():
+                bar.set_description(f"prefill {length}")
+                prefill_runs.append(await engine.prefill(length))
+                bar.update()
+            for case, decode_runs in decode.items():
+                bar.set_description(f"decode {case.batch}, context {case.context}")
+                decode_runs.append(await engine.decode(case.batch, case.context))
+                bar.update()
+        split = None
+        if options.profile:
+            bar.set_description("profile")
+            case = profiled_case(decode)
+            first_chunk = min(options.prefill_tokens[0], MAX_BATCHED_TOKENS)
+            split = await split_model(engine, first_chunk, case.batch, case.context)
+        return Measurements(engine.step_model_name, limits, prefill, decode, split)
+
+
+def measure_all(options: Options) -> tuple[Measurements, Result]:
+    """Raises a StartupError when something does not fit or cannot be loaded."""
+    checkpoint = describe_checkpoint(prepare_checkpoint(options.model), dtype=options.dtype, device="cpu")
+    check_lengths(options, checkpoint)
+    settings = EngineSettings(checkpoint, options.num_threads, options.step_model)
+    costs = read_costs(checkpoint, settings.spec)
+    tqdm.monitor_interval = 0  # no thread of the bar's own
+    cases_per_run = len(options.prefill_tokens) + len(options.decode_cases)
+    with tqdm(
+        total=options.runs * (1 + cases_per_run + 1), file=sys.stderr, disable=not sys.stderr.isatty(), leave=False
+    ) as bar:
+        measured = asyncio.run(measure(options, settings, bar))
+        fresh_processes: list[FreshProcess] = []
+        for _ in range(options.runs):
+            bar.set_description("fresh process")
+            fresh_processes.append(measure_fresh_process(settings, max(options.prefill_tokens)))
+            bar.update()
+    return measured, build_result(options, costs, measured, fresh_processes)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    try:
+        options = parse_options(sys.argv[1:] if arguments is None else arguments)
+        measured, result = measure_all(options)
+        console = Console()
+        console.print(result_table(result))
+        for table in profile_tables(measured) if options.profile else ():
+            console.print(table)
+        if options.json_path is not None:
+            options.json_path.write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2) + b"\n")
+    except KeyboardInterrupt:
+        print("interrupted; nothing was measured", file=sys.stderr)
+        return 130
+    except (TwinpoolError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

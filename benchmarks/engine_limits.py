@@ -1,0 +1,102 @@
+"""What the machine can do, what the model asks of it, and how near an engine came."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from kvcache.errors import ModelError
+from kvcache.spec import DTYPE_BYTES, KVCacheSpec
+from workers.model.checkpoint import CheckpointInfo
+from workers.model.safetensors_file import read_headers, weight_files
+
+GEMM_SIZES = (512, 1024, 2048)
+READ_BYTES = 256 << 20  # well beyond the last cache level
+REPEATS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class MachineLimits:
+    """Of as many threads as torch has now. Best and not mean: what others do on the machine is no limit of it."""
+
+    gemm_gflops: float  # float32
+    read_gb_s: float
+
+    def better_of(self, other: MachineLimits) -> MachineLimits:
+        return MachineLimits(max(self.gemm_gflops, other.gemm_gflops), max(self.read_gb_s, other.read_gb_s))
+
+
+def measure_limits() -> MachineLimits:
+    """Large float32 matrix products, and streaming reads of a long float32 vector; about a second."""
+    gemm_flops_s = 0.0
+    for size in GEMM_SIZES:
+        left, right, product = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
+        seconds = _best_seconds(partial(torch.mm, left, right, out=product))
+        gemm_flops_s = max(gemm_flops_s, 2 * size**3 / seconds)
+    values = torch.ones(READ_BYTES // 4)
+    read_s = min(_best_seconds(values.sum), _best_seconds(partial(torch.dot, values, values)))
+    return MachineLimits(gemm_flops_s / 1e9, READ_BYTES / read_s / 1e9)
+
+
+def _best_seconds(work: Callable[[], object]) -> float:
+    work()  # the first call allocates and chooses kernels
+    seconds = []
+    for _ in range(REPEATS):
+        started_s = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started_s)
+    return min(seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCosts:
+    """The arithmetic and the memory traffic that cannot be avoided. A multiply-add is 2 FLOP.
+
+    Counted: the matrices of the layers, the head for each row whose logits are needed, and causal attention
+    (per layer, head and pair of positions: ``head_size`` multiply-adds for the score and as many for the value).
+    Left out, being under 1 %: norms, rotary embedding, activations, embedding rows, KV writes.
+    """
+
+    layer_weights: int  # elements
+    head_weights: int  # vocabulary times hidden size, tied or not
+    attention_width: int  # layers times heads times head size
+    weight_bytes: int  # of one element
+    kv_token_bytes: int  # of one token over all layers
+
+    def prefill_flops(self, num_tokens: int) -> float:
+        """One prompt, with the logits of its last token only."""
+        pairs = num_tokens * (num_tokens + 1) / 2
+        return 2 * self.layer_weights * num_tokens + 2 * self.head_weights + 4 * self.attention_width * pairs
+
+    def decode_flops(self, batch: int, context: float) -> float:
+        """One step of ``batch`` sequences that attend to ``context`` tokens each, the new one among them."""
+        return batch * (2 * (self.layer_weights + self.head_weights) + 4 * self.attention_width * context)
+
+    def decode_bytes(self, batch: int, context: float) -> float:
+        """What such a step reads: every weight once, and the KV of every sequence."""
+        weights = (self.layer_weights + self.head_weights) * self.weight_bytes
+        return weights + batch * context * self.kv_token_bytes
+
+
+def read_costs(checkpoint: CheckpointInfo, spec: KVCacheSpec) -> ModelCosts:
+    """From the shapes in the weight files.
+
+    Raises:
+        ModelError: a token uses only some of the weights, so that they say nothing of its cost.
+    """
+    headers = [header for file in weight_files(checkpoint.path) for header in read_headers(file)]
+    if any("expert" in header.name for header in headers):
+        raise ModelError(f"{checkpoint.architecture} is a mixture of experts, whose cost per token is not known here.")
+    # Inside the layers a tensor's name holds the layer's number: model.layers.7.mlp.up_proj.weight.
+    in_layers = [header for header in headers if any(part.isdecimal() for part in header.name.split("."))]
+    return ModelCosts(
+        layer_weights=sum(header.num_elements for header in in_layers if len(header.shape) > 1),
+        head_weights=checkpoint.vocab_size * checkpoint.hidden_size,
+        attention_width=checkpoint.num_layers * checkpoint.num_attention_heads * checkpoint.head_size,
+        weight_bytes=DTYPE_BYTES[checkpoint.dtype],
+        kv_token_bytes=spec.token_bytes,
+    )

@@ -1,0 +1,125 @@
+"""The flags of ``python -m benchmarks.engine``, parsed and checked into one frozen object."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from benchmarks.engine_work import AUTO, DECODE_STEPS, MAX_BATCHED_TOKENS, STEP_MODELS, WARM_UP_STEPS
+from benchmarks.machine import describe_machine
+from kvcache.errors import ConfigError
+from kvcache.spec import DTYPE_BYTES
+from workers.model.checkpoint import DEFAULT_MODEL, CheckpointInfo
+
+DEFAULT_ALIAS = "default"
+LONG_CONTEXT = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCase:
+    """Sequences that decode together, and the prompt tokens that each of them has."""
+
+    batch: int
+    context: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a sequence at its end."""
+        return self.context + 1 + WARM_UP_STEPS + DECODE_STEPS
+
+    @property
+    def mean_attended(self) -> float:
+        """Tokens that a sequence attends to in a timed step, the new one among them, on average."""
+        return self.context + WARM_UP_STEPS + (DECODE_STEPS + 1) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Flags that fit together. Lengths in tokens; each length and batch once, in the order given."""
+
+    model: str
+    dtype: str
+    num_threads: int
+    step_model: str
+    runs: int
+    prefill_tokens: tuple[int, ...]
+    batches: tuple[int, ...]
+    context: int
+    json_path: Path | None
+    profile: bool
+
+    @property
+    def decode_cases(self) -> tuple[DecodeCase, ...]:
+        contexts = dict.fromkeys((self.context, LONG_CONTEXT))
+        return tuple(DecodeCase(batch, context) for context in contexts for batch in self.batches)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing the whole usage and leaving the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see --help)")
+
+
+def parse_options(arguments: Sequence[str]) -> Options:
+    """Raises ConfigError, one sentence, for a wrong flag."""
+    flags = _build_parser().parse_args(arguments)
+    usable_cores = int(describe_machine()["usable_cores"])
+    if flags.threads > usable_cores:
+        raise ConfigError(f"--threads {flags.threads}: this process may use {usable_cores} cores")
+    if max(flags.batches) > MAX_BATCHED_TOKENS:
+        raise ConfigError(f"--batches: one step takes at most {MAX_BATCHED_TOKENS} sequences, not {max(flags.batches)}")
+    if flags.json is not None and not flags.json.parent.is_dir():
+        raise ConfigError(f"--json: there is no folder {flags.json.parent}")
+    if flags.json is not None and flags.json.is_dir():
+        raise ConfigError(f"--json: {flags.json} is a folder")
+    return Options(
+        model=DEFAULT_MODEL if flags.model == DEFAULT_ALIAS else flags.model,
+        dtype=flags.dtype,
+        num_threads=flags.threads,
+        step_model=flags.step_model,
+        runs=flags.runs,
+        prefill_tokens=tuple(dict.fromkeys(flags.prefill_tokens)),
+        batches=tuple(dict.fromkeys(flags.batches)),
+        context=flags.context,
+        json_path=flags.json,
+        profile=flags.profile,
+    )
+
+
+def check_lengths(options: Options, checkpoint: CheckpointInfo) -> None:
+    """Raises ConfigError if a sequence would be longer than the model's context."""
+    longest = max(1 + max(options.prefill_tokens), *(case.longest for case in options.decode_cases))
+    if longest > checkpoint.max_position_embeddings:
+        raise ConfigError(
+            f"the longest sequence would have {longest} tokens; the context of this model is"
+            f" {checkpoint.max_position_embeddings}"
+        )
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m benchmarks.engine",
+        description="One worker's step loop without HTTP, gRPC and Ray, beside the limits of the machine.",
+    )
+    add = parser.add_argument
+    add("--model", default=DEFAULT_ALIAS, help="checkpoint folder, hub id, or the default model (%(default)s)")
+    add("--threads", type=_count, default=1, metavar="N", help="of the model and of the limits (%(default)s)")
+    add("--dtype", choices=tuple(DTYPE_BYTES), default="float32", help="of weights and KV cache (%(default)s)")
+    add("--step-model", choices=STEP_MODELS, default=AUTO, help="auto: what a worker would choose (%(default)s)")
+    add("--runs", type=_count, default=5, metavar="N", help="figures are medians of so many (%(default)s)")
+    add("--prefill-tokens", type=_count, nargs="+", default=[512, 2048], metavar="N", help="prompts (512 2048)")
+    add("--batches", type=_count, nargs="+", default=[1, 8, 32], metavar="N", help="decoding sequences (1 8 32)")
+    add("--context", type=_count, default=32, metavar="N", help=f"their prompts; {LONG_CONTEXT} too (%(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the result here")
+    add("--profile", action="store_true", help="also show which parts of a step take how long")
+    return parser

@@ -1,0 +1,211 @@
+"""The result of ``benchmarks.engine``: what goes to the JSON file, and the tables for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+
+from rich.table import Table
+
+from benchmarks.engine_limits import MachineLimits, ModelCosts
+from benchmarks.engine_options import LONG_CONTEXT, DecodeCase, Options
+from benchmarks.engine_profile import ModelSplit
+from benchmarks.engine_ready import FreshProcess
+from benchmarks.engine_work import PIECES, StepTimes, fractions_of_step, median_step
+from benchmarks.machine import describe_machine, describe_versions
+
+PYTHON_BATCH = 32
+Run = list[StepTimes]
+
+
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """What was seen; one entry per run in every list."""
+
+    step_model: str
+    limits: MachineLimits
+    prefill: dict[int, list[Run]]  # by prompt length
+    decode: dict[DecodeCase, list[Run]]
+    split: ModelSplit | None  # with --profile, where transformers runs the model
+
+    def prefill_tok_s(self, num_tokens: int) -> float:
+        return median(num_tokens / _seconds(run) for run in self.prefill[num_tokens])
+
+    def decode_tok_s(self, case: DecodeCase) -> float:
+        return median(case.batch * len(run) / _seconds(run) for run in self.decode[case])
+
+
+def _seconds(run: Run) -> float:
+    return sum(step.total for step in run)
+
+
+@dataclass(frozen=True, slots=True)
+class LimitFractions:
+    """Needed FLOP/s over the GEMM rate, needed bytes/s over the read bandwidth; by prompt length or batch.
+
+    Decoding is bound by reading at small batches and by arithmetic at large ones; both fractions are told.
+    """
+
+    prefill_of_gemm: dict[str, float]
+    decode_of_read: dict[str, float]
+    decode_of_gemm: dict[str, float]
+    decode_of_read_context_1024: dict[str, float]
+    decode_of_gemm_context_1024: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The fields are the keys of the JSON object. Free of paths and host names."""
+
+    date: str
+    model: str
+    dtype: str
+    threads: int
+    step_model: str
+    runs: int
+    context: int  # of decode_tok_s
+    prefill_tok_s: dict[str, float]  # by prompt length
+    decode_tok_s: dict[str, float]  # by batch
+    decode_tok_s_context_1024: dict[str, float]
+    python_fraction_batch_32: float | None  # of a step, all but the model's own call; None: not among --batches
+    step_fractions_batch_32: dict[str, float] | None  # its parts
+    ready_s: float
+    peak_memory_bytes: int
+    limits: MachineLimits
+    fraction_of_limit: LimitFractions
+    machine: dict[str, str | int]
+    versions: dict[str, str]
+
+
+def build_result(
+    options: Options, costs: ModelCosts, measured: Measurements, fresh_processes: list[FreshProcess]
+) -> Result:
+    python_case = DecodeCase(PYTHON_BATCH, options.context)
+    parts = median_fractions(measured.decode[python_case]) if python_case in measured.decode else None
+    folder = Path(options.model)
+    return Result(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=folder.resolve().name if folder.is_dir() else options.model,
+        dtype=options.dtype,
+        threads=options.num_threads,
+        step_model=measured.step_model,
+        runs=options.runs,
+        context=options.context,
+        prefill_tok_s={str(length): measured.prefill_tok_s(length) for length in options.prefill_tokens},
+        decode_tok_s=_by_batch(options, measured, options.context),
+        decode_tok_s_context_1024=_by_batch(options, measured, LONG_CONTEXT),
+        python_fraction_batch_32=None if parts is None else 1 - parts["model"],
+        step_fractions_batch_32=parts,
+        ready_s=median(process.ready_s for process in fresh_processes),
+        peak_memory_bytes=max(process.peak_memory_bytes for process in fresh_processes),
+        limits=measured.limits,
+        fraction_of_limit=fractions_of_limit(options, costs, measured),
+        machine=describe_machine(),
+        versions=describe_versions("torch", "transformers", "numpy"),
+    )
+
+
+def _by_batch(options: Options, measured: Measurements, context: int) -> dict[str, float]:
+    return {str(batch): measured.decode_tok_s(DecodeCase(batch, context)) for batch in options.batches}
+
+
+def median_fractions(runs: list[Run]) -> dict[str, float]:
+    """Each piece's share in the run whose model call has the median share, so that they add up to 1."""
+    shares = sorted((fractions_of_step(run) for run in runs), key=lambda parts: parts["model"])
+    return shares[(len(shares) - 1) // 2]
+
+
+def fractions_of_limit(options: Options, costs: ModelCosts, measured: Measurements) -> LimitFractions:
+    gemm_flops_s, read_bytes_s = measured.limits.gemm_gflops * 1e9, measured.limits.read_gb_s * 1e9
+
+    def of_gemm(case: DecodeCase) -> float:
+        steps_s = measured.decode_tok_s(case) / case.batch
+        return costs.decode_flops(case.batch, case.mean_attended) * steps_s / gemm_flops_s
+
+    def of_read(case: DecodeCase) -> float:
+        steps_s = measured.decode_tok_s(case) / case.batch
+        return costs.decode_bytes(case.batch, case.mean_attended) * steps_s / read_bytes_s
+
+    return LimitFractions(
+        prefill_of_gemm={
+            str(length): costs.prefill_flops(length) * measured.prefill_tok_s(length) / length / gemm_flops_s
+            for length in options.prefill_tokens
+        },
+        decode_of_read={str(batch): of_read(DecodeCase(batch, options.context)) for batch in options.batches},
+        decode_of_gemm={str(batch): of_gemm(DecodeCase(batch, options.context)) for batch in options.batches},
+        decode_of_read_context_1024={str(batch): of_read(DecodeCase(batch, LONG_CONTEXT)) for batch in options.batches},
+        decode_of_gemm_context_1024={str(batch): of_gemm(DecodeCase(batch, LONG_CONTEXT)) for batch in options.batches},
+    )
+
+
+def result_table(result: Result) -> Table:
+    """Rates beside the limits; below them what is one number."""
+    limits, fractions = result.limits, result.fraction_of_limit
+    table = _table(
+        f"{result.model}, {result.dtype}, threads: {result.threads}, through {result.step_model},"
+        f" medians of {result.runs}",
+        ("tok/s", "of GEMM rate", "of read bandwidth"),
+    )
+    for length, rate in result.prefill_tok_s.items():
+        table.add_row(f"prefill {length}", f"{rate:,.1f}", f"{fractions.prefill_of_gemm[length]:.0%}", "")
+    for context, rates, of_gemm, of_read in (
+        (result.context, result.decode_tok_s, fractions.decode_of_gemm, fractions.decode_of_read),
+        (
+            LONG_CONTEXT,
+            result.decode_tok_s_context_1024,
+            fractions.decode_of_gemm_context_1024,
+            fractions.decode_of_read_context_1024,
+        ),
+    ):
+        for batch, rate in rates.items():
+            name = f"decode {batch}, context {context}"
+            table.add_row(name, f"{rate:,.1f}", f"{of_gemm[batch]:.0%}", f"{of_read[batch]:.0%}")
+    table.add_section()
+    table.add_row("machine", "", f"{limits.gemm_gflops:.0f} GFLOP/s", f"{limits.read_gb_s:.1f} GB/s")
+    table.add_row("ready", f"{result.ready_s:.1f} s")
+    table.add_row("peak memory", f"{result.peak_memory_bytes >> 20:,} MiB")
+    if result.python_fraction_batch_32 is not None:
+        table.add_row(f"outside the model, decode {PYTHON_BATCH}", f"{result.python_fraction_batch_32:.1%}")
+    return table
+
+
+def profile_tables(measured: Measurements) -> list[Table]:
+    """A decode step of the first case with the largest batch, and the first step of the first prompt."""
+    case = profiled_case(measured.decode)
+    length = next(iter(measured.prefill))
+    decode = median_step([step for run in measured.decode[case] for step in run])
+    prefill = median_step([run[0] for run in measured.prefill[length]])
+    columns = (f"decode {case.batch}, context {case.context}", f"first step of prefill {length}")
+    pieces = _table("A step, medians", columns)
+    for piece in PIECES:
+        name = piece.replace("_", " ")
+        pieces.add_row(
+            name, _share(getattr(decode, piece), decode.total), _share(getattr(prefill, piece), prefill.total)
+        )
+    if measured.split is None:
+        pieces.caption = "The model is one native call; its parts cannot be seen from outside."
+        return [pieces]
+    parts = _table("Inside the model, slowed down by torch.profiler", columns)
+    decode_parts, prefill_parts = measured.split.decode, measured.split.prefill
+    for part in decode_parts:
+        decode_cell = _share(decode_parts[part], sum(decode_parts.values()))
+        parts.add_row(part, decode_cell, _share(prefill_parts[part], sum(prefill_parts.values())))
+    return [pieces, parts]
+
+
+def profiled_case(cases: dict[DecodeCase, list[Run]]) -> DecodeCase:
+    """The first of those with the largest batch."""
+    return max(cases, key=lambda case: case.batch)
+
+
+def _share(seconds: float, total: float) -> str:
+    return f"{1e3 * seconds:,.3f} ms {seconds / total:6.1%}"
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table("", title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table

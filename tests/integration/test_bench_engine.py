@@ -1,0 +1,127 @@
+"""The engine bench on a tiny model: everything is measured and positive, in both ways to run the model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.engine import main
+from benchmarks.engine_ready import main as fresh_process
+from benchmarks.engine_ready import measure_fresh_process
+from benchmarks.engine_work import EngineSettings, StepTimes, num_blocks_needed, open_engine
+from kvcache.errors import ResourceError
+from workers.model.checkpoint import describe_checkpoint
+
+pytestmark = pytest.mark.integration
+
+MAX_MODEL_LEN = 2048
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench") / "tiny-llama"
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=MAX_MODEL_LEN,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(5)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def settings_for(folder: Path, step_model: str) -> EngineSettings:
+    return EngineSettings(describe_checkpoint(folder, dtype="float32", device="cpu"), 1, step_model)
+
+
+def numbers_in(value: Any) -> list[float]:
+    if isinstance(value, dict):
+        return [number for inner in value.values() for number in numbers_in(inner)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def test_one_run_writes_every_figure_and_shows_where_the_time_goes(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    json_path = tmp_path / "r.json"
+    flags = ["--model", str(tiny_llama), "--json", str(json_path), "--runs", "1", "--context", "5", "--profile"]
+    flags += ["--step-model", "transformers", "--prefill-tokens", "9", "520", "--batches", "1", "32"]
+    assert main(flags) == 0
+    result = json.loads(json_path.read_bytes())
+    assert (result["model"], result["dtype"], result["threads"]) == ("tiny-llama", "float32", 1)
+    assert (result["step_model"], result["runs"]) == ("transformers", 1)
+    assert set(result["prefill_tok_s"]) == {"9", "520"}
+    assert set(result["decode_tok_s"]) == set(result["decode_tok_s_context_1024"]) == {"1", "32"}
+    assert 0 < result["python_fraction_batch_32"] < 1
+    assert set(result["limits"]) == {"gemm_gflops", "read_gb_s"}
+    assert {"ready_s", "peak_memory_bytes", "fraction_of_limit", "machine", "versions", "date"} <= set(result)
+    numbers = numbers_in(result)
+    assert all(0 < number < math.inf for number in numbers)
+    assert str(tmp_path.parent) not in json.dumps(result)
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("prefill 520", "decode 32", "linears", "attention", "sampling"))
+
+
+@pytest.mark.parametrize("step_model", ["auto", "transformers"])
+def test_prompts_come_in_chunks_and_only_decode_steps_after_the_warm_up_count(
+    tiny_llama: Path, step_model: str
+) -> None:
+    async def run() -> tuple[list[StepTimes], list[StepTimes]]:
+        blocks = num_blocks_needed([1030], batches=[3], contexts=[20])
+        async with open_engine(settings_for(tiny_llama, step_model), blocks, max_seqs=3) as engine:
+            return await engine.prefill(1030), await engine.decode(batch=3, context=20, num_steps=4)
+
+    prefill, decode = asyncio.run(run())
+    assert (len(prefill), len(decode)) == (3, 4)
+    assert all(step.model > 0 and step.total > step.model for step in prefill + decode)
+
+
+def test_a_fresh_process_says_in_one_line_why_it_cannot_load(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    assert fresh_process([str(tmp_path), "float32", "1", "auto", "8"]) == 1
+    captured = capsys.readouterr()
+    assert "no weights" in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_a_fresh_process_that_dies_is_an_error_and_no_figure(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dying = tmp_path / "python"
+    dying.write_text("#!/bin/sh\necho ready\necho one >&2\necho two >&2\nexit 3\n", encoding="utf-8")
+    dying.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(dying))
+    with pytest.raises(ResourceError, match=r"^A fresh process ended with status 3: two$"):
+        measure_fresh_process(settings_for(tiny_llama, "auto"), num_tokens=8)
+
+
+def test_a_model_that_is_not_there_is_one_sentence_and_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", str(tmp_path / "none")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
