@@ -40,6 +40,9 @@ class ServeConfig(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", "Model", "dtype of weights and KV; auto is float32 on a CPU", "DTYPE"
     )
+    quantization: Literal["none", "int8"] = _option(
+        "none", "Model", "int8: weights and activations of linear layers in 8 bits (CPU)", "METHOD"
+    )
     max_model_len: int | None = _option(None, "Model", "context length in tokens (default: the model's)", ge=2)
 
     prefill_workers: int | None = _option(None, "Pools", "workers that compute prompts (default: 1)", ge=0, le=256)

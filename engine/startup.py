@@ -18,6 +18,7 @@ from kvcache.transfer.wire import MAX_BLOCK_BYTES
 from scheduler.batching import BatchLimits
 from scheduler.types import WorkerRole
 from workers.model.checkpoint import CheckpointInfo, describe_checkpoint, prepare_checkpoint
+from workers.native.library import load_library
 from workers.worker_options import WorkerOptions
 
 PACKAGES = ("kvcache", "scheduler", "workers", "engine")
@@ -92,6 +93,8 @@ def make_plan(config: ServeConfig) -> StartupPlan:
     spec = KVCacheSpec(
         checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.head_size, config.block_size, checkpoint.dtype
     )
+    if config.quantization != "none" and load_library() is None:
+        raise ConfigError(f"--quantization {config.quantization} needs the native decoder, which was not built here.")
     if spec.layer_block_bytes > MAX_BLOCK_BYTES:
         raise ConfigError(
             f"--block-size is {config.block_size}: one block of one layer would have"
@@ -111,6 +114,7 @@ def make_plan(config: ServeConfig) -> StartupPlan:
             vocab_size=checkpoint.vocab_size,
             limits=BatchLimits(config.max_num_seqs, config.max_num_batched_tokens),
             num_threads=config.threads_per_worker or max(1, usable_cores() // config.num_workers),
+            quantization=config.quantization,
             log_level=config.log_level,
         )
         for worker_id, role in _roles(config)

@@ -130,7 +130,9 @@ def build_worker(options: WorkerOptions) -> Worker:
     """
     torch.set_num_threads(options.num_threads)
     model = load_model(Path(options.model_path), options.spec.dtype)
-    step_model = choose_step_model(model, options.spec, options.max_model_len, options.num_threads)
+    step_model = choose_step_model(
+        model, options.spec, options.max_model_len, options.num_threads, options.quantization
+    )
     try:
         storage = PagedStorage(options.spec, options.num_blocks)
     except RuntimeError as error:  # torch's allocator

@@ -25,4 +25,5 @@ class WorkerOptions:
     host: str = "127.0.0.1"
     num_threads: int = 1
     lease_ttl_s: float = 10.0
+    quantization: str = "none"  # or "int8"
     log_level: str = "info"

@@ -154,6 +154,12 @@ class FusedDecoder:
 
     def logits(self, plan: StepPlan, storage: PagedStorage) -> torch.Tensor:
         """See ``StepModel.logits``; in float32."""
+        last_rows = itertools.accumulate(len(chunk.token_ids) for chunk in plan.chunks)
+        sampled = [row - 1 for row, chunk in zip(last_rows, plan.chunks, strict=True) if chunk.sampling is not None]
+        return self.logits_of_rows(plan, storage, sampled)
+
+    def logits_of_rows(self, plan: StepPlan, storage: PagedStorage, rows: list[int]) -> torch.Tensor:
+        """Logits after any tokens of a step, counted over its chunks in order: ``[len(rows), vocabulary]``."""
         chunks = plan.chunks
         lengths = [len(chunk.token_ids) for chunk in chunks]
         first_rows = [0, *itertools.accumulate(lengths)]
@@ -167,14 +173,13 @@ class FusedDecoder:
                 for i, chunk in enumerate(chunks)
             )
         )
-        sampled = [first_rows[i + 1] - 1 for i, chunk in enumerate(chunks) if chunk.sampling is not None]
-        sampled_rows = np.array(sampled, dtype=np.int64)
+        sampled_rows = np.array(rows, dtype=np.int64)
         cache_layers = np.array([layer.data_ptr() for layer in storage.layers], dtype=np.uintp)
-        logits = np.empty((len(sampled), self.vocab_size), dtype=np.float32)
+        logits = np.empty((len(rows), self.vocab_size), dtype=np.float32)
         step = Step(
             num_rows=first_rows[-1],
             num_sequences=len(chunks),
-            num_sampled=len(sampled),
+            num_sampled=len(rows),
             token_ids=token_ids.ctypes.data,
             cosine=cosine.ctypes.data,
             sine=sine.ctypes.data,

@@ -9,17 +9,18 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from kvcache.errors import TwinpoolError
+from kvcache.errors import ModelError, TwinpoolError
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import ScheduledChunk, StepPlan
 from scheduler.request import SamplingParams
-from workers.model.fused_decoder import FusedDecoder, find_misfit
+from workers.model.fused_decoder import FusedDecoder, WeightFormat, find_misfit
 from workers.model.sampler import sample
 from workers.model.transformers_model import TransformersModel
 
-# Of two implementations' logits: rounding gives some 1e-6 in float32 and 1e-2 in bfloat16, an error in the structure 1.
-MAX_RELATIVE_DIFFERENCE = {"float32": 1e-3, "bfloat16": 5e-2}
+# Of two implementations' logits: rounding gives some 1e-6 in float32, 1e-2 in bfloat16, 1e-1 in int8; an error in the
+# structure gives 1.
+MAX_RELATIVE_DIFFERENCE = {"float32": 1e-3, "bfloat16": 5e-2, "int8": 3e-1}
 COMPARED_TOKENS = 24
 logger = logging.getLogger(__name__)
 
@@ -66,16 +67,25 @@ class ModelRunner:
         return {chunk.request_id: token for chunk, token in zip(chunks, tokens, strict=True)}
 
 
-def choose_step_model(model: nn.Module, spec: KVCacheSpec, max_model_len: int, num_threads: int) -> StepModel:
-    """The fastest way to run ``model`` that gives its results."""
+def choose_step_model(
+    model: nn.Module, spec: KVCacheSpec, max_model_len: int, num_threads: int, quantization: str = "none"
+) -> StepModel:
+    """The fastest way to run ``model`` that gives its results, to what ``quantization`` costs.
+
+    Raises:
+        ModelError: the model cannot be quantized here.
+    """
     reference = TransformersModel(model)
     misfit = find_misfit(model, spec)
     if misfit is None:
-        fused = FusedDecoder(model, spec, max(max_model_len, COMPARED_TOKENS), num_threads)
+        weight_format = WeightFormat.INT8 if quantization == "int8" else None
+        fused = FusedDecoder(model, spec, max(max_model_len, COMPARED_TOKENS), num_threads, weight_format)
         difference = relative_difference(reference, fused, spec, fused.vocab_size)
-        if difference <= MAX_RELATIVE_DIFFERENCE[spec.dtype]:
+        if difference <= MAX_RELATIVE_DIFFERENCE[quantization if quantization != "none" else spec.dtype]:
             return fused
         misfit = f"its logits differ by {difference:.2g} of the largest"
+    if quantization != "none":
+        raise ModelError(f"This model cannot be quantized to {quantization}: {misfit}.")
     logger.warning("This model runs through transformers: %s.", misfit)
     return reference
 

@@ -12,11 +12,12 @@ import torch
 from transformers import GemmaConfig, GPT2Config, GraniteConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from kvcache.errors import ModelError
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import ScheduledChunk, StepPlan
 from scheduler.request import SamplingParams
-from workers.model.fused_decoder import FusedDecoder, find_misfit
+from workers.model.fused_decoder import FusedDecoder, WeightFormat, find_misfit
 from workers.model.runner import choose_step_model
 from workers.model.transformers_model import TransformersModel, load_model
 from workers.native import library
@@ -150,6 +151,104 @@ def test_what_a_sequence_computes_does_not_depend_on_its_neighbours(tmp_path: Pa
     together = steps(spec.block_size)[3]
     alone = [fused.logits(StepPlan((chunk,)), storage) for chunk in together.chunks]
     assert torch.equal(fused.logits(together, storage), torch.cat(alone))
+
+
+def round_int8(values: torch.Tensor, group: int = 64) -> torch.Tensor:
+    """Symmetric 8-bit rounding with a scale per ``group`` values along the last dimension: the slow reference."""
+    size = values.shape[-1]
+    padded = torch.nn.functional.pad(values, (0, -size % group))
+    groups = padded.reshape(*values.shape[:-1], -1, group)
+    scales = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return ((groups / scales).round() * scales).reshape(padded.shape)[..., :size]
+
+
+def round_bfloat16(values: torch.Tensor) -> torch.Tensor:
+    return values.bfloat16().float()
+
+
+def root_mean_square(values: torch.Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+# Weights so small that the layers do not blow a rounding up.
+CALM: dict[str, Any] = {"num_attention_heads": 4, "hidden_size": 128, "initializer_range": 0.04}
+
+
+def round_linears(model: Any, rounded: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The model with weights and inputs of every linear layer rounded, all else in float32."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(rounded(module.weight.detach()), requires_grad=False)
+            module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
+    return model
+
+
+ROUNDINGS: dict[WeightFormat, Callable[[torch.Tensor], torch.Tensor]] = {
+    WeightFormat.BFLOAT16: round_bfloat16,
+    WeightFormat.INT8: round_int8,
+}
+
+
+@pytest.mark.parametrize("weight_format", ROUNDINGS)
+@pytest.mark.parametrize("make_config", [LlamaConfig, Qwen2Config])
+def test_rounded_weights_give_what_rounded_linears_give(
+    tmp_path: Path, build: str, make_config: Callable[..., PreTrainedConfig], weight_format: WeightFormat
+) -> None:
+    config = make_config(**SHAPE | CALM | {"num_hidden_layers": 1})
+    spec = spec_of(config)  # float32 KV: only the linear layers differ
+    fused = FusedDecoder(make_model(tmp_path, config), spec, SEQUENCE_LENGTH, 1, weight_format)
+    reference = TransformersModel(round_linears(load_model(tmp_path, "float32"), ROUNDINGS[weight_format]))
+    exact = TransformersModel(load_model(tmp_path, "float32"))
+    storages = [PagedStorage(spec, 60) for _ in range(3)]
+    for plan in steps(spec.block_size):
+        found, expected = fused.logits(plan, storages[0]), reference.logits(plan, storages[1])
+        cost_of_rounding = root_mean_square(expected - exact.logits(plan, storages[2]))
+        # A value at the edge of two roundings may fall to either side, for whatever comes after it. In one layer that
+        # is far less than rounding costs; in two, the reference differs from itself by half as much.
+        assert root_mean_square(found - expected) < 0.1 * cost_of_rounding
+
+
+def test_bfloat16_kv_is_rounded_to_nearest(tmp_path: Path, build: str) -> None:
+    config = CONFIGS["llama"]()
+    model = make_model(tmp_path, config)
+    storages = []
+    for dtype in ("float32", "bfloat16"):
+        spec = spec_of(config, dtype)
+        fused = FusedDecoder(model, spec, SEQUENCE_LENGTH, 1, WeightFormat.FLOAT32)
+        storages.append(PagedStorage(spec, 60))
+        fused.logits(steps(spec.block_size)[0], storages[-1])
+    assert torch.equal(storages[1].layers[0], storages[0].layers[0].bfloat16())
+    assert not torch.equal(storages[1].layers[0].float(), storages[0].layers[0])
+
+
+@pytest.mark.parametrize(("dtype", "quantization"), [("bfloat16", "none"), ("float32", "int8"), ("bfloat16", "int8")])
+def test_rounding_is_not_taken_for_another_structure(tmp_path: Path, build: str, dtype: str, quantization: str) -> None:
+    config = LlamaConfig(**SHAPE | CALM)
+    make_model(tmp_path, config)
+    model = load_model(tmp_path, dtype)
+    assert isinstance(choose_step_model(model, spec_of(config, dtype), 64, 1, quantization), FusedDecoder)
+
+
+def test_a_model_that_does_not_fit_cannot_be_quantized(tmp_path: Path) -> None:
+    config = GemmaConfig(**SHAPE | {"num_attention_heads": 4})
+    model = make_model(tmp_path, config)
+    with pytest.raises(ModelError, match="int8"):
+        choose_step_model(model, spec_of(config), 64, 1, "int8")
+
+
+def test_nan_goes_on_to_the_logits_in_every_format(tmp_path: Path, build: str) -> None:
+    config = CONFIGS["llama"]()
+    model = make_model(tmp_path, config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = float("nan")
+    spec = spec_of(config)
+    greedy = SamplingParams(max_tokens=1, temperature=0.0)
+    for weight_format in WeightFormat:
+        fused = FusedDecoder(model, spec, SEQUENCE_LENGTH, 1, weight_format)
+        bad, good = ScheduledChunk("bad", (3, 7), 0, 2, (0,), greedy), ScheduledChunk("good", (3,), 0, 1, (1,), greedy)
+        logits = fused.logits(StepPlan((bad, good)), PagedStorage(spec, 2))
+        assert logits[0].isnan().any()
+        assert logits[1].isfinite().all()
 
 
 MISFITS: dict[str, tuple[Callable[[], PreTrainedConfig], str, str]] = {

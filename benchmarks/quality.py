@@ -1,0 +1,129 @@
+"""What quantization costs: perplexity and greedy agreement with float32, on a text.
+
+``python -m benchmarks.quality [--model MODEL] [--tokens 20992] [--text FILE] [--json FILE]``
+
+The default text is the language reference that comes with Python (``pydoc_data``, PSF licence).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import orjson
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from benchmarks.machine import describe_machine, describe_versions
+from engine.tokenizer import Tokenizer
+from kvcache.errors import ConfigError, TwinpoolError
+from kvcache.spec import KVCacheSpec
+from kvcache.storage import PagedStorage
+from scheduler.batching import ScheduledChunk, StepPlan
+from workers.model.checkpoint import DEFAULT_MODEL, describe_checkpoint, prepare_checkpoint
+from workers.model.fused_decoder import FusedDecoder, WeightFormat, find_misfit
+from workers.model.transformers_model import load_model
+
+WINDOW = 512
+BLOCK_SIZE = 16
+CACHE_DTYPES = {WeightFormat.BFLOAT16: "bfloat16"}  # the others keep float32 KV
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    perplexity: float
+    perplexity_over_float32: float
+    greedy_agreement: float  # share of positions whose likeliest token is float32's
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--tokens", type=int, default=41 * WINDOW, help=f"at least {WINDOW} (default: %(default)s)")
+    parser.add_argument("--text", type=Path, help="a UTF-8 file instead of the default text")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    try:
+        result = measure(options.model, options.tokens, options.text)
+    except (TwinpoolError, OSError) as error:
+        print(f"benchmarks.quality: {error}", file=sys.stderr)
+        return 1
+    _show(result)
+    if options.json:
+        report = {"model": options.model, "tokens": options.tokens, "window": WINDOW}
+        report |= {name: asdict(quality) for name, quality in result.items()}
+        report |= {"machine": describe_machine(), "versions": describe_versions()}
+        options.json.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
+    return 0
+
+
+def measure(model: str, num_tokens: int, text: Path | None) -> dict[str, Quality]:
+    """Every weight format on the same windows of the text, float32 first.
+
+    Raises:
+        ConfigError: the text is too short, or the model does not run natively.
+    """
+    folder = prepare_checkpoint(model)
+    info = describe_checkpoint(folder, dtype="float32", device="cpu")
+    words = text.read_text(encoding="utf-8") if text else "\n\n".join(topics[name] for name in sorted(topics))
+    token_ids = Tokenizer.from_checkpoint(folder).encode(words)[:num_tokens]
+    windows = [token_ids[at : at + WINDOW] for at in range(0, len(token_ids) - WINDOW + 1, WINDOW)]
+    if not windows:
+        raise ConfigError(f"The text has {len(token_ids)} tokens; a window has {WINDOW}.")
+    loaded = load_model(folder, "float32")
+    results: dict[str, Quality] = {}
+    reference: torch.Tensor | None = None
+    for weight_format in WeightFormat:
+        dtype = CACHE_DTYPES.get(weight_format, "float32")
+        spec = KVCacheSpec(info.num_layers, info.num_kv_heads, info.head_size, BLOCK_SIZE, dtype)
+        if (misfit := find_misfit(loaded, spec)) is not None:
+            raise ConfigError(f"{model} does not run natively: {misfit}.")
+        decoder = FusedDecoder(loaded, spec, WINDOW, 1, weight_format)
+        perplexity, likeliest = _perplexity(decoder, spec, windows, weight_format.name.lower())
+        reference = likeliest if reference is None else reference
+        first = next(iter(results.values())).perplexity if results else perplexity
+        agreement = float((likeliest == reference).float().mean())
+        results[weight_format.name.lower()] = Quality(perplexity, perplexity / first, agreement)
+    return results
+
+
+def _perplexity(
+    decoder: FusedDecoder, spec: KVCacheSpec, windows: Sequence[list[int]], label: str
+) -> tuple[float, torch.Tensor]:
+    num_blocks = spec.num_blocks_for(WINDOW)
+    storage = PagedStorage(spec, num_blocks)
+    loss, likeliest = 0.0, []
+    for window in tqdm(windows, desc=label, disable=not sys.stderr.isatty(), leave=False):
+        chunk = ScheduledChunk("window", tuple(window), 0, WINDOW, tuple(range(num_blocks)), None)
+        logits = decoder.logits_of_rows(StepPlan((chunk,)), storage, list(range(WINDOW - 1)))
+        targets = torch.tensor(window[1:]).unsqueeze(1)
+        loss -= float(torch.log_softmax(logits, dim=-1).gather(1, targets).sum())
+        likeliest.append(logits.argmax(dim=-1))
+    return math.exp(loss / (len(windows) * (WINDOW - 1))), torch.cat(likeliest)
+
+
+def _show(result: dict[str, Quality]) -> None:
+    table = Table("weights", title="perplexity and agreement with float32")
+    for column in ("perplexity", "over float32", "greedy agreement"):
+        table.add_column(column, justify="right")
+    for name, quality in result.items():
+        table.add_row(
+            name,
+            f"{quality.perplexity:.3f}",
+            f"{quality.perplexity_over_float32 - 1:+.2%}",
+            f"{quality.greedy_agreement:.1%}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
