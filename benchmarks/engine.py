@@ -30,7 +30,7 @@ from benchmarks.engine_report import (
     profiled_case,
     result_table,
 )
-from benchmarks.engine_work import MAX_BATCHED_TOKENS, EngineSettings, num_blocks_needed, open_engine
+from benchmarks.engine_work import INT8, MAX_BATCHED_TOKENS, EngineSettings, num_blocks_needed, open_engine
 from kvcache.errors import ConfigError, TwinpoolError
 from workers.model.checkpoint import describe_checkpoint, prepare_checkpoint
 
@@ -66,10 +66,11 @@ async def measure(options: Options, settings: EngineSettings, bar: tqdm[Any]) ->
 
 def measure_all(options: Options) -> tuple[Measurements, Result]:
     """Raises a StartupError when something does not fit or cannot be loaded."""
-    checkpoint = describe_checkpoint(prepare_checkpoint(options.model), dtype=options.dtype, device="cpu")
+    checkpoint = describe_checkpoint(prepare_checkpoint(options.model), dtype=options.loaded_dtype, device="cpu")
     check_lengths(options, checkpoint)
-    settings = EngineSettings(checkpoint, options.num_threads, options.step_model)
-    costs = read_costs(checkpoint, settings.spec)
+    step_model = INT8 if options.dtype == INT8 else options.step_model
+    settings = EngineSettings(checkpoint, options.num_threads, step_model)
+    costs = read_costs(checkpoint, settings.spec, options.dtype)
     tqdm.monitor_interval = 0  # no thread of the bar's own
     cases_per_run = len(options.prefill_tokens) + len(options.decode_cases)
     with tqdm(

@@ -52,6 +52,9 @@ def _best_seconds(work: Callable[[], object]) -> float:
     return min(seconds)
 
 
+WEIGHT_BYTES: dict[str, float] = {**DTYPE_BYTES, "int8": 1 + 4 / 64}  # int8: with a float32 scale per 64
+
+
 @dataclass(frozen=True, slots=True)
 class ModelCosts:
     """The arithmetic and the memory traffic that cannot be avoided. A multiply-add is 2 FLOP.
@@ -64,7 +67,7 @@ class ModelCosts:
     layer_weights: int  # elements
     head_weights: int  # vocabulary times hidden size, tied or not
     attention_width: int  # layers times heads times head size
-    weight_bytes: int  # of one element
+    weight_bytes: float  # of one element
     kv_token_bytes: int  # of one token over all layers
 
     def prefill_flops(self, num_tokens: int) -> float:
@@ -82,7 +85,7 @@ class ModelCosts:
         return weights + batch * context * self.kv_token_bytes
 
 
-def read_costs(checkpoint: CheckpointInfo, spec: KVCacheSpec) -> ModelCosts:
+def read_costs(checkpoint: CheckpointInfo, spec: KVCacheSpec, weight_dtype: str) -> ModelCosts:
     """From the shapes in the weight files.
 
     Raises:
@@ -97,6 +100,6 @@ def read_costs(checkpoint: CheckpointInfo, spec: KVCacheSpec) -> ModelCosts:
         layer_weights=sum(header.num_elements for header in in_layers if len(header.shape) > 1),
         head_weights=checkpoint.vocab_size * checkpoint.hidden_size,
         attention_width=checkpoint.num_layers * checkpoint.num_attention_heads * checkpoint.head_size,
-        weight_bytes=DTYPE_BYTES[checkpoint.dtype],
+        weight_bytes=WEIGHT_BYTES[weight_dtype],
         kv_token_bytes=spec.token_bytes,
     )

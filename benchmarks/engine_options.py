@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from benchmarks.engine_work import AUTO, DECODE_STEPS, MAX_BATCHED_TOKENS, STEP_MODELS, WARM_UP_STEPS
+from benchmarks.engine_work import AUTO, DECODE_STEPS, INT8, MAX_BATCHED_TOKENS, STEP_MODELS, WARM_UP_STEPS
 from benchmarks.machine import describe_machine
 from kvcache.errors import ConfigError
 from kvcache.spec import DTYPE_BYTES
@@ -52,6 +52,11 @@ class Options:
     profile: bool
 
     @property
+    def loaded_dtype(self) -> str:
+        """Of the checkpoint and the KV cache; int8 weights are made of float32."""
+        return "float32" if self.dtype == INT8 else self.dtype
+
+    @property
     def decode_cases(self) -> tuple[DecodeCase, ...]:
         contexts = dict.fromkeys((self.context, LONG_CONTEXT))
         return tuple(DecodeCase(batch, context) for context in contexts for batch in self.batches)
@@ -78,6 +83,8 @@ def parse_options(arguments: Sequence[str]) -> Options:
         raise ConfigError(f"--threads {flags.threads}: this process may use {usable_cores} cores")
     if max(flags.batches) > MAX_BATCHED_TOKENS:
         raise ConfigError(f"--batches: one step takes at most {MAX_BATCHED_TOKENS} sequences, not {max(flags.batches)}")
+    if flags.dtype == INT8 and flags.step_model != AUTO:
+        raise ConfigError("--dtype int8 runs natively only, without --step-model")
     if flags.json is not None and not flags.json.parent.is_dir():
         raise ConfigError(f"--json: there is no folder {flags.json.parent}")
     if flags.json is not None and flags.json.is_dir():
@@ -114,7 +121,8 @@ def _build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default=DEFAULT_ALIAS, help="checkpoint folder, hub id, or the default model (%(default)s)")
     add("--threads", type=_count, default=1, metavar="N", help="of the model and of the limits (%(default)s)")
-    add("--dtype", choices=tuple(DTYPE_BYTES), default="float32", help="of weights and KV cache (%(default)s)")
+    dtypes = (*DTYPE_BYTES, INT8)
+    add("--dtype", choices=dtypes, default="float32", help="of weights and KV; int8: KV in float32 (%(default)s)")
     add("--step-model", choices=STEP_MODELS, default=AUTO, help="auto: what a worker would choose (%(default)s)")
     add("--runs", type=_count, default=5, metavar="N", help="figures are medians of so many (%(default)s)")
     add("--prefill-tokens", type=_count, nargs="+", default=[512, 2048], metavar="N", help="prompts (512 2048)")

@@ -41,6 +41,7 @@ SEED = 0
 AUTO = "auto"
 TRANSFORMERS = "transformers"
 FUSED = "fused"
+INT8 = "int8"  # auto, with quantized weights
 STEP_MODELS = (AUTO, TRANSFORMERS)
 
 
@@ -50,7 +51,7 @@ class EngineSettings:
 
     checkpoint: CheckpointInfo
     num_threads: int
-    step_model: str  # of STEP_MODELS
+    step_model: str  # of STEP_MODELS, or INT8
 
     @property
     def spec(self) -> KVCacheSpec:
@@ -264,7 +265,8 @@ async def open_engine(settings: EngineSettings, num_blocks: int, max_seqs: int) 
         step_model: StepModel = TransformersModel(module)
     else:
         max_model_len = checkpoint.max_position_embeddings
-        step_model = choose_step_model(module, settings.spec, max_model_len, settings.num_threads)
+        quantization = INT8 if settings.step_model == INT8 else "none"
+        step_model = choose_step_model(module, settings.spec, max_model_len, settings.num_threads, quantization)
     is_fused = isinstance(step_model, FusedDecoder)
     engine = Engine(settings, step_model, None if is_fused else module, num_blocks, max_seqs)
     del module  # the fused decoder has copies of the weights; a worker drops the model too

@@ -78,7 +78,7 @@ def test_a_decode_step_costs_all_weights_per_sequence_and_reads_them_once_beside
 def test_costs_come_from_the_shapes_in_the_checkpoint(tmp_path: Path, tied: bool) -> None:
     checkpoint = save(tmp_path, LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=tied)))
     # Per layer: query and output 8 x 8, key and value 4 x 8, gate, up and down 8 x 12.
-    assert read_costs(checkpoint, EngineSettings(checkpoint, 1, "auto").spec) == ModelCosts(
+    assert read_costs(checkpoint, EngineSettings(checkpoint, 1, "auto").spec, checkpoint.dtype) == ModelCosts(
         layer_weights=2 * (2 * 64 + 2 * 32 + 3 * 96),
         head_weights=10 * 8,
         attention_width=2 * 2 * 4,
@@ -90,7 +90,7 @@ def test_costs_come_from_the_shapes_in_the_checkpoint(tmp_path: Path, tied: bool
 def test_a_mixture_of_experts_is_refused_and_not_measured_against_a_wrong_limit(tmp_path: Path) -> None:
     checkpoint = save(tmp_path, MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=2)))
     with pytest.raises(ModelError, match="mixture of experts"):
-        read_costs(checkpoint, EngineSettings(checkpoint, 1, "auto").spec)
+        read_costs(checkpoint, EngineSettings(checkpoint, 1, "auto").spec, checkpoint.dtype)
 
 
 def test_the_pieces_of_a_step_add_up_to_it() -> None:
