@@ -65,6 +65,7 @@ clean: ## remove caches and build output; keeps .venv
 
 $(INSTALLED): setup.py constraints.txt workers/native/decoder.cpp
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'Installing into $(VENV): some minutes, about 1.6 GB'
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

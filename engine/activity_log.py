@@ -18,10 +18,21 @@ async def log_activity(engine: TextEngine, interval_s: float = INTERVAL_S) -> No
     while True:
         await asyncio.sleep(interval_s)
         now = engine.cluster
+        for news in membership_news(before, now):
+            logger.warning("%s", news)
         line = activity_line(before, now, interval_s)
         if line is not None:
             logger.info("%s", line)
         before = now
+
+
+def membership_news(before: ClusterSnapshot, now: ClusterSnapshot) -> list[str]:
+    """Who has gone and who has come since."""
+    earlier = {worker.info.worker_id: worker.info.incarnation for worker in before.workers}
+    later = {worker.info.worker_id: worker.info.incarnation for worker in now.workers}
+    lost = [worker_id for worker_id, incarnation in earlier.items() if later.get(worker_id) != incarnation]
+    joined = [worker_id for worker_id, incarnation in later.items() if earlier.get(worker_id) != incarnation]
+    return [f"{worker_id} was lost" for worker_id in lost] + [f"{worker_id} has joined" for worker_id in joined]
 
 
 def activity_line(before: ClusterSnapshot, now: ClusterSnapshot, interval_s: float) -> str | None:

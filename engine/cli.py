@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -68,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
 
     status = commands.add_parser("status", help="show the workers of a running cluster", allow_abbrev=False)
     status.add_argument("--url", default=DEFAULT_URL, help="where it serves (default: %(default)s)")
-    status.add_argument("--api-key", help="key, when the server asks for one")
+    key = os.environ.get("TWINPOOL_API_KEY", "").split(",")[0].strip()
+    status.add_argument("--api-key", default=key, help="key, when the server asks for one (or TWINPOOL_API_KEY)")
     status.add_argument("--json", action="store_true", help="print the raw answer")
     status.set_defaults(run=_status)
     return parser

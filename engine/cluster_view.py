@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import urllib.error
 import urllib.request
 
 import orjson
 from pydantic import TypeAdapter, ValidationError
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +17,8 @@ from kvcache.errors import TwinpoolError, UnavailableError
 from scheduler.types import ClusterSnapshot, WorkerSnapshot
 
 TIMEOUT_S = 5.0
-COLUMNS = ("worker", "role", "address", "GFLOP/s", "GB/s", "threads", "KV blocks used", "free", "running", "waiting")
+NUMBERS = ("GFLOP/s", "GB/s", "KV used", "KV free", "running", "waiting")
+WIDTH_OFF_TERMINAL = 120
 
 
 def show_status(url: str, api_key: str | None, *, as_json: bool) -> None:
@@ -25,6 +28,10 @@ def show_status(url: str, api_key: str | None, *, as_json: bool) -> None:
         UnavailableError: nobody answers at ``url``.
         TwinpoolError: the answer is a refusal, or not from Twinpool.
     """
+    if "://" not in url:
+        url = f"http://{url}"
+    if not url.startswith(("http://", "https://")):
+        raise TwinpoolError(f"{url!r} is no http address.")
     body = _fetch(url.rstrip("/") + "/cluster", api_key)
     try:
         cluster = TypeAdapter(ClusterSnapshot).validate_json(body)
@@ -33,18 +40,24 @@ def show_status(url: str, api_key: str | None, *, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(orjson.dumps(cluster, option=orjson.OPT_INDENT_2).decode() + "\n")
     else:
-        Console().print(status_table(cluster))
+        console = Console()
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            console = Console(width=WIDTH_OFF_TERMINAL)
+        console.print(status_table(cluster))
 
 
 def status_table(cluster: ClusterSnapshot) -> Table:
     """One row per worker, and one for each that is away."""
-    table = Table(*COLUMNS[:3], title=_title(cluster))
-    for column in COLUMNS[3:]:
-        table.add_column(column, justify="right")
+    table = Table(title=_title(cluster), box=box.SIMPLE)
+    for column in ("worker", "role"):
+        table.add_column(column, no_wrap=True)
+    for column in NUMBERS:
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("address", overflow="fold")
     for worker in cluster.workers:
         table.add_row(*_row(worker))
     for worker_id in cluster.missing:
-        table.add_row(worker_id, "away", *[""] * (len(COLUMNS) - 2), style="red")
+        table.add_row(worker_id, "away", style="red")
     return table
 
 
@@ -52,7 +65,9 @@ def _title(cluster: ClusterSnapshot) -> str:
     if not cluster.workers:
         return "no workers"
     info = cluster.workers[0].info
-    return f"{info.model} ({info.spec.dtype}), context {info.max_model_len}, blocks of {info.spec.block_size} tokens"
+    return (
+        f"{info.model} ({info.spec.dtype}), context {info.max_model_len}, KV in blocks of {info.spec.block_size} tokens"
+    )
 
 
 def _row(worker: WorkerSnapshot) -> tuple[str, ...]:
@@ -60,20 +75,17 @@ def _row(worker: WorkerSnapshot) -> tuple[str, ...]:
     return (
         info.worker_id,
         info.role.value,
-        info.address,
         f"{info.device.gemm_gflop_s:.0f}",
         f"{info.device.read_gb_s:.1f}",
-        str(info.device.num_threads),
         str(info.num_blocks - load.blocks_free),
         str(load.blocks_free),
         str(load.running),
         str(load.waiting),
+        info.address,
     )
 
 
 def _fetch(address: str, api_key: str | None) -> bytes:
-    if not address.startswith(("http://", "https://")):
-        raise TwinpoolError(f"{address!r} is no http address.")
     request = urllib.request.Request(address)
     if api_key:
         request.add_header("Authorization", f"Bearer {api_key}")

@@ -47,7 +47,7 @@ class ServeConfig(BaseSettings):
 
     prefill_workers: int | None = _option(None, "Pools", "workers that compute prompts (default: 1)", ge=0, le=256)
     decode_workers: int | None = _option(None, "Pools", "workers that generate tokens (default: 1)", ge=0, le=256)
-    colocated: int = _option(0, "Pools", "workers that do both phases, instead of two pools", ge=0, le=256)
+    colocated: int = _option(0, "Pools", "workers that do both phases, instead of or beside two pools", ge=0, le=256)
     threads_per_worker: int | None = _option(
         None, "Pools", "CPU threads of each worker (default: cores shared out)", ge=1, le=1024
     )
@@ -93,8 +93,10 @@ class ServeConfig(BaseSettings):
         if not prefill and not decode and not self.colocated:
             raise ValueError("there are no workers: set prefill_workers and decode_workers, or colocated")
         if bool(prefill) != bool(decode):
-            lacking, given = ("decode_workers", "prefill_workers") if prefill else ("prefill_workers", "decode_workers")
-            raise ValueError(f"{given} needs {lacking} of at least 1 as well")
+            raise ValueError(
+                f"prefill_workers is {prefill} and decode_workers {decode}; two pools need at least 1 of each,"
+                " and colocated needs neither"
+            )
         return self
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -41,6 +42,8 @@ class AsyncEngine:
         self._tokenizer = tokenizer
         self._scheduler = scheduler
         self._channels = ChannelPool()
+        self._calls: set[grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.TokenEvent]] = set()
+        self._is_ending = False
 
     @property
     def model(self) -> ServedModel:
@@ -57,6 +60,12 @@ class AsyncEngine:
     @property
     def ready(self) -> bool:
         return all(any(worker.info.role.takes(phase) for worker in self.cluster.workers) for phase in Phase)
+
+    def end_requests(self) -> None:
+        """Every running sequence, and every one that still comes, fails with ``UnavailableError``."""
+        self._is_ending = True
+        for call in self._calls:
+            call.cancel()
 
     async def close(self) -> None:
         await self._channels.close()
@@ -98,6 +107,8 @@ class AsyncEngine:
                         yield event
                 return
             except UnavailableError as error:
+                if self._is_ending:
+                    raise UnavailableError("The server is shutting down.") from None
                 avoid.append(_culprit(placement, error))
                 if len(avoid) == MAX_PLACEMENTS:
                     raise
@@ -128,7 +139,10 @@ class AsyncEngine:
         )
         call = pb_grpc.WorkerStub(self._channels(placement.decode.address)).Generate(request)
         num_tokens = 0
+        self._calls.add(call)
         try:
+            if self._is_ending:
+                raise UnavailableError("The server is shutting down.")
             async for event in call:
                 if event.first_index != num_tokens:
                     raise InvariantError(f"token {num_tokens} was expected and token {event.first_index} came")
@@ -139,7 +153,13 @@ class AsyncEngine:
             raise WorkerLostError("A worker ended a stream without a finish reason.")
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._is_ending and task is not None and not task.cancelling():
+                raise UnavailableError("The server is shutting down.") from None  # our call ended, not our task
+            raise
         finally:
+            self._calls.discard(call)
             call.cancel()
 
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from engine.config import ServeConfig
 from engine.gateway import AsyncEngine
 from engine.metrics import Metrics
 from engine.outputs import ServedModel
+from engine.process_tree import adopt_orphans, end_children
 from engine.scheduler_client import SchedulerClient
 from engine.startup import StartupPlan, bind_server_socket, check_installation, make_plan
 from engine.tokenizer import Tokenizer
@@ -36,6 +38,7 @@ from workers.ray_worker import start_worker
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no token and no KV goes through it
 START_TIMEOUT_S = 900.0  # to load all workers; Ray restarts one that crashes, so a crash alone does not end the wait
+END_GRACE_S = 5  # for the error frames of requests that did not end in time
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 logger = logging.getLogger(__name__)
 
@@ -65,8 +68,18 @@ def _interrupt_on_signals() -> None:
         signal.signal(signum, _interrupt)
 
 
+_interrupted = threading.Event()
+
+
 def _interrupt(signum: int, _frame: FrameType | None) -> None:
+    _interrupted.set()
     raise KeyboardInterrupt
+
+
+def _check_interrupted() -> None:
+    """An exception raised inside a library's callback may be lost there; the flag is not."""
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -74,6 +87,7 @@ def _ray_session() -> Iterator[None]:
     """A Ray cluster of our own on this machine, with a token, in a folder that goes away with it."""
     # Short: the paths of Ray's sockets below it may not exceed 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="twinpool-"))
+    adopt_orphans()
     try:
         try:
             ray.init(
@@ -87,9 +101,11 @@ def _ray_session() -> Iterator[None]:
             )
         except (RayError, OSError, RuntimeError, ValueError) as error:
             raise ResourceError(f"Ray could not start: {error}") from error
+        _check_interrupted()
         yield
     finally:
         ray.shutdown()
+        end_children()  # agents of a session that ended while it began
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -107,7 +123,7 @@ def _running_cluster(plan: StartupPlan, shutdown_timeout_s: float) -> Iterator[A
 
 def _await_workers(workers: dict[str, ActorHandle]) -> None:
     started = time.monotonic()
-    logger.info("Starting %d worker processes", len(workers))
+    logger.info("Starting workers: %s", ", ".join(workers))
     try:
         _await_all([worker.ready.remote() for worker in workers.values()], "Loading workers")
         for worker in workers.values():  # one after the other: they share the machine that they measure
@@ -118,7 +134,7 @@ def _await_workers(workers: dict[str, ActorHandle]) -> None:
         raise ResourceError(f"A worker could not start: {error}") from error
     except RayError as error:
         raise ResourceError(f"A worker process could not start: {error}") from error
-    logger.info("%d workers ready after %.1f s", len(workers), time.monotonic() - started)
+    logger.info("Ready after %.1f s", time.monotonic() - started)
 
 
 def _await_all(pending: list[ray.ObjectRef[None]], label: str) -> None:
@@ -126,11 +142,12 @@ def _await_all(pending: list[ray.ObjectRef[None]], label: str) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     with tqdm(total=len(pending), desc=label, disable=not sys.stderr.isatty(), leave=False) as bar:
         while pending:
-            done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-            if not done:
+            done, pending = ray.wait(pending, num_returns=1, timeout=1.0)
+            _check_interrupted()
+            if not done and time.monotonic() > deadline:
                 raise ResourceError(f"{len(pending)} workers have not started within {START_TIMEOUT_S:g} s.")
             ray.get(done)
-            bar.update()
+            bar.update(len(done))
 
 
 def _stop_workers(workers: dict[str, ActorHandle], timeout_s: float) -> None:
@@ -158,8 +175,10 @@ async def _serve_http(
             log_config=None,
             access_log=False,
             lifespan="off",
-            timeout_graceful_shutdown=max(1, round(config.shutdown_timeout)),
-        )
+            timeout_graceful_shutdown=round(config.shutdown_timeout) + END_GRACE_S,
+        ),
+        engine,
+        config.shutdown_timeout,
     )
     logging_activity = asyncio.create_task(log_activity(engine))
     announcing = asyncio.create_task(_announce(server, config))
@@ -177,14 +196,27 @@ async def _serve_http(
 class _Server(uvicorn.Server):
     """Ends on our word: uvicorn's own handlers raise the signal once more after a clean end."""
 
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, shutdown_timeout_s: float) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._shutdown_timeout_s = shutdown_timeout_s
+        self._num_stops = 0
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     def stop(self) -> None:
-        """The first call lets running requests end, the second does not."""
-        self.force_exit = self.should_exit
+        """The first call lets running requests end for a while, the second ends them with an error, the third cuts."""
+        self._num_stops += 1
         self.should_exit = True
+        if self._num_stops == 1:
+            logger.info("Stopping; running requests get %g s (Ctrl-C again: none)", self._shutdown_timeout_s)
+            asyncio.get_running_loop().call_later(self._shutdown_timeout_s, self._engine.end_requests)
+        elif self._num_stops == 2:
+            self._engine.end_requests()
+        else:
+            self.force_exit = True
 
 
 def _served_model(config: ServeConfig, plan: StartupPlan) -> ServedModel:
@@ -205,11 +237,11 @@ async def _announce(server: uvicorn.Server, config: ServeConfig) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     url = f"http://{host}:{config.port}"
     model = config.served_model_name or config.model
-    key = ' -H "Authorization: Bearer $KEY"' if config.api_key else ""
+    key = ' -H "Authorization: Bearer $TWINPOOL_API_KEY"' if config.api_key else ""
     print(
         f"\nTwinpool serves {model} on {url}\n\n"
         f"  curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
-        f'    -d \'{{"model": "{model}", "stream": true, "max_tokens": 64,\n'
+        f'    -d \'{{"model": "{model}", "stream": true, "max_tokens": 64, "temperature": 0,\n'
         f'         "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}\'\n\n'
         f"  {sys.argv[0]} status --url {url}      (Ctrl-C here ends everything)\n",
         flush=True,

@@ -56,6 +56,7 @@ def secure_ray() -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a peer that ends is our news to tell, not the library's
     # Despite its name this is what makes Ray take the loopback address for its own on Linux as well.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 

@@ -113,7 +113,7 @@ Command = PlaceRequest | RefuseRequest | RefuseWorker | AskToRegister | WorkerRe
 class _Worker:
     info: WorkerInfo
     last_heard_s: float
-    load: WorkerLoad = field(default_factory=WorkerLoad)
+    load: WorkerLoad
     requests_placed: int = 0
     tokens_of: dict[str, int] = field(default_factory=dict)  # request id → its tokens in flight here
     tokens_in_flight: int = 0
@@ -213,7 +213,7 @@ class ClusterController:
         if known is not None and known.info == info:
             known.last_heard_s = now
         else:
-            self._workers[info.worker_id] = _Worker(info, now)
+            self._workers[info.worker_id] = _Worker(info, now, WorkerLoad(blocks_free=info.num_blocks))
         return []
 
     def _mismatch(self, info: WorkerInfo) -> str | None:

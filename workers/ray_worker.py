@@ -132,7 +132,7 @@ def _was_restarted() -> bool:
 
 def start_worker(options: WorkerOptions) -> ActorHandle:
     """Starts the process of one worker and returns at once."""
-    environment = {"OMP_NUM_THREADS": str(options.num_threads), "HF_HUB_OFFLINE": "1"}
+    environment = {"OMP_NUM_THREADS": str(options.num_threads), "HF_HUB_OFFLINE": "1", "GRPC_VERBOSITY": "ERROR"}
     actor_class: ActorHandle = ray.remote(WorkerActor)
     placed = actor_class.options(
         name=options.worker_id, num_cpus=0, max_restarts=-1, runtime_env={"env_vars": environment}

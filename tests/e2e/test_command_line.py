@@ -121,7 +121,7 @@ def test_ctrl_c_while_workers_load_leaves_nothing() -> None:
         start_new_session=True,
     )
     for line in process.stderr:
-        if "Starting 2 worker processes" in line:
+        if "Starting workers" in line:
             break
     assert len(process.children(recursive=True)) > 2, "Ray is not running yet"
     left = interrupt(process)

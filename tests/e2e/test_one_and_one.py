@@ -153,7 +153,7 @@ def test_status_shows_both_workers_with_measured_rates(server: RunningServer) ->
         check=True,
         env=os.environ | {"COLUMNS": "200"},
     ).stdout
-    for word in ("prefill-0", "decode-0", "GFLOP/s", "GB/s", "KV blocks used", "running", "waiting"):
+    for word in ("prefill-0", "decode-0", "GFLOP/s", "GB/s", "KV used", "KV free", "running", "waiting"):
         assert word in shown
     assert all(worker.info.device.gemm_gflop_s > 1 for worker in server.cluster().workers)
     assert all(worker.info.device.read_gb_s > 0.1 for worker in server.cluster().workers)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 
+import httpx
 import pytest
 
 from scheduler.types import WorkerRole
@@ -40,6 +42,21 @@ def test_a_colocated_worker_gives_the_same_tokens_without_a_handoff(reference: l
         load = server.wait_until_idle().workers[0].load
     assert load.transfers == 0
     assert load.prompt_tokens_computed == 2 * sum(len(case.prompt_token_ids) for case in reference)
+
+
+def test_a_stream_that_outlives_the_shutdown_ends_with_an_error_frame() -> None:
+    with serving("--colocated", "1", "--shutdown-timeout", "1", expected_workers=1) as server:
+        body = {"prompt": [500] * 20, "max_tokens": 8000, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+            frames = (line for line in response.iter_lines() if line.startswith("data: "))
+            assert "choices" in next(frames)
+            server.process.send_signal(signal.SIGTERM)
+            *_, last = frames
+        assert "shutting down" in last
+        assert "error" in last
+        server.has_ended = True
+        server.process.wait(30)
+        assert "Traceback" not in server.output.read_text()
 
 
 def _ids(case: ReferenceCase) -> tuple[tuple[int, ...], tuple[int, ...]]:

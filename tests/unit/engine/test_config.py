@@ -56,7 +56,7 @@ def test_a_key_that_cannot_work_is_refused_and_not_repeated(keys: str, monkeypat
     ("flags", "words"),
     [
         ({"port": "x"}, "--port is 'x'"),
-        ({"decode_workers": "0"}, "prefill_workers needs decode_workers"),
+        ({"decode_workers": "0"}, "prefill_workers is 1 and decode_workers 0"),
         ({"prefill_workers": "0", "decode_workers": "0"}, "no workers"),
         ({"dtype": "int3"}, "--dtype is 'int3'"),
     ],

@@ -251,14 +251,14 @@ def test_a_heartbeat_brings_load_and_life() -> None:
 def test_a_worker_that_reports_before_it_registered_is_asked_to(worker_id: str, incarnation: int) -> None:
     cluster = split_cluster()
     assert cluster.handle(WorkerReported(worker_id, incarnation, LOAD)) == [AskToRegister(worker_id)]
-    assert cluster.worker("d").load == WorkerLoad()
+    assert cluster.worker("d").load == WorkerLoad(blocks_free=64)
 
 
 def test_a_heartbeat_of_an_earlier_process_is_ignored() -> None:
     cluster = Cluster(make_worker("d", DECODE, incarnation=2))
     cluster.now += 2.0
     assert cluster.handle(WorkerReported("d", 1, LOAD)) == []
-    assert (cluster.worker("d").load, cluster.worker("d").last_heard_s) == (WorkerLoad(), 100.0)
+    assert (cluster.worker("d").load, cluster.worker("d").last_heard_s) == (WorkerLoad(blocks_free=64), 100.0)
 
 
 def test_a_silent_worker_is_removed_once_its_timeout_is_over() -> None:
