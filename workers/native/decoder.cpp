@@ -14,11 +14,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <vector>
 
 #include <omp.h>
+#include <sys/mman.h>
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
@@ -166,6 +168,32 @@ void tile_of(int64_t rows, const float* a, int64_t a_stride, const float* panel,
 
 int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
+// Weights in large pages where the system gives them: a step reads all of them, and small pages cost a look-up each.
+template <typename T>
+struct LargePages {
+  using value_type = T;
+  LargePages() = default;
+  template <typename U>
+  LargePages(const LargePages<U>&) {}
+
+  T* allocate(size_t count) {
+    constexpr size_t kPage = 2 << 20;
+    const size_t size = (count * sizeof(T) + kPage - 1) / kPage * kPage;
+    void* memory = std::aligned_alloc(kPage, size);
+    if (memory == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    madvise(memory, size, MADV_HUGEPAGE);
+#endif
+    return static_cast<T*>(memory);
+  }
+  void deallocate(T* memory, size_t) { std::free(memory); }
+  bool operator==(const LargePages&) const { return true; }
+  bool operator!=(const LargePages&) const { return false; }
+};
+
+template <typename T>
+using Weights = std::vector<T, LargePages<T>>;
+
 enum Format { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
 
 // How many values of one column lie side by side, so that one instruction multiplies and adds them.
@@ -183,9 +211,9 @@ constexpr int kDepthMultiple[] = {1, 2, kScaleGroup};
 struct Linear {
   int64_t columns = 0, depth = 0;
   Format format = kFloat32;
-  std::vector<float> packed;
-  std::vector<uint16_t> packed16;
-  std::vector<int8_t> packed8;
+  Weights<float> packed;
+  Weights<uint16_t> packed16;
+  Weights<int8_t> packed8;
   std::vector<float> scales;     // int8: [panel][group][kPanel]
   std::vector<int32_t> offsets;  // int8: the same; minus 128 times the sum of the group, which unsigned activations add
   std::vector<float> bias;  // empty, or padded to whole panels
