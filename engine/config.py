@@ -100,6 +100,11 @@ class ServeConfig(BaseSettings):
         return self
 
     @property
+    def served_name(self) -> str:
+        """What clients call the model."""
+        return self.served_model_name or self.model
+
+    @property
     def num_prefill_workers(self) -> int:
         return self._default_pool(self.prefill_workers)
 

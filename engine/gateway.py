@@ -25,6 +25,7 @@ from workers.channels import ChannelPool
 from workers.messages import error_from_rpc, sampling_to_wire
 
 MAX_PLACEMENTS = 3  # a sequence that has failed on this many is given up
+ENDING = "The server is shutting down."
 logger = logging.getLogger(__name__)
 
 
@@ -67,6 +68,11 @@ class AsyncEngine:
         for call in self._calls:
             call.cancel()
 
+    def _ended_the_call(self) -> bool:
+        """Whether a cancellation comes from ``end_requests`` and not from whoever cancelled the running task."""
+        task = asyncio.current_task()
+        return self._is_ending and task is not None and not task.cancelling()
+
     async def close(self) -> None:
         await self._channels.close()
 
@@ -108,7 +114,7 @@ class AsyncEngine:
                 return
             except UnavailableError as error:
                 if self._is_ending:
-                    raise UnavailableError("The server is shutting down.") from None
+                    raise UnavailableError(ENDING) from None
                 avoid.append(_culprit(placement, error))
                 if len(avoid) == MAX_PLACEMENTS:
                     raise
@@ -131,6 +137,8 @@ class AsyncEngine:
         self, placement: Placement, prompt_token_ids: tuple[int, ...], sampling: SamplingParams
     ) -> AsyncGenerator[pb.TokenEvent, None]:
         """The events of one call to a decode worker, checked for gaps and repeats."""
+        if self._is_ending:
+            raise UnavailableError(ENDING)
         request = pb.GenerateRequest(
             request_id=placement.request_id,
             prompt_token_ids=prompt_token_ids,
@@ -141,8 +149,6 @@ class AsyncEngine:
         num_tokens = 0
         self._calls.add(call)
         try:
-            if self._is_ending:
-                raise UnavailableError("The server is shutting down.")
             async for event in call:
                 if event.first_index != num_tokens:
                     raise InvariantError(f"token {num_tokens} was expected and token {event.first_index} came")
@@ -154,9 +160,8 @@ class AsyncEngine:
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from None
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self._is_ending and task is not None and not task.cancelling():
-                raise UnavailableError("The server is shutting down.") from None  # our call ended, not our task
+            if self._ended_the_call():
+                raise UnavailableError(ENDING) from None
             raise
         finally:
             self._calls.discard(call)

@@ -220,9 +220,8 @@ class _Server(uvicorn.Server):
 
 
 def _served_model(config: ServeConfig, plan: StartupPlan) -> ServedModel:
-    names = (config.served_model_name,) if config.served_model_name else (config.model,)
     return ServedModel(
-        names,
+        (config.served_name,),
         plan.max_model_len,
         int(time.time()),
         plan.checkpoint.eos_token_ids,
@@ -236,7 +235,7 @@ async def _announce(server: uvicorn.Server, config: ServeConfig) -> None:
         await asyncio.sleep(0.05)
     host = f"[{config.host}]" if ":" in config.host else config.host
     url = f"http://{host}:{config.port}"
-    model = config.served_model_name or config.model
+    model = config.served_name
     key = ' -H "Authorization: Bearer $TWINPOOL_API_KEY"' if config.api_key else ""
     print(
         f"\nTwinpool serves {model} on {url}\n\n"

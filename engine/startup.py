@@ -108,7 +108,7 @@ def make_plan(config: ServeConfig) -> StartupPlan:
             worker_id=worker_id,
             role=role,
             model_path=str(folder),
-            model_name=config.served_model_name or config.model,
+            model_name=config.served_name,
             spec=spec,
             num_blocks=num_blocks,
             max_model_len=max_model_len,

@@ -70,10 +70,10 @@ class Worker:
         assert self._stepping is not None, "start was not called"
         return self._stepping
 
-    async def stop(self, grace_s: float = 0.0) -> None:
-        """Refuses new calls, lets running ones end for ``grace_s``, then ends them and gives everything back."""
+    async def stop(self) -> None:
+        """Refuses new calls, ends running ones and gives everything back."""
         if self._server is not None:
-            await self._server.stop(grace_s)
+            await self._server.stop(None)
         if self._stepping is not None:
             self._stepping.cancel()
             await asyncio.wait({self._stepping})

@@ -121,15 +121,16 @@ inline Vec exponential(Vec x) {
 }
 
 // A buffer that only grows.
+template <typename T = float>
 class Scratch {
  public:
-  float* get(int64_t size) {
+  T* get(int64_t size) {
     if (static_cast<int64_t>(data_.size()) < size) data_.resize(size);
     return data_.data();
   }
 
  private:
-  std::vector<float> data_;
+  std::vector<T> data_;
 };
 
 // c[rows][kPanel] (+)= a[rows][depth] * panel[depth][kPanel]
@@ -305,34 +306,29 @@ class Converter {
       out.rows32 = x;
       return out;
     }
-    grow(rows16_, format == kBfloat16 ? rows * stride : 0);
-    grow(rows8_, format == kInt8 ? rows * stride : 0);
-    grow(scales_, format == kInt8 ? rows * num_groups : 0);
+    uint16_t* rows16 = rows16_.get(format == kBfloat16 ? rows * stride : 0);
+    uint8_t* rows8 = rows8_.get(format == kInt8 ? rows * stride : 0);
+    float* scales = scales_.get(format == kInt8 ? rows * num_groups : 0);
 #pragma omp parallel for schedule(static) num_threads(num_threads)
     for (int64_t row = 0; row < rows; ++row) {
       const float* from = x + row * depth;
       if (format == kBfloat16) {
-        uint16_t* to = rows16_.data() + row * stride;
+        uint16_t* to = rows16 + row * stride;
         for (int64_t k = 0; k < depth; ++k) to[k] = float_to_bfloat16(from[k]);
         std::fill(to + depth, to + stride, uint16_t{0});
       } else {
         for (int64_t group = 0; group < num_groups; ++group)
           quantize(from + group * kScaleGroup, std::min<int64_t>(kScaleGroup, depth - group * kScaleGroup),
-                   rows8_.data() + row * stride + group * kScaleGroup, scales_.data() + row * num_groups + group);
+                   rows8 + row * stride + group * kScaleGroup, scales + row * num_groups + group);
       }
     }
-    out.rows16 = rows16_.data();
-    out.rows8 = rows8_.data();
-    out.scales8 = scales_.data();
+    out.rows16 = rows16;
+    out.rows8 = rows8;
+    out.scales8 = scales;
     return out;
   }
 
  private:
-  template <typename T>
-  static void grow(std::vector<T>& buffer, int64_t size) {
-    if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
-  }
-
   // Symmetric, 128 added: the instruction wants unsigned activations.
   static void quantize(const float* from, int64_t size, uint8_t* to, float* scale) {
     uint32_t highest_bits = 0;  // of non-negative floats the order is that of their bits, which vectorizes
@@ -360,9 +356,9 @@ class Converter {
     std::fill(to + size, to + kScaleGroup, uint8_t{128});
   }
 
-  std::vector<uint16_t> rows16_;
-  std::vector<uint8_t> rows8_;
-  std::vector<float> scales_;
+  Scratch<uint16_t> rows16_;
+  Scratch<uint8_t> rows8_;
+  Scratch<float> scales_;
 };
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
@@ -494,7 +490,9 @@ void tile16_of(int64_t rows, const uint16_t* a, int64_t a_stride, const uint16_t
 }
 
 // Half as many rows as elsewhere: sums of integers and of floats take registers both.
-template <int kRows = 6>
+constexpr int kTileRows8 = 6;
+
+template <int kRows = kTileRows8>
 void tile8_of(int64_t rows, const uint8_t* a, int64_t a_stride, const float* a_scales, const Linear& layer, int64_t p,
               float* out) {
   if constexpr (kRows > 1) {
@@ -514,8 +512,8 @@ inline void product(const Linear& layer, const Activations& x, int64_t first, in
       tile16_of(rows, x.rows16 + first * x.stride, x.stride, layer.packed16.data() + p * kPanel * depth, depth, out);
       return;
     case kInt8:
-      for (int64_t row = 0; row < rows; row += 6)
-        tile8_of(std::min<int64_t>(6, rows - row), x.rows8 + (first + row) * x.stride, x.stride,
+      for (int64_t row = 0; row < rows; row += kTileRows8)
+        tile8_of(std::min<int64_t>(kTileRows8, rows - row), x.rows8 + (first + row) * x.stride, x.stride,
                  x.scales8 + (first + row) * layer.num_groups(), layer, p, out + row * kPanel);
   }
 }
@@ -667,9 +665,9 @@ struct Decoder {
   Linear head;
   std::vector<float> embedding;  // empty when tied to the head
   std::vector<float> final_norm;
-  Scratch hidden, normed, query, key, value, attended, gated_rows;
+  Scratch<> hidden, normed, query, key, value, attended, gated_rows;
   Converter converter;
-  std::vector<Scratch> per_thread;
+  std::vector<Scratch<>> per_thread;
 };
 
 struct Work {
@@ -710,7 +708,7 @@ void write_cache(const Decoder& m, KV* cache, const TwinpoolSequence& s, const f
 // One new token: every query head of the group against each block, straight from the cache.
 template <typename KV>
 void attend_one(Decoder& m, KV* cache, const TwinpoolSequence& s, int kv_head, const float* query, float* out,
-                Scratch& scratch) {
+                Scratch<>& scratch) {
   const TwinpoolShape& d = m.shape;
   const int64_t count = s.start + 1, padded = (count + kLanes - 1) / kLanes * kLanes;
   const int group = d.num_heads / d.num_kv_heads;
@@ -750,7 +748,7 @@ void attend_one(Decoder& m, KV* cache, const TwinpoolSequence& s, int kv_head, c
 // Some queries of a prompt chunk: keys and values are packed into panels, then it is two matrix products.
 template <typename KV>
 void attend_many(Decoder& m, KV* cache, const TwinpoolSequence& s, const Work& work, const float* query, float* out,
-                 Scratch& scratch) {
+                 Scratch<>& scratch) {
   const TwinpoolShape& d = m.shape;
   const int group = d.num_heads / d.num_kv_heads;
   const int64_t head = d.head_size, stride = static_cast<int64_t>(d.num_heads) * head;
@@ -810,7 +808,7 @@ void attend(Decoder& m, const TwinpoolStep& step, const std::vector<Work>& items
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads)
   for (size_t i = 0; i < items.size(); ++i) {
     const TwinpoolSequence& s = step.sequences[items[i].sequence];
-    Scratch& scratch = m.per_thread[omp_get_thread_num()];
+    Scratch<>& scratch = m.per_thread[omp_get_thread_num()];
     if (s.num_rows == 1)
       attend_one(m, cache, s, items[i].kv_head, query, out, scratch);
     else
