@@ -63,7 +63,7 @@ clean: ## remove caches and build output; keeps .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(CONSTRAINTS_VENV)
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-$(INSTALLED): setup.py constraints.txt workers/native/decoder.cpp
+$(INSTALLED): setup.py constraints.txt $(wildcard workers/native/*.cpp workers/native/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'Installing into $(VENV): some minutes, about 1.6 GB'
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'

@@ -58,6 +58,7 @@ EXTENSIONS = [
     Extension(
         f"workers.native.{name}",
         ["workers/native/decoder.cpp"],
+        depends=[f"workers/native/{header}.h" for header in ("vectors", "linear", "interface", "attention")],
         extra_compile_args=[*NATIVE_FLAGS, *instructions],
         extra_link_args=["-fopenmp"],
         language="c++",
@@ -73,7 +74,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["kvcache*", "scheduler*", "workers*", "engine*", "benchmarks*"]),
-    package_data={"": ["*.proto", "*.pyi"]},
+    package_data={"": ["*.proto", "*.pyi", "*.h"]},
     ext_modules=EXTENSIONS,
     install_requires=INSTALL_REQUIRES,
     extras_require={"dev": DEV_REQUIRES},

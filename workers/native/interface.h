@@ -1,0 +1,34 @@
+// What the callers of the native decoder and it agree on; workers/native/library.py holds the same structures.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+struct TwinpoolShape {
+  int32_t num_layers, hidden_size, num_heads, num_kv_heads, head_size, intermediate_size, vocab_size, block_size;
+  float norm_epsilon, attention_scale;
+  int32_t weight_format;  // Format of every linear layer
+  int32_t cache_format;   // kFloat32 or kBfloat16
+};
+
+// One sequence of a step. Its tokens are rows first_row .. first_row + num_rows - 1, at positions start ...
+struct TwinpoolSequence {
+  int32_t first_row, num_rows, start, reserved;
+  const int64_t* block_table;
+};
+
+struct TwinpoolStep {
+  int64_t num_rows, num_sequences, num_sampled;
+  const int64_t* token_ids;          // [num_rows]
+  const float* cosine;               // [num_rows][head_size]
+  const float* sine;                 // [num_rows][head_size]
+  const TwinpoolSequence* sequences;
+  const int64_t* sampled_rows;       // [num_sampled]
+  void* const* cache_layers;         // per layer: [num_blocks][2][num_kv_heads][block_size][head_size]
+  float* logits;                     // [num_sampled][vocab_size]
+};
+
+enum TwinpoolLinear { kQuery = 0, kKey, kValue, kOutput, kGate, kUp, kDown, kHead, kEmbedding };
+enum TwinpoolVector { kInputNorm = 0, kPostNorm, kQueryNorm, kKeyNorm, kFinalNorm };
+}
