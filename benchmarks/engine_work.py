@@ -32,6 +32,7 @@ from workers.model.runner import ModelRunner, StepModel, choose_step_model
 from workers.model.transformers_model import TransformersModel, load_model
 from workers.native.library import load_library
 from workers.step_loop import StepLoop, TokenStream
+from workers.step_progress import StepProgress
 
 BLOCK_SIZE = 16  # what `twinpool serve` uses unless told otherwise
 MAX_BATCHED_TOKENS = 512
@@ -155,9 +156,9 @@ class TimedRunner(ModelRunner):
         super().__init__(model, storage)
         self._clock = clock
 
-    def execute(self, plan: StepPlan) -> dict[str, int]:
+    def execute(self, plan: StepPlan, progress: StepProgress | None = None) -> dict[str, int]:
         with self._clock.piece("execute"):
-            return super().execute(plan)
+            return super().execute(plan, progress)
 
 
 @contextmanager

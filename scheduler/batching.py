@@ -171,7 +171,7 @@ class Batcher:
         return outputs
 
     def lease_for_handoff(self, request_id: str, transfer_id: str, now: float) -> BlockLease:
-        """Protects the blocks of a prefilled sequence while they are sent."""
+        """Protects the prompt's blocks of a running prefill-only sequence while they are sent."""
         spec = self.manager.spec
         request = self._requests[request_id]
         block_ids = self.manager.block_table(request_id)[: spec.num_blocks_for(request.num_prompt_tokens)]
@@ -246,13 +246,16 @@ class Batcher:
         return self.manager.extend(request.request_id, len(request.token_ids))
 
     def _grow(self, request: Request) -> bool:
-        """Makes room for the sequence's next token; False when it must sit this step out."""
+        """Makes room for the sequence's next token; False when it must sit this step out.
+
+        A prompt that is being handed over keeps its blocks: they are sent while it is computed, and come back soon.
+        """
         while not self.manager.extend(request.request_id, len(request.token_ids)):
-            youngest = self._running[-1]
-            if youngest is request and len(self._running) == 1:
+            preemptible = [running for running in self._running if not running.prefill_only]
+            if preemptible == [request]:
                 return False  # the missing blocks are in handoffs, which end soon
-            self._preempt(youngest)
-            if youngest is request:
+            self._preempt(preemptible[-1])
+            if preemptible[-1] is request:
                 return False
         return True
 

@@ -37,6 +37,7 @@ from workers.channels import ChannelPool
 from workers.model.runner import ModelRunner, choose_step_model
 from workers.model.sampler import sample
 from workers.model.transformers_model import load_model
+from workers.step_progress import StepProgress
 from workers.worker import Worker
 from workers.worker_options import WorkerOptions
 
@@ -111,10 +112,10 @@ class HookedRunner(ModelRunner):
 
     before_step: Callable[[StepPlan], None] | None = None
 
-    def execute(self, plan: StepPlan) -> dict[str, int]:
+    def execute(self, plan: StepPlan, progress: StepProgress | None = None) -> dict[str, int]:
         if self.before_step is not None:
             self.before_step(plan)
-        return super().execute(plan)
+        return super().execute(plan, progress)
 
 
 class StepGate:

@@ -1,22 +1,47 @@
-"""The prefill role: compute a prompt, sample its first token, hand the KV over."""
+"""The prefill role: compute a prompt, hand its KV over as it comes, sample its first token."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
 
 import grpc
 
+from kvcache.errors import TwinpoolError
+from kvcache.lease import BlockLease
 from kvcache.storage import PagedStorage
 from kvcache.transfer.grpc_port import send_kv
-from kvcache.transfer.sender import TransferTarget
+from kvcache.transfer.sender import OutgoingTransfer, TransferTarget
+from scheduler.batching import ScheduledChunk, StepPlan
 from scheduler.request import Request
 from workers.step_loop import StepLoop
 
 HEARTBEAT_INTERVAL_S = 1.0
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Sending:
+    """A handoff whose prompt has begun to be computed."""
+
+    lease: BlockLease
+    transfer: OutgoingTransfer
+    task: asyncio.Task[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Growing:
+    """A transfer whose prompt is in the running step, and the blocks that are complete after it."""
+
+    transfer: OutgoingTransfer
+    num_blocks: int
 
 
 class PrefillRole:
+    """Computes prompts for decode workers. It is the step loop's ``KVListener``."""
+
     def __init__(
         self,
         loop: StepLoop,
@@ -30,6 +55,10 @@ class PrefillRole:
         self._clock = clock
         self._channel_to = channel_to
         self._stall_timeout_s = stall_timeout_s
+        self._targets: dict[str, TransferTarget] = {}  # by request id, as long as the request lives
+        self._sendings: dict[str, _Sending] = {}
+        self._growing: list[_Growing] = []  # what the running step adds to
+        loop.kv_listener = self
 
     async def prefill(self, request: Request, target: TransferTarget) -> AsyncGenerator[int, None]:
         """Prefills into a transfer that the decode worker has opened.
@@ -52,30 +81,75 @@ class PrefillRole:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)  # its error was raised above, unless we are closed
 
+    def begin_step(self, plan: StepPlan) -> bool:
+        """Starts the handoffs of prompts that are computed for the first time."""
+        self._growing = [growing for chunk in plan.chunks if (growing := self._grow(chunk)) is not None]
+        return bool(self._growing)
+
+    def layers_computed(self, num_layers: int) -> None:
+        for growing in self._growing:
+            growing.transfer.mark_ready(num_layers, growing.num_blocks)
+
+    def end_step(self) -> None:
+        """Of a sequence that failed, blocks may be marked that are wrong; its transfer is never committed."""
+        self.layers_computed(self._storage.spec.num_layers)
+        self._growing = []
+
     async def _compute_and_send(self, request: Request, target: TransferTarget) -> None:
         stream = self._loop.submit(request)
+        self._targets[request.request_id] = target
         try:
             async for first in stream:
-                await self._send(request, target, first.token_id)
+                sending = self._sendings[request.request_id]
+                sending.transfer.complete(first.token_id)
+                await sending.task
+                self._loop.batcher.manager.leases.commit(sending.lease)
+                self._loop.batcher.complete_handoff(request.request_id)
         finally:
-            self._loop.release(request.request_id)
+            await self._end(request.request_id)
 
-    async def _send(self, request: Request, target: TransferTarget, first_token_id: int) -> None:
-        """The blocks are given back by the caller only after this returned or raised."""
+    async def _end(self, request_id: str) -> None:
+        """Nothing is read from the blocks any more when they are given back."""
+        del self._targets[request_id]
+        sending = self._sendings.pop(request_id, None)
+        if sending is not None:
+            sending.task.cancel()
+            self._loop.batcher.manager.leases.abort(sending.lease)  # no effect after a commit
+        self._loop.release(request_id)
+        if sending is not None:
+            await asyncio.gather(sending.task, return_exceptions=True)
+
+    def _grow(self, chunk: ScheduledChunk) -> _Growing | None:
+        if chunk.request_id not in self._targets:
+            return None
+        if chunk.request_id not in self._sendings:
+            try:
+                self._start_sending(chunk.request_id)
+            except TwinpoolError as error:  # the request's boundary: a transfer id that is in use, for one
+                self._loop.fail(chunk.request_id, error)
+                return None
+        sending = self._sendings[chunk.request_id]
+        # The last block counts when the prompt ends in it.
+        is_last = chunk.sampling is not None
+        num_blocks = len(sending.lease.block_ids) if is_last else chunk.end // self._storage.spec.block_size
+        return _Growing(sending.transfer, num_blocks)
+
+    def _start_sending(self, request_id: str) -> None:
+        target = self._targets[request_id]
         batcher = self._loop.batcher
-        leases = batcher.manager.leases
-        lease = batcher.lease_for_handoff(request.request_id, target.transfer_id, self._clock())
-        leases.start_sending(lease)
-        try:
-            await send_kv(
-                self._channel_to(target.address),
-                self._storage,
-                lease,
-                target,
-                first_token_id,
-                self._stall_timeout_s,
-            )
-            leases.commit(lease)
-            batcher.complete_handoff(request.request_id)
-        finally:
-            leases.abort(lease)
+        lease = batcher.lease_for_handoff(request_id, target.transfer_id, self._clock())
+        batcher.manager.leases.start_sending(lease)
+        transfer = OutgoingTransfer(self._storage, lease, target)
+        task = asyncio.create_task(send_kv(self._channel_to(target.address), transfer, self._stall_timeout_s))
+        task.add_done_callback(lambda task: self._sending_ended(request_id, task))
+        self._sendings[request_id] = _Sending(lease, transfer, task)
+
+    def _sending_ended(self, request_id: str, task: asyncio.Task[int]) -> None:
+        """A handoff that broke while its prompt is being computed ends the computing too."""
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        if not isinstance(error, TwinpoolError):
+            logger.error("Sending the KV of request %s failed unexpectedly.", request_id, exc_info=error)
+            error = TwinpoolError(f"{type(error).__name__} while the KV was sent")
+        self._loop.fail(request_id, error)

@@ -7,11 +7,13 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from kvcache.errors import TwinpoolError
 from scheduler.batching import Batcher, SampledToken, StepPlan
 from scheduler.request import Request
 from workers.model.runner import ModelRunner
+from workers.step_progress import StepProgress
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,22 @@ class TokenStream:
                 return
 
 
+class KVListener(Protocol):
+    """Hears how far the KV of a step is. Called on the event loop."""
+
+    def begin_step(self, plan: StepPlan) -> bool:
+        """A step is about to run; False: nothing in it is of interest, so layers need not be told."""
+        ...
+
+    def layers_computed(self, num_layers: int) -> None:
+        """The KV of the first ``num_layers`` layers is in the cache. May come less often than once a layer."""
+        ...
+
+    def end_step(self) -> None:
+        """The step has ended: all its KV is in the cache, but that of sequences that failed."""
+        ...
+
+
 class StepLoop:
     """Owns the batcher and drives the runner. Everything but the model's step runs on one event loop.
 
@@ -60,6 +78,7 @@ class StepLoop:
 
     def __init__(self, batcher: Batcher, runner: ModelRunner) -> None:
         self.batcher = batcher
+        self.kv_listener: KVListener | None = None  # the prefill role sends KV on as it comes
         self.prompt_tokens_computed = 0
         self.generation_tokens = 0
         self.on_reserved: Callable[[Request], None] | None = None  # the decode role starts handoffs here
@@ -67,6 +86,7 @@ class StepLoop:
         self._streams: dict[str, TokenStream] = {}
         self._work = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-step")
+        self._progress = StepProgress(self._tell_layers)
 
     def submit(self, request: Request) -> TokenStream:
         """Queues a sequence. The caller calls ``release`` in the end, whatever happens.
@@ -119,20 +139,30 @@ class StepLoop:
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
+        self._progress.close()
 
     async def _step(self, plan: StepPlan) -> None:
-        result = await asyncio.get_running_loop().run_in_executor(self._thread, self._execute, plan)
+        listens = self.kv_listener is not None and self.kv_listener.begin_step(plan)
+        self._progress.begin()
+        progress = self._progress if listens else None
+        result = await asyncio.get_running_loop().run_in_executor(self._thread, self._execute, plan, progress)
+        if self.kv_listener is not None:
+            self.kv_listener.end_step()
         for output in self.batcher.apply(plan, result.tokens, result.failures):
             self.deliver(output)
         for request_id, message in result.failures.items():
             self.fail(request_id, StepFailedError(message))
         self.prompt_tokens_computed += sum(chunk.num_prompt_tokens for chunk in plan.chunks)
 
-    def _execute(self, plan: StepPlan) -> StepResult:
+    def _tell_layers(self, num_layers: int) -> None:
+        if self.kv_listener is not None:
+            self.kv_listener.layers_computed(num_layers)
+
+    def _execute(self, plan: StepPlan, progress: StepProgress | None) -> StepResult:
         """Runs in the step's thread. A step that raises is run again sequence by sequence, so that only the
         sequences that cannot be computed fail."""
         try:
-            return StepResult(self._runner.execute(plan), {})
+            return StepResult(self._runner.execute(plan, progress), {})
         except Exception:
             logger.exception("A step of %d sequences failed; running them one by one.", len(plan.chunks))
         tokens: dict[str, int] = {}

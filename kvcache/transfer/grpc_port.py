@@ -10,13 +10,12 @@ from typing import NoReturn
 import grpc
 
 from kvcache.errors import TransferError, TransferFault
-from kvcache.lease import BlockLease
 from kvcache.manager import KVCacheManager
 from kvcache.storage import PagedStorage
 from kvcache.transfer import kv_transfer_pb2 as pb
 from kvcache.transfer import kv_transfer_pb2_grpc as pb_grpc
 from kvcache.transfer.receiver import IncomingTransfer, ReceivedKV
-from kvcache.transfer.sender import TransferTarget, transfer_messages
+from kvcache.transfer.sender import OutgoingTransfer
 from kvcache.transfer.wire import FAULT_METADATA_KEY, MAX_MESSAGE_BYTES
 
 CHANNEL_OPTIONS = (
@@ -47,7 +46,13 @@ class KVTransferService(pb_grpc.KVTransferServicer):
         self.transfers = 0
         self.payload_bytes = 0
         self.receive_seconds = 0.0
+        self._under_way: set[IncomingTransfer] = set()
         self.failures = failures
+
+    @property
+    def bytes_under_way(self) -> int:
+        """Payload that has been verified and not been committed yet."""
+        return sum(incoming.payload_bytes for incoming in self._under_way)
 
     async def Send(  # the name is gRPC's
         self,
@@ -77,6 +82,7 @@ class KVTransferService(pb_grpc.KVTransferServicer):
                     if kind != "open":
                         raise TransferError(TransferFault.UNKNOWN_TRANSFER, "the stream does not begin with an opening")
                     incoming = IncomingTransfer(self._manager, self._storage, message.open, self._clock())
+                    self._under_way.add(incoming)
                 elif kind == "chunk":
                     incoming.write(message.chunk, self._clock())
                 elif kind == "commit":
@@ -89,6 +95,7 @@ class KVTransferService(pb_grpc.KVTransferServicer):
         finally:
             # Cancelled, refused or cut: whatever was written is never read. No effect after a commit.
             if incoming is not None:
+                self._under_way.discard(incoming)
                 self._manager.leases.abort(incoming.lease)
 
 
@@ -106,40 +113,40 @@ def transfer_error_from(error: grpc.aio.AioRpcError) -> TransferError:
     return TransferError(TransferFault.PEER_LOST, f"{error.code().name}: {error.details()}")
 
 
-async def send_kv(
-    channel: grpc.aio.Channel,
-    storage: PagedStorage,
-    lease: BlockLease,
-    target: TransferTarget,
-    first_token_id: int,
-    stall_timeout_s: float,
-) -> int:
-    """Sends one sequence's blocks and waits until the other side has verified and attached them.
+async def send_kv(channel: grpc.aio.Channel, transfer: OutgoingTransfer, stall_timeout_s: float) -> int:
+    """Sends a transfer's messages as they come and waits until the other side has verified and attached them.
 
-    The caller owns ``lease`` and may free the blocks when this returns. Gives up when the other side takes
-    nothing for ``stall_timeout_s``. Returns the payload bytes.
+    The caller owns the source lease and may free the blocks when this returns. Waits as long as the computing
+    takes; gives up when the other side takes nothing for ``stall_timeout_s``. Returns the payload bytes.
 
     Raises:
         TransferError: refused, broken, or the lease ended; the other side will not use what it got.
     """
     sent_bytes = 0
     call = pb_grpc.KVTransferStub(channel).Send()
+    call.add_done_callback(lambda _: transfer.changed.set())  # an early end is noticed while nothing is ready
     try:
-        for message in transfer_messages(storage, lease, target, first_token_id):
+        while not transfer.is_finished and not call.done():
+            message = transfer.next_message()
+            if message is None:
+                await transfer.changed.wait()
+                transfer.changed.clear()
+                continue
             try:
                 await asyncio.wait_for(call.write(message), stall_timeout_s)
-            except asyncio.InvalidStateError:
+            except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
                 break  # the other side has ended the call already; awaiting it below tells why
             sent_bytes += len(message.chunk.payload)
         else:
-            await call.done_writing()
+            if not call.done():
+                await call.done_writing()
         receipt = await asyncio.wait_for(call, stall_timeout_s)
     except grpc.aio.AioRpcError as error:
         raise transfer_error_from(error) from None
     except TimeoutError:
         raise TransferError(
             TransferFault.EXPIRED,
-            f"the receiver took nothing of transfer {target.transfer_id} for {stall_timeout_s:g} s",
+            f"the receiver took nothing of transfer {transfer.target.transfer_id} for {stall_timeout_s:g} s",
         ) from None
     finally:
         call.cancel()

@@ -1,15 +1,15 @@
-"""The prefill side of a handoff: cuts the blocks of one sequence into messages."""
+"""The prefill side of a handoff: the blocks of one sequence leave while later ones are still being computed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
 from dataclasses import dataclass
 
 from kvcache.errors import TransferError, TransferFault
 from kvcache.lease import BlockLease
 from kvcache.storage import PagedStorage
 from kvcache.transfer import kv_transfer_pb2 as pb
-from kvcache.transfer.wire import make_chunk, make_commit, plan_chunks, spec_to_wire
+from kvcache.transfer.wire import MAX_CHUNK_BYTES, ChunkRange, make_chunk, make_commit, spec_to_wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,31 +21,92 @@ class TransferTarget:
     epoch: int
 
 
-def transfer_messages(
-    storage: PagedStorage, lease: BlockLease, target: TransferTarget, first_token_id: int
-) -> Iterator[pb.TransferMessage]:
-    """Yields open, chunks and commit, copying one chunk at a time out of the cache.
+class OutgoingTransfer:
+    """One sequence's blocks on their way. Knows nothing of gRPC: any port takes messages from it, in order.
 
-    The consumer takes the next message when the connection has room, so at most one chunk is held here.
+    Whoever computes says how far each layer is; a block may leave once all its tokens of that layer are there::
 
-    Raises:
-        TransferError: the lease on the source blocks ended meanwhile, so they may not be read any more.
+                  block  0 1 2 3 4
+        layer 0          s s s r r      s  sent
+        layer 1          s s r r r      r  ready: computed, not sent yet
+        layer 2          s s · · ·      ·  still being computed
+
+    Used on one event loop. The port awaits ``changed`` when there is nothing to take.
     """
-    spec = storage.spec
-    yield pb.TransferMessage(
-        open=pb.TransferOpen(
-            transfer_id=target.transfer_id,
-            epoch=target.epoch,
-            spec=spec_to_wire(spec),
-            num_blocks=len(lease.block_ids),
+
+    def __init__(
+        self, storage: PagedStorage, lease: BlockLease, target: TransferTarget, max_chunk_bytes: int = MAX_CHUNK_BYTES
+    ) -> None:
+        spec = storage.spec
+        self.target = target
+        self.changed = asyncio.Event()
+        self._storage = storage
+        self._lease = lease
+        self._blocks_per_chunk = max(1, max_chunk_bytes // spec.layer_block_bytes)
+        self._ready = [0] * spec.num_layers  # blocks from the first on
+        self._sent = [0] * spec.num_layers
+        self._num_chunks = 0
+        self._first_token_id: int | None = None
+        self._is_opened = False
+        self.is_finished = False  # the commit was taken
+
+    def mark_ready(self, num_layers: int, num_blocks: int) -> None:
+        """The first ``num_blocks`` blocks of the first ``num_layers`` layers are complete and change no more."""
+        for layer in range(num_layers):
+            self._ready[layer] = max(self._ready[layer], num_blocks)
+        self.changed.set()
+
+    def complete(self, first_token_id: int) -> None:
+        """Everything is computed; the commit may follow the last block."""
+        self._first_token_id = first_token_id
+        self.mark_ready(len(self._ready), len(self._lease.block_ids))
+
+    def next_message(self) -> pb.TransferMessage | None:
+        """The opening, a chunk of at most ``max_chunk_bytes`` (one block at least), or the commit; None: not now.
+
+        A chunk is copied out of the cache here, so no more than the one that the port holds is in memory.
+
+        Raises:
+            TransferError: the lease on the source blocks ended meanwhile, so they may not be read any more.
+        """
+        if not self._lease.is_open:
+            raise TransferError(
+                TransferFault.ABORTED, f"the source lease of transfer {self.target.transfer_id} has ended"
+            )
+        if not self._is_opened:
+            self._is_opened = True
+            return self._opening()
+        where = self._next_range()
+        if where is not None:
+            return self._chunk(where)
+        if self._first_token_id is None or self.is_finished:
+            return None
+        self.is_finished = True
+        target = self.target
+        return pb.TransferMessage(
+            commit=make_commit(target.transfer_id, target.epoch, self._num_chunks, self._first_token_id)
         )
-    )
-    num_chunks = 0
-    for chunk in plan_chunks(spec, len(lease.block_ids)):
-        if not lease.is_open:
-            raise TransferError(TransferFault.ABORTED, f"the source lease of transfer {target.transfer_id} has ended")
-        block_ids = lease.block_ids[chunk.first_block : chunk.first_block + chunk.num_blocks]
-        payload = bytes(storage.read_blocks(chunk.layer, block_ids))
-        yield pb.TransferMessage(chunk=make_chunk(target.transfer_id, target.epoch, chunk, payload))
-        num_chunks += 1
-    yield pb.TransferMessage(commit=make_commit(target.transfer_id, target.epoch, num_chunks, first_token_id))
+
+    def _next_range(self) -> ChunkRange | None:
+        """The lowest layer that has something ready: it was computed first."""
+        for layer, (ready, sent) in enumerate(zip(self._ready, self._sent, strict=True)):
+            if ready > sent:
+                return ChunkRange(layer, sent, min(self._blocks_per_chunk, ready - sent))
+        return None
+
+    def _opening(self) -> pb.TransferMessage:
+        return pb.TransferMessage(
+            open=pb.TransferOpen(
+                transfer_id=self.target.transfer_id,
+                epoch=self.target.epoch,
+                spec=spec_to_wire(self._storage.spec),
+                num_blocks=len(self._lease.block_ids),
+            )
+        )
+
+    def _chunk(self, where: ChunkRange) -> pb.TransferMessage:
+        block_ids = self._lease.block_ids[where.first_block : where.first_block + where.num_blocks]
+        payload = bytes(self._storage.read_blocks(where.layer, block_ids))
+        self._sent[where.layer] += where.num_blocks
+        self._num_chunks += 1
+        return pb.TransferMessage(chunk=make_chunk(self.target.transfer_id, self.target.epoch, where, payload))

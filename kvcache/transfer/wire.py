@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import xxhash
@@ -27,14 +26,6 @@ class ChunkRange:
     layer: int
     first_block: int
     num_blocks: int
-
-
-def plan_chunks(spec: KVCacheSpec, num_blocks: int, max_chunk_bytes: int = MAX_CHUNK_BYTES) -> Iterator[ChunkRange]:
-    """Cuts ``num_blocks`` blocks of every layer into ranges of at most ``max_chunk_bytes`` (one block at least)."""
-    blocks_per_chunk = max(1, max_chunk_bytes // spec.layer_block_bytes)
-    for layer in range(spec.num_layers):
-        for first_block in range(0, num_blocks, blocks_per_chunk):
-            yield ChunkRange(layer, first_block, min(blocks_per_chunk, num_blocks - first_block))
 
 
 def chunk_checksum(transfer_id: str, epoch: int, chunk: ChunkRange, payload: bytes | memoryview) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import grpc
@@ -139,5 +139,10 @@ class GenerateCall:
 
 async def send(channel: grpc.aio.Channel, messages: Iterable[kv_pb.TransferMessage]) -> kv_pb.TransferReceipt:
     """Writes the messages, ends the stream and returns the answer, which may be an AioRpcError."""
-    receipt: kv_pb.TransferReceipt = await kv_pb_grpc.KVTransferStub(channel).Send(iter(list(messages)))
+    call = kv_pb_grpc.KVTransferStub(channel).Send()
+    with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):  # ended by the other side: the answer tells why
+        for message in messages:
+            await call.write(message)
+        await call.done_writing()
+    receipt: kv_pb.TransferReceipt = await call
     return receipt

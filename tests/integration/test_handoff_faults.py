@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import grpc
 import pytest
 
 from kvcache.errors import TransferFault
-from kvcache.transfer import grpc_port
 from kvcache.transfer import kv_transfer_pb2 as kv_pb
 from kvcache.transfer import kv_transfer_pb2_grpc as kv_pb_grpc
-from kvcache.transfer.sender import transfer_messages
+from kvcache.transfer.sender import OutgoingTransfer
 from kvcache.transfer.wire import FAULT_METADATA_KEY, MAX_MESSAGE_BYTES, ChunkRange
 from tests.cluster import LocalCluster, TinyCheckpoint, greedily, local_cluster
 from tests.integration.bad_handoffs import PROMPT_TOKENS, REFUSED, Messages, Tamper
@@ -250,16 +249,18 @@ class FlipOnce:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.flipped = 0
-        monkeypatch.setattr(grpc_port, "transfer_messages", self._messages)
+        next_message = OutgoingTransfer.next_message
 
-    def _messages(self, *args: object) -> Iterator[kv_pb.TransferMessage]:
-        for message in transfer_messages(*args):  # type: ignore[arg-type]
-            if message.HasField("chunk") and not self.flipped:
+        def tampering(transfer: OutgoingTransfer) -> kv_pb.TransferMessage | None:
+            message = next_message(transfer)
+            if message is not None and message.HasField("chunk") and not self.flipped:
                 payload = bytearray(message.chunk.payload)
                 payload[-1] ^= 1
                 message.chunk.payload = bytes(payload)
                 self.flipped += 1
-            yield message
+            return message
+
+        monkeypatch.setattr(OutgoingTransfer, "next_message", tampering)
 
 
 def test_a_flipped_bit_between_real_workers_costs_a_retry_and_no_token(

@@ -20,6 +20,7 @@ from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import StepPlan
 from workers.native.library import Sequence, Shape, Step, load_library
+from workers.step_progress import StepProgress
 
 HEAD_SIZE_MULTIPLE = 16  # the widest vector of any build
 
@@ -152,13 +153,15 @@ class FusedDecoder:
         if getattr(self, "_decoder", None):
             self._library.twinpool_destroy(self._decoder)
 
-    def logits(self, plan: StepPlan, storage: PagedStorage) -> torch.Tensor:
+    def logits(self, plan: StepPlan, storage: PagedStorage, progress: StepProgress | None = None) -> torch.Tensor:
         """See ``StepModel.logits``; in float32."""
         last_rows = itertools.accumulate(len(chunk.token_ids) for chunk in plan.chunks)
         sampled = [row - 1 for row, chunk in zip(last_rows, plan.chunks, strict=True) if chunk.sampling is not None]
-        return self.logits_of_rows(plan, storage, sampled)
+        return self.logits_of_rows(plan, storage, sampled, progress)
 
-    def logits_of_rows(self, plan: StepPlan, storage: PagedStorage, rows: list[int]) -> torch.Tensor:
+    def logits_of_rows(
+        self, plan: StepPlan, storage: PagedStorage, rows: list[int], progress: StepProgress | None = None
+    ) -> torch.Tensor:
         """Logits after any tokens of a step, counted over its chunks in order: ``[len(rows), vocabulary]``."""
         chunks = plan.chunks
         lengths = [len(chunk.token_ids) for chunk in chunks]
@@ -187,6 +190,8 @@ class FusedDecoder:
             sampled_rows=sampled_rows.ctypes.data,
             cache_layers=cache_layers.ctypes.data,
             logits=logits.ctypes.data,
+            layers_done=progress.counter_address if progress is not None else None,
+            wake_fd=progress.wake_fd if progress is not None else -1,
         )
         if self._library.twinpool_step(self._decoder, ctypes.byref(step), self._num_threads):
             raise ResourceError(f"There is no memory for a step of {first_rows[-1]} tokens.")

@@ -17,6 +17,7 @@ from scheduler.request import SamplingParams
 from workers.model.fused_decoder import FusedDecoder, WeightFormat, find_misfit
 from workers.model.sampler import sample
 from workers.model.transformers_model import TransformersModel
+from workers.step_progress import StepProgress
 
 # Of two implementations' logits: rounding gives some 1e-6 in float32, 1e-2 in bfloat16, 1e-1 in int8; an error in the
 # structure gives 1.
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 class StepModel(Protocol):
     """A model with a paged KV cache behind it."""
 
-    def logits(self, plan: StepPlan, storage: PagedStorage) -> torch.Tensor:
-        """Computes the chunks of ``plan`` and fills their KV in ``storage``.
+    def logits(self, plan: StepPlan, storage: PagedStorage, progress: StepProgress | None = None) -> torch.Tensor:
+        """Computes the chunks of ``plan`` and fills their KV in ``storage``, telling ``progress`` of each layer.
 
         Returns:
             ``[S, vocabulary]``: one row for each chunk that has ``sampling``, in the order of the plan.
@@ -48,8 +49,10 @@ class ModelRunner:
         self._model = model
         self._storage = storage
 
-    def execute(self, plan: StepPlan) -> dict[str, int]:
+    def execute(self, plan: StepPlan, progress: StepProgress | None = None) -> dict[str, int]:
         """Computes the chunks of ``plan``, fills their KV, and samples where a chunk has ``sampling``.
+
+        ``progress`` hears of every layer whose KV is there, if the model can tell.
 
         Returns:
             request id → sampled token, for those chunks.
@@ -57,7 +60,7 @@ class ModelRunner:
         Raises:
             NotFiniteError: a sequence's logits hold NaN or infinity; no token was sampled for any.
         """
-        logits = self._model.logits(plan, self._storage)
+        logits = self._model.logits(plan, self._storage, progress)
         chunks = [chunk for chunk in plan.chunks if chunk.sampling is not None]
         if not chunks:
             return {}

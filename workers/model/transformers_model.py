@@ -16,6 +16,7 @@ from kvcache.storage import TORCH_DTYPES, PagedStorage
 from scheduler.batching import StepPlan
 from workers.model.attention.torch_backend import paged_attention
 from workers.model.step_inputs import PagedAttentionInputs, build_step_inputs
+from workers.step_progress import StepProgress
 
 ATTENTION_NAME = "twinpool_paged"
 _NOT_SUPPORTED = ("sliding_window", "softcap", "s_aux", "head_mask")
@@ -30,6 +31,7 @@ def _attention_forward(
     scaling: float | None = None,
     paged_storage: PagedStorage | None = None,
     paged_inputs: PagedAttentionInputs | None = None,
+    paged_progress: StepProgress | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls instead of its own attention.
@@ -49,6 +51,8 @@ def _attention_forward(
         paged_inputs,
         scaling if scaling is not None else query.shape[-1] ** -0.5,
     )
+    if paged_progress is not None:
+        paged_progress.layer_done(module.layer_idx)  # type: ignore[arg-type]
     return attended.unsqueeze(0), None
 
 
@@ -89,7 +93,7 @@ class TransformersModel:
         self._device = device
 
     @torch.inference_mode()
-    def logits(self, plan: StepPlan, storage: PagedStorage) -> torch.Tensor:
+    def logits(self, plan: StepPlan, storage: PagedStorage, progress: StepProgress | None = None) -> torch.Tensor:
         """See ``StepModel.logits``."""
         inputs = build_step_inputs(plan, storage.spec.block_size, self._device)
         output = self._model(
@@ -99,6 +103,8 @@ class TransformersModel:
             logits_to_keep=inputs.sampled_rows,
             paged_storage=storage,
             paged_inputs=inputs.attention,
+            # A layer on a GPU is only queued when its attention returns; there the step's end tells.
+            paged_progress=progress if self._device == "cpu" else None,
         )
         logits: torch.Tensor = output.logits[0]
         row_of = {chunk.request_id: row for row, chunk in enumerate(inputs.sampled_chunks)}

@@ -11,6 +11,8 @@
 #include "linear.h"
 #include "vectors.h"
 
+#include <unistd.h>
+
 namespace {
 
 void rms_norm(const float* x, const std::vector<float>& weight, float epsilon, int64_t size, float* out) {
@@ -72,6 +74,14 @@ void prepare_heads(const Layer& layer, const TwinpoolShape& d, const TwinpoolSte
   }
 }
 
+// Whoever sends the KV on may read it from here on. A full pipe has woken its reader already.
+void tell_layers_done(const TwinpoolStep& step, int64_t num_layers) {
+  if (step.layers_done == nullptr) return;
+  __atomic_store_n(step.layers_done, num_layers, __ATOMIC_RELEASE);
+  const char byte = 1;
+  if (write(static_cast<int>(step.wake_fd), &byte, 1) < 0) return;
+}
+
 template <typename KV>
 void run(Decoder& m, const TwinpoolStep& step, int num_threads) {
   const TwinpoolShape& d = m.shape;
@@ -102,6 +112,7 @@ void run(Decoder& m, const TwinpoolStep& step, int num_threads) {
     linear<false>(layer.linears[kValue], input, rows, value, num_threads);
     prepare_heads(layer, d, step, query, key, num_threads);
     for (int64_t i = 0; i < step.num_sequences; ++i) write_cache(d, cache, step.sequences[i], key, value);
+    tell_layers_done(step, index + 1);
     attend(d, step, items, cache, query, attended, m.per_thread, num_threads);
     input = m.converter.convert(attended, rows, query_size, format, num_threads);
     linear<true>(layer.linears[kOutput], input, rows, x, num_threads);
@@ -122,7 +133,7 @@ void run(Decoder& m, const TwinpoolStep& step, int num_threads) {
 extern "C" {
 
 // Compared with library.py's number: another one means that the library was built from another version of this file.
-int twinpool_interface() { return 2; }
+int twinpool_interface() { return 3; }
 
 void* twinpool_create(const TwinpoolShape* shape) {
   Decoder* m = new (std::nothrow) Decoder;

@@ -27,6 +27,8 @@ struct TwinpoolStep {
   const int64_t* sampled_rows;       // [num_sampled]
   void* const* cache_layers;         // per layer: [num_blocks][2][num_kv_heads][block_size][head_size]
   float* logits;                     // [num_sampled][vocab_size]
+  int64_t* layers_done;              // or null: counts the layers whose KV is in the cache
+  int64_t wake_fd;                   // where a byte is written each time that it has grown
 };
 
 enum TwinpoolLinear { kQuery = 0, kKey, kValue, kOutput, kGate, kUp, kDown, kHead, kEmbedding };

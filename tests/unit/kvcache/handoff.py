@@ -11,7 +11,7 @@ from kvcache.manager import KVCacheManager
 from kvcache.storage import PagedStorage
 from kvcache.transfer import kv_transfer_pb2 as pb
 from kvcache.transfer.receiver import IncomingTransfer, ReceivedKV
-from kvcache.transfer.sender import TransferTarget, transfer_messages
+from kvcache.transfer.sender import OutgoingTransfer, TransferTarget
 from kvcache.transfer.wire import ChunkRange, make_chunk
 from tests.builders import fill_with_noise, make_spec
 
@@ -77,8 +77,15 @@ class Handoff:
         return self.messages[-1].commit
 
     def iter_messages(self) -> Iterable[pb.TransferMessage]:
+        """Of a prompt that is computed as a whole already."""
+        transfer = self.outgoing()
+        transfer.complete(FIRST_TOKEN_ID)
+        while (message := transfer.next_message()) is not None:
+            yield message
+
+    def outgoing(self) -> OutgoingTransfer:
         target = TransferTarget("nowhere:1", self.target_lease.transfer_id, self.target_lease.epoch)
-        return transfer_messages(self.source.storage, self.source_lease, target, FIRST_TOKEN_ID)
+        return OutgoingTransfer(self.source.storage, self.source_lease, target)
 
     def make_chunk(self, chunk: ChunkRange, payload: bytes) -> pb.TransferMessage:
         """A chunk with the right checksum, whatever it says."""

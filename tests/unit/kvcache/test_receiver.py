@@ -302,27 +302,3 @@ def test_a_refused_chunk_does_not_prolong_the_lease(handoff: Handoff) -> None:
     with pytest.raises(TransferError):
         incoming.write(handoff.chunks[1], now=5.0)
     assert handoff.target_lease.expires_at_s == LEASE_TTL_S
-
-
-def test_a_sender_whose_lease_has_ended_sends_no_more(handoff: Handoff) -> None:
-    """Its blocks may belong to another sequence by now."""
-    messages = iter(handoff.iter_messages())
-    kinds = [next(messages).WhichOneof("message") for _ in range(2)]
-    assert kinds == ["open", "chunk"]
-    handoff.source.manager.leases.abort(handoff.source_lease)
-    with pytest.raises(TransferError) as caught:
-        next(messages)
-    assert caught.value.fault is TransferFault.ABORTED
-
-
-def test_a_sender_sends_the_right_bytes_after_its_sequence_was_freed(handoff: Handoff) -> None:
-    """The lease, not the sequence, protects the blocks: the next sequence gets others."""
-    handoff.source.manager.free(REQUEST_ID)
-    handoff.source.manager.extend("next", 2 * SPEC.block_size)
-    for layer in range(SPEC.num_layers):
-        table = handoff.source.manager.block_table("next")
-        handoff.source.storage.write_blocks(layer, table, LAYER_BLOCK * 2)
-    handoff.messages = list(handoff.iter_messages())
-    handoff.deliver()
-    assert handoff.target.read(REQUEST_ID) == handoff.expected
-    handoff.source.manager.free("next")

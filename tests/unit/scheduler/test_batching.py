@@ -562,3 +562,17 @@ def test_blocks_of_a_handoff_are_not_used_for_other_prompts(make_engine: MakeEng
     assert engine.step() is None
     engine.batcher.complete_handoff("a")
     assert ids(engine.step()) == ["b"]
+
+
+def test_a_prompt_that_is_being_handed_over_is_never_preempted(make_engine: MakeEngine) -> None:
+    """Its blocks are read while it is computed; the decoding sequence waits for them instead."""
+    engine = make_engine(num_blocks=5, max_num_batched_tokens=4)
+    decoding = engine.add("old", 4, max_tokens=9)
+    engine.step()
+    prompt = engine.add("young", 12, prefill_only=True)
+    while prompt.status is not RequestStatus.HANDING_OVER:
+        assert engine.step() is not None
+    assert engine.batcher.num_preemptions == 0
+    engine.batcher.complete_handoff("young")
+    engine.run()
+    assert decoding.num_output_tokens == 9

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ from workers.model.runner import choose_step_model
 from workers.model.transformers_model import TransformersModel, load_model
 from workers.native import library
 from workers.native.processor import processor_flags
+from workers.step_progress import StepProgress
 
 # Sizes that are multiples of nothing, so that every edge of the kernels is met.
 SHAPE: dict[str, Any] = {
@@ -133,6 +137,47 @@ def test_logits_and_kv_equal_the_model_s(tmp_path: Path, build: str, name: str) 
     spec = spec_of(config)
     assert find_misfit(model, spec) is None
     assert_same_logits(model, spec, num_threads=1)
+
+
+class Watched(StepProgress):
+    """Compares the cache at each layer's turn with what it holds after the step."""
+
+    def __init__(self, storage: PagedStorage) -> None:
+        super().__init__(lambda _: None)
+        self._storage = storage
+        self.seen: list[torch.Tensor] = []
+
+    def layer_done(self, layer: int) -> None:
+        super().layer_done(layer)
+        self.seen.append(self._storage.layers[layer].clone())
+
+
+def test_a_transformers_model_tells_each_layer_once_its_kv_is_complete(tmp_path: Path) -> None:
+    config = CONFIGS["llama"]()
+    model, spec = make_model(tmp_path, config), spec_of(config)
+    storage = PagedStorage(spec, 3 * -(-SEQUENCE_LENGTH // spec.block_size))
+    progress = Watched(storage)
+    for plan in steps(spec.block_size):
+        progress.seen.clear()
+        TransformersModel(model).logits(plan, storage, progress)
+        assert len(progress.seen) == spec.num_layers
+        for early, final in zip(progress.seen, storage.layers, strict=True):
+            assert torch.equal(early, final)
+    progress.close()
+
+
+def test_the_native_decoder_counts_its_layers_and_wakes_the_reader(tmp_path: Path, build: str) -> None:
+    config = CONFIGS["llama"]()
+    spec = spec_of(config)
+    fused = FusedDecoder(make_model(tmp_path, config), spec, SEQUENCE_LENGTH, 1)
+    read_fd, wake_fd = os.pipe()
+    counter = ctypes.c_int64(0)
+    progress = SimpleNamespace(counter_address=ctypes.addressof(counter), wake_fd=wake_fd)
+    fused.logits(steps(spec.block_size)[0], PagedStorage(spec, 40), progress)  # type: ignore[arg-type]
+    assert counter.value == spec.num_layers
+    assert len(os.read(read_fd, 1000)) == spec.num_layers
+    os.close(read_fd)
+    os.close(wake_fd)
 
 
 @pytest.mark.parametrize("block_size", [1, 8, 128])

@@ -1,0 +1,140 @@
+"""What leaves, and when: never a block that is still being computed, every block once, the commit last."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcache.errors import TransferError, TransferFault
+from kvcache.manager import KVCacheManager
+from kvcache.storage import PagedStorage
+from kvcache.transfer import kv_transfer_pb2 as pb
+from kvcache.transfer.sender import OutgoingTransfer, TransferTarget
+from kvcache.transfer.wire import MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
+from tests.builders import make_spec, repeatable
+from tests.unit.kvcache.handoff import FIRST_TOKEN_ID, REQUEST_ID, SPEC, Handoff
+
+LAYER_BLOCK = bytes(SPEC.layer_block_bytes)
+
+
+def make_transfer(num_layers: int, num_blocks: int, max_chunk_bytes: int = MAX_CHUNK_BYTES) -> OutgoingTransfer:
+    spec = make_spec(num_layers=num_layers)
+    manager = KVCacheManager(spec, max(1, num_blocks))
+    manager.extend("a", num_blocks * spec.block_size)
+    lease = manager.leases.open("transfer", "a", manager.block_table("a"), now=0.0)
+    manager.leases.start_sending(lease)
+    target = TransferTarget("nowhere:1", "transfer", 1)
+    return OutgoingTransfer(PagedStorage(spec, max(1, num_blocks)), lease, target, max_chunk_bytes)
+
+
+def take_all(transfer: OutgoingTransfer) -> Iterator[pb.TransferMessage]:
+    while (message := transfer.next_message()) is not None:
+        yield message
+
+
+def cells(message: pb.TransferMessage) -> list[tuple[int, int]]:
+    chunk = message.chunk
+    return [(chunk.layer, block) for block in range(chunk.first_block, chunk.first_block + chunk.num_blocks)]
+
+
+STEP = st.tuples(st.integers(0, 4), st.integers(0, 20), st.integers(0, 30))  # layers, blocks, messages taken after it
+
+
+@given(steps=st.lists(STEP, max_size=12), num_blocks=st.integers(1, 20), max_chunk_bytes=st.integers(0, 2000))
+@repeatable(200)
+def test_a_block_leaves_once_and_only_when_it_is_computed(
+    steps: list[tuple[int, int, int]], num_blocks: int, max_chunk_bytes: int
+) -> None:
+    transfer = make_transfer(4, num_blocks, max_chunk_bytes)
+    computed: set[tuple[int, int]] = set()
+    sent: Counter[tuple[int, int]] = Counter()
+
+    def take(count: int) -> None:
+        for _ in range(count):
+            message = transfer.next_message()
+            if message is None:
+                return
+            assert not message.HasField("commit")
+            sent.update(cells(message))
+            assert message.chunk.num_blocks <= 1 or len(message.chunk.payload) <= max_chunk_bytes
+
+    for num_layers, blocks, count in steps:
+        ready = min(blocks, num_blocks)
+        transfer.mark_ready(num_layers, ready)
+        computed |= {(layer, block) for layer in range(num_layers) for block in range(ready)}
+        take(count)
+        assert set(sent) <= computed
+    take(10_000)
+    assert set(sent) == computed
+
+    transfer.complete(FIRST_TOKEN_ID)
+    *chunks, commit = list(take_all(transfer))
+    for message in chunks:
+        sent.update(cells(message))
+    assert sent == Counter((layer, block) for layer in range(4) for block in range(num_blocks))
+    assert commit.commit.first_token_id == FIRST_TOKEN_ID
+    assert transfer.is_finished
+
+
+def test_the_opening_comes_first_and_then_nothing_until_something_is_computed() -> None:
+    transfer = make_transfer(2, 3)
+    assert [message.WhichOneof("message") for message in take_all(transfer)] == ["open"]
+    assert transfer.next_message() is None
+    transfer.mark_ready(1, 2)
+    assert [cells(message) for message in take_all(transfer)] == [[(0, 0), (0, 1)]]
+
+
+def test_new_blocks_wake_whoever_waits_for_them() -> None:
+    transfer = make_transfer(2, 3)
+    assert not transfer.changed.is_set()
+    transfer.mark_ready(1, 1)
+    assert transfer.changed.is_set()
+
+
+def test_the_commit_counts_the_chunks_that_left_in_the_end() -> None:
+    transfer = make_transfer(2, 3)
+    transfer.mark_ready(2, 1)
+    early = list(take_all(transfer))
+    transfer.complete(FIRST_TOKEN_ID)
+    *late, commit = list(take_all(transfer))
+    assert commit.commit.num_chunks == len(early) - 1 + len(late) == 4
+
+
+def test_a_full_chunk_fits_into_a_message() -> None:
+    spec = make_spec(num_layers=1, num_kv_heads=8, head_size=128, block_size=16)
+    manager = KVCacheManager(spec, 10)
+    manager.extend("a", 10 * spec.block_size)
+    lease = manager.leases.open("f" * 32, "a", manager.block_table("a"), now=0.0)
+    transfer = OutgoingTransfer(PagedStorage(spec, 10), lease, TransferTarget("nowhere:1", "f" * 32, 1))
+    transfer.complete(FIRST_TOKEN_ID)
+    _, first, *_ = take_all(transfer)
+    assert len(first.chunk.payload) == MAX_CHUNK_BYTES
+    assert first.ByteSize() < MAX_MESSAGE_BYTES
+
+
+def test_a_sender_whose_lease_has_ended_sends_no_more(handoff: Handoff) -> None:
+    """Its blocks may belong to another sequence by now."""
+    messages = iter(handoff.iter_messages())
+    kinds = [next(messages).WhichOneof("message") for _ in range(2)]
+    assert kinds == ["open", "chunk"]
+    handoff.source.manager.leases.abort(handoff.source_lease)
+    with pytest.raises(TransferError) as caught:
+        next(messages)
+    assert caught.value.fault is TransferFault.ABORTED
+
+
+def test_a_sender_sends_the_right_bytes_after_its_sequence_was_freed(handoff: Handoff) -> None:
+    """The lease, not the sequence, protects the blocks: the next sequence gets others."""
+    handoff.source.manager.free(REQUEST_ID)
+    handoff.source.manager.extend("next", 2 * SPEC.block_size)
+    for layer in range(SPEC.num_layers):
+        table = handoff.source.manager.block_table("next")
+        handoff.source.storage.write_blocks(layer, table, LAYER_BLOCK * 2)
+    handoff.messages = list(handoff.iter_messages())
+    handoff.deliver()
+    assert handoff.target.read(REQUEST_ID) == handoff.expected
+    handoff.source.manager.free("next")
