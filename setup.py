@@ -58,7 +58,9 @@ EXTENSIONS = [
     Extension(
         f"workers.native.{name}",
         ["workers/native/decoder.cpp"],
-        depends=[f"workers/native/{header}.h" for header in ("vectors", "linear", "interface", "attention")],
+        depends=[
+            f"workers/native/{header}.h" for header in ("vectors", "linear", "interface", "attention", "all_reduce")
+        ],
         extra_compile_args=[*NATIVE_FLAGS, *instructions],
         extra_link_args=["-fopenmp"],
         language="c++",

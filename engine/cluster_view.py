@@ -74,7 +74,7 @@ def _row(worker: WorkerSnapshot) -> tuple[str, ...]:
     info, load = worker.info, worker.load
     return (
         info.worker_id,
-        info.role.value,
+        info.role.value if info.tensor_parallel_size == 1 else f"{info.role.value} x{info.tensor_parallel_size}",
         f"{info.device.gemm_gflop_s:.0f}",
         f"{info.device.read_gb_s:.1f}",
         str(info.num_blocks - load.blocks_free),

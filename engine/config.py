@@ -20,14 +20,18 @@ from pydantic_settings import (
 )
 
 from kvcache.errors import ConfigError
+from scheduler.types import WorkerRole
 from workers.model.checkpoint import DEFAULT_MODEL
 
 ENVIRONMENT_PREFIX = "TWINPOOL_"
 OTHER_VARIABLES = frozenset({"TWINPOOL_CACHE"})
 
 
-def _option(default: Any, group: str, help_text: str, metavar: str = "N", **limits: Any) -> Any:
-    return Field(default, description=help_text, json_schema_extra={"group": group, "metavar": metavar}, **limits)
+def _option(
+    default: Any, group: str, help_text: str, metavar: str = "N", short: str | None = None, **limits: Any
+) -> Any:
+    extra: dict[str, Any] = {"group": group, "metavar": metavar, "short": short}
+    return Field(default, description=help_text, json_schema_extra=extra, **limits)
 
 
 class ServeConfig(BaseSettings):
@@ -49,7 +53,16 @@ class ServeConfig(BaseSettings):
     decode_workers: int | None = _option(None, "Pools", "workers that generate tokens (default: 1)", ge=0, le=256)
     colocated: int = _option(0, "Pools", "workers that do both phases, instead of or beside two pools", ge=0, le=256)
     threads_per_worker: int | None = _option(
-        None, "Pools", "CPU threads of each worker (default: cores shared out)", ge=1, le=1024
+        None, "Pools", "CPU threads of each worker, shared out to its ranks (default: cores shared out)", ge=1, le=1024
+    )
+    tensor_parallel_size: int = _option(
+        1, "Pools", "processes (ranks) that compute each worker's model together", short="-tp", ge=1, le=256
+    )
+    prefill_tensor_parallel_size: int | None = _option(
+        None, "Pools", "the same for prefill workers alone (default: --tensor-parallel-size)", ge=1, le=256
+    )
+    decode_tensor_parallel_size: int | None = _option(
+        None, "Pools", "the same for decode workers alone (default: --tensor-parallel-size)", ge=1, le=256
     )
 
     block_size: int = _option(16, "KV cache and batching", "tokens per KV block", ge=1, le=1024)
@@ -97,6 +110,19 @@ class ServeConfig(BaseSettings):
                 f"prefill_workers is {prefill} and decode_workers {decode}; two pools need at least 1 of each,"
                 " and colocated needs neither"
             )
+        if not prefill and (self.prefill_tensor_parallel_size or self.decode_tensor_parallel_size):
+            raise ValueError("there are no two pools whose tensor_parallel_size could differ: colocated has one")
+        return self
+
+    @model_validator(mode="after")
+    def _check_threads(self) -> Self:
+        for role in WorkerRole:
+            size = self.tensor_parallel_size_of(role)
+            if self.num_workers_of(role) and self.threads_per_worker is not None and self.threads_per_worker % size:
+                raise ValueError(
+                    f"threads_per_worker is {self.threads_per_worker} and a {role.value} worker has {size} ranks:"
+                    " each rank must get the same number of threads"
+                )
         return self
 
     @property
@@ -114,7 +140,31 @@ class ServeConfig(BaseSettings):
 
     @property
     def num_workers(self) -> int:
-        return self.num_prefill_workers + self.num_decode_workers + self.colocated
+        return sum(self.num_workers_of(role) for role in WorkerRole)
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that compute: workers times the size of their groups."""
+        return sum(self.num_workers_of(role) * self.tensor_parallel_size_of(role) for role in WorkerRole)
+
+    def num_workers_of(self, role: WorkerRole) -> int:
+        return {
+            WorkerRole.PREFILL: self.num_prefill_workers,
+            WorkerRole.DECODE: self.num_decode_workers,
+            WorkerRole.COLOCATED: self.colocated,
+        }[role]
+
+    def tensor_parallel_size_of(self, role: WorkerRole) -> int:
+        return {
+            WorkerRole.PREFILL: self.prefill_tensor_parallel_size,
+            WorkerRole.DECODE: self.decode_tensor_parallel_size,
+            WorkerRole.COLOCATED: None,
+        }[role] or self.tensor_parallel_size
+
+    def tensor_parallel_option(self, role: WorkerRole) -> str:
+        """The flag that decides the size of this role's groups."""
+        own = f"{role.value}_tensor_parallel_size"
+        return flag_of(own if getattr(self, own, None) is not None else "tensor_parallel_size")
 
     def _default_pool(self, count: int | None) -> int:
         return count if count is not None else int(self.colocated == 0)
@@ -216,10 +266,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         assert isinstance(extra, dict), "every option says its group"
         title = str(extra["group"])
         group = groups.setdefault(title, parser.add_argument_group(title)) if title not in groups else groups[title]
-        _add_argument(group, name, field, str(extra["metavar"]))
+        short = [str(extra["short"])] if extra["short"] else []
+        _add_argument(group, name, field, str(extra["metavar"]), short)
 
 
-def _add_argument(group: Any, name: str, field: FieldInfo, metavar: str) -> None:
+def _add_argument(group: Any, name: str, field: FieldInfo, metavar: str, short: list[str]) -> None:
     help_text = field.description or ""
     if field.default not in (None, (), 0) and "default" not in help_text:
         help_text += f" (default: {field.default})"
@@ -229,4 +280,4 @@ def _add_argument(group: Any, name: str, field: FieldInfo, metavar: str) -> None
     elif name == "api_key":
         group.add_argument("--api-key", action="append", **common)
     else:
-        group.add_argument(flag_of(name), **common)
+        group.add_argument(*short, flag_of(name), **common)

@@ -267,10 +267,12 @@ def _log_plan(plan: StartupPlan) -> None:
 
 
 def _log_worker(info: WorkerInfo) -> None:
+    ranks = f"{info.tensor_parallel_size} ranks, " if info.tensor_parallel_size > 1 else ""
     logger.info(
-        "%s on %s: %.0f GFLOP/s, %.1f GB/s with %d threads",
+        "%s on %s: %s%.0f GFLOP/s, %.1f GB/s with %d threads",
         info.worker_id,
         info.address,
+        ranks,
         info.device.gemm_gflop_s,
         info.device.read_gb_s,
         info.device.num_threads,

@@ -13,6 +13,7 @@ from pathlib import Path
 from engine.config import ServeConfig
 from engine.machine_limits import available_memory_bytes, usable_cores
 from kvcache.errors import ConfigError, ResourceError
+from kvcache.heads import Shard, check_size
 from kvcache.spec import KVCacheSpec
 from kvcache.transfer.wire import MAX_BLOCK_BYTES
 from scheduler.batching import BatchLimits
@@ -22,7 +23,7 @@ from workers.native.library import load_library
 from workers.worker_options import WorkerOptions
 
 PACKAGES = ("kvcache", "scheduler", "workers", "engine")
-PROCESS_BYTES = 500 << 20  # what a worker needs beside weights and KV: interpreter, torch, activations
+PROCESS_BYTES = 500 << 20  # what each rank of a worker needs beside weights and KV: interpreter, torch, activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def make_plan(config: ServeConfig) -> StartupPlan:
             f"--block-size is {config.block_size}: one block of one layer would have"
             f" {_mebibytes(spec.layer_block_bytes)}; a message of the handoff holds {_mebibytes(MAX_BLOCK_BYTES)}."
         )
-    num_blocks = _num_blocks(config, spec, max_model_len)
+    _check_ranks(config, checkpoint)
     _check_memory(config, checkpoint)
     workers = tuple(
         WorkerOptions(
@@ -110,11 +111,12 @@ def make_plan(config: ServeConfig) -> StartupPlan:
             model_path=str(folder),
             model_name=config.served_name,
             spec=spec,
-            num_blocks=num_blocks,
+            num_blocks=_num_blocks(config, spec, max_model_len, config.tensor_parallel_size_of(role)),
             max_model_len=max_model_len,
             vocab_size=checkpoint.vocab_size,
             limits=BatchLimits(config.max_num_seqs, config.max_num_batched_tokens),
-            num_threads=config.threads_per_worker or max(1, usable_cores() // config.num_workers),
+            num_threads=_threads_per_rank(config, role),
+            tensor_parallel_size=config.tensor_parallel_size_of(role),
             quantization=config.quantization,
             log_level=config.log_level,
         )
@@ -124,12 +126,24 @@ def make_plan(config: ServeConfig) -> StartupPlan:
 
 
 def _roles(config: ServeConfig) -> list[tuple[str, WorkerRole]]:
-    counts = {
-        WorkerRole.PREFILL: config.num_prefill_workers,
-        WorkerRole.DECODE: config.num_decode_workers,
-        WorkerRole.COLOCATED: config.colocated,
-    }
-    return [(f"{role.value}-{index}", role) for role, count in counts.items() for index in range(count)]
+    return [(f"{role.value}-{index}", role) for role in WorkerRole for index in range(config.num_workers_of(role))]
+
+
+def _threads_per_rank(config: ServeConfig, role: WorkerRole) -> int:
+    if config.threads_per_worker is not None:
+        return config.threads_per_worker // config.tensor_parallel_size_of(role)
+    return max(1, usable_cores() // config.num_ranks)
+
+
+def _check_ranks(config: ServeConfig, checkpoint: CheckpointInfo) -> None:
+    for role in WorkerRole:
+        size = config.tensor_parallel_size_of(role)
+        if size == 1 or not config.num_workers_of(role):
+            continue
+        option = config.tensor_parallel_option(role)
+        if checkpoint.cutting_problem is not None:
+            raise ConfigError(f"{option} is {size}: this model cannot be cut, {checkpoint.cutting_problem}.")
+        check_size(option, size, checkpoint.num_attention_heads, checkpoint.num_kv_heads)
 
 
 def _max_model_len(config: ServeConfig, checkpoint: CheckpointInfo) -> int:
@@ -139,13 +153,15 @@ def _max_model_len(config: ServeConfig, checkpoint: CheckpointInfo) -> int:
     return config.max_model_len or longest
 
 
-def _num_blocks(config: ServeConfig, spec: KVCacheSpec, max_model_len: int) -> int:
-    num_blocks = int(config.kv_cache_memory_bytes) // spec.block_bytes
+def _num_blocks(config: ServeConfig, spec: KVCacheSpec, max_model_len: int, tensor_parallel_size: int) -> int:
+    # Of all ranks together: with more of them than KV heads, a head is held more than once.
+    block_bytes = tensor_parallel_size * Shard(0, tensor_parallel_size).of_spec(spec).block_bytes
+    num_blocks = int(config.kv_cache_memory_bytes) // block_bytes
     needed = spec.num_blocks_for(max_model_len)
     if num_blocks < needed:
         raise ResourceError(
             f"Too little memory for the KV cache: one sequence of {max_model_len} tokens needs"
-            f" {_mebibytes(needed * spec.block_bytes)} and --kv-cache-memory-bytes is"
+            f" {_mebibytes(needed * block_bytes)} and --kv-cache-memory-bytes is"
             f" {_mebibytes(config.kv_cache_memory_bytes)}; raise it or lower --max-model-len."
         )
     return num_blocks
@@ -153,8 +169,8 @@ def _num_blocks(config: ServeConfig, spec: KVCacheSpec, max_model_len: int) -> i
 
 def _check_memory(config: ServeConfig, checkpoint: CheckpointInfo) -> None:
     # Twice the weights: while they are packed and compared, a worker holds them as loaded and as packed.
-    per_worker = 2 * checkpoint.weight_bytes + int(config.kv_cache_memory_bytes) + PROCESS_BYTES
-    needed = per_worker * config.num_workers
+    per_worker = 2 * checkpoint.weight_bytes + int(config.kv_cache_memory_bytes)
+    needed = per_worker * config.num_workers + PROCESS_BYTES * config.num_ranks
     available = available_memory_bytes()
     if needed > available:
         raise ResourceError(

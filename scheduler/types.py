@@ -55,6 +55,7 @@ class WorkerInfo:
     max_model_len: int
     spec: KVCacheSpec
     num_blocks: int
+    tensor_parallel_size: int = 1  # ranks; spec, num_blocks and device are those of all together
 
 
 @dataclass(frozen=True, slots=True)

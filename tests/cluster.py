@@ -9,9 +9,9 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ from scheduler.request import FinishReason, SamplingParams
 from scheduler.types import ClusterSnapshot, DeviceProfile, Placement, WorkerLoad, WorkerRole
 from tests.fakes import MODEL_NAME, tiny_backend
 from tests.leaks import check_no_leaks, until
+from tests.ranks import ThreadRanks
 from workers import worker_pb2_grpc
 from workers.channels import ChannelPool
-from workers.model.runner import ModelRunner, choose_step_model
+from workers.model.runner import ModelRunner, load_step_model
 from workers.model.sampler import sample
-from workers.model.transformers_model import load_model
+from workers.parallel.leader import GroupModel, LeaderGroup
 from workers.step_progress import StepProgress
 from workers.worker import Worker
 from workers.worker_options import WorkerOptions
@@ -207,6 +208,7 @@ class LocalCluster:
     workers: dict[str, Worker]  # the live ones
     runners: dict[str, HookedRunner]
     channels: ChannelPool
+    ranks: list[ThreadRanks] = field(default_factory=list)  # followers of tensor-parallel workers
     _gates: list[StepGate] = field(default_factory=list)
 
     def stub(self, worker_id: str) -> worker_pb2_grpc.WorkerStub:
@@ -293,6 +295,7 @@ async def local_cluster(
     num_blocks: int = 256,
     limits: BatchLimits = ROOMY,
     lease_ttl_s: float = 30.0,
+    tensor_parallel_sizes: Mapping[WorkerRole, int] | None = None,
 ) -> AsyncIterator[LocalCluster]:
     """Starts workers named ``prefill-0``, ``decode-0`` and so on; at the end nothing may be left on a live one."""
     scheduler = InProcessScheduler()
@@ -306,7 +309,8 @@ async def local_cluster(
         for role in (role for role, count in counts.items() for _ in range(count)):
             worker_id = f"{role.value}-{sum(name.startswith(role.value) for name in cluster.workers)}"
             options = _options(checkpoint, worker_id, role, num_blocks, limits, lease_ttl_s)
-            await _start_worker(cluster, options)
+            size = (tensor_parallel_sizes or {}).get(role, 1)
+            await _start_worker(cluster, replace(options, tensor_parallel_size=size))
         await client.start()
         yield cluster
         await check_no_leaks(cluster.workers.values())
@@ -316,6 +320,8 @@ async def local_cluster(
         await cluster.engine.close()
         await cluster.channels.close()
         await cluster.close()
+        for ranks in cluster.ranks:
+            ranks.join()
 
 
 def _options(
@@ -341,10 +347,17 @@ def _options(
 
 
 async def _start_worker(cluster: LocalCluster, options: WorkerOptions) -> None:
-    storage = PagedStorage(options.spec, options.num_blocks)
-    model = load_model(Path(options.model_path), options.spec.dtype)
-    runner = HookedRunner(choose_step_model(model, options.spec, options.max_model_len, 1), storage)
-    worker = Worker(options, runner, storage)
+    if options.tensor_parallel_size > 1:
+        ranks = ThreadRanks(options)
+        cluster.ranks.append(ranks)
+        group = LeaderGroup(options, ranks.start)
+        runner = HookedRunner(GroupModel(group, load_step_model(options, group.rank)), group.shards[0])
+        group.await_ready()
+        worker = Worker(options, runner, group.storage, group)
+    else:
+        storage = PagedStorage(options.spec, options.num_blocks)
+        runner = HookedRunner(load_step_model(options), storage)
+        worker = Worker(options, runner, storage)
     await worker.start()
     cluster.workers[options.worker_id] = worker
     cluster.runners[options.worker_id] = runner

@@ -11,7 +11,7 @@ import grpc
 
 from kvcache.errors import TwinpoolError
 from kvcache.lease import BlockLease
-from kvcache.storage import PagedStorage
+from kvcache.storage import BlockStorage
 from kvcache.transfer.grpc_port import send_kv
 from kvcache.transfer.sender import OutgoingTransfer, TransferTarget
 from scheduler.batching import ScheduledChunk, StepPlan
@@ -45,7 +45,7 @@ class PrefillRole:
     def __init__(
         self,
         loop: StepLoop,
-        storage: PagedStorage,
+        storage: BlockStorage,
         clock: Callable[[], float],
         channel_to: Callable[[str], grpc.aio.Channel],
         stall_timeout_s: float,

@@ -8,14 +8,16 @@ import os
 import threading
 import time
 import warnings
+from collections.abc import Callable
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvcache.errors import ConfigError, TwinpoolError, UnavailableError
 from scheduler.controller import AskToRegister, RefuseWorker, WorkerLeft, WorkerRegistered, WorkerReported
 from scheduler.ray_actor import ActorHandle, find_scheduler
 from scheduler.types import DeviceProfile, WorkerInfo
-from workers.probe import probe_device
+from workers.parallel.follower import run_follower
 from workers.worker import Worker, build_worker
 from workers.worker_options import WorkerOptions
 
@@ -27,8 +29,7 @@ class WorkerActor:
     """One worker process. The launcher calls ``ready`` and ``join``; a restarted process joins by itself."""
 
     def __init__(self, options: WorkerOptions) -> None:
-        level = options.log_level.upper() if options.log_level != "info" else "WARNING"  # the launcher tells the rest
-        logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+        _log_to_stderr(options)
         self._options = options
         self._scheduler = find_scheduler()
         self._incarnation = time.monotonic_ns()  # only compared with other processes of this worker, on this machine
@@ -36,13 +37,19 @@ class WorkerActor:
         self._failure: TwinpoolError | None = None
         self._info: WorkerInfo | None = None
         self._heartbeats: asyncio.Task[None] | None = None
+        # Held, because Ray ends an actor that nobody holds; when this process ends, Ray ends all of them.
+        self._followers: list[ActorHandle] = []
         try:
-            self._worker: Worker = build_worker(options)
+            self._worker: Worker = build_worker(options, self._start_followers)
             threading.Thread(target=self._event_loop.run_forever, name="worker", daemon=True).start()
             asyncio.run_coroutine_threadsafe(self._worker.start(), self._event_loop).result()
         except TwinpoolError as error:
             self._failure = error  # raised by ready(), where its type survives
+            if _was_restarted():  # nobody calls ready() again
+                self._end_process(str(error))
             return
+        if self._worker.group is not None:
+            self._worker.group.watch(self._end_process)
         self._event_loop.call_soon_threadsafe(self._watch)
         if _was_restarted():
             self.join()
@@ -65,8 +72,8 @@ class WorkerActor:
             ConfigError: the scheduler refuses this worker.
         """
         if self._info is None:
-            device = probe_device(self._options.spec.dtype)
-            self._info = asyncio.run_coroutine_threadsafe(self._register(device), self._event_loop).result()
+            registered = self._register(self._worker.measure())
+            self._info = asyncio.run_coroutine_threadsafe(registered, self._event_loop).result()
         return self._info
 
     def stop(self) -> None:
@@ -118,10 +125,46 @@ class WorkerActor:
         """A worker that no longer steps, or is no longer heard of, is of no use: Ray starts a new process."""
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            message = "Worker %s failed; its process ends and is started again."
-            logger.critical(message, self._options.worker_id, exc_info=error)
-            logging.shutdown()
-            os._exit(1)
+            self._end_process(f"{type(error).__name__}: {error}", error)
+
+    def _end_process(self, reason: str, error: BaseException | None = None) -> None:
+        message = "Worker %s failed (%s); its process ends and is started again."
+        logger.critical(message, self._options.worker_id, reason, exc_info=error)
+        logging.shutdown()
+        os._exit(1)
+
+    def _start_followers(self, address: str) -> Callable[[], bool]:
+        """Starts the other ranks beside this process; they are this actor's own, and end when it ends."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor_class: ActorHandle = ray.remote(FollowerActor)
+        placed = actor_class.options(
+            num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": _environment(self._options)}
+        )
+        self._followers = [placed.remote(self._options, rank) for rank in range(1, self._options.tensor_parallel_size)]
+        running = [follower.run.remote(address) for follower in self._followers]
+        return lambda: bool(ray.wait(running, timeout=0)[0])
+
+
+class FollowerActor:
+    """One rank beside the leader of a tensor-parallel worker. Not restarted: the leader starts a new group."""
+
+    def __init__(self, options: WorkerOptions, rank: int) -> None:
+        _log_to_stderr(options)
+        self._options = options
+        self._rank = rank
+
+    def run(self, address: str) -> None:
+        """Returns when the leader has ended."""
+        run_follower(self._options, self._rank, address)
+
+
+def _log_to_stderr(options: WorkerOptions) -> None:
+    level = options.log_level.upper() if options.log_level != "info" else "WARNING"  # the launcher tells the rest
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+
+
+def _environment(options: WorkerOptions) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(options.num_threads), "HF_HUB_OFFLINE": "1", "GRPC_VERBOSITY": "ERROR"}
 
 
 def _was_restarted() -> bool:
@@ -132,9 +175,8 @@ def _was_restarted() -> bool:
 
 def start_worker(options: WorkerOptions) -> ActorHandle:
     """Starts the process of one worker and returns at once."""
-    environment = {"OMP_NUM_THREADS": str(options.num_threads), "HF_HUB_OFFLINE": "1", "GRPC_VERBOSITY": "ERROR"}
     actor_class: ActorHandle = ray.remote(WorkerActor)
     placed = actor_class.options(
-        name=options.worker_id, num_cpus=0, max_restarts=-1, runtime_env={"env_vars": environment}
+        name=options.worker_id, num_cpus=0, max_restarts=-1, runtime_env={"env_vars": _environment(options)}
     )
     return placed.remote(options)

@@ -6,14 +6,13 @@ import asyncio
 import os
 import time
 from collections import Counter
-from pathlib import Path
 
 import grpc
 import torch
 
 from kvcache.errors import ResourceError, TransferFault
 from kvcache.manager import KVCacheManager
-from kvcache.storage import PagedStorage
+from kvcache.storage import BlockStorage, PagedStorage
 from kvcache.transfer import kv_transfer_pb2_grpc
 from kvcache.transfer.grpc_port import KVTransferService
 from scheduler.batching import Batcher
@@ -21,9 +20,11 @@ from scheduler.types import DeviceProfile, Phase, WorkerInfo, WorkerLoad
 from workers import worker_pb2_grpc
 from workers.channels import SERVER_OPTIONS, ChannelPool
 from workers.decode import DecodeRole
-from workers.model.runner import ModelRunner, choose_step_model
-from workers.model.transformers_model import load_model
+from workers.model.runner import ModelRunner, StepModel, load_step_model
+from workers.parallel.leader import GroupModel, LeaderGroup, StartFollowers
+from workers.parallel.rank import RankLostError
 from workers.prefill import PrefillRole
+from workers.probe import probe_device
 from workers.service import SequenceLimits, WorkerService
 from workers.step_loop import StepLoop
 from workers.worker_options import WorkerOptions
@@ -32,8 +33,12 @@ from workers.worker_options import WorkerOptions
 class Worker:
     """Everything but ``__init__`` runs on one event loop; the model's steps run in a thread of their own."""
 
-    def __init__(self, options: WorkerOptions, runner: ModelRunner, storage: PagedStorage) -> None:
+    def __init__(
+        self, options: WorkerOptions, runner: ModelRunner, storage: BlockStorage, group: LeaderGroup | None = None
+    ) -> None:
+        """``group``: the other ranks, when the worker is tensor-parallel; closed by ``stop``."""
         self.options = options
+        self.group = group
         self.manager = KVCacheManager(options.spec, options.num_blocks, options.lease_ttl_s)
         self.step_loop = StepLoop(Batcher(self.manager, options.limits), runner)
         self.address = ""
@@ -78,7 +83,14 @@ class Worker:
             self._stepping.cancel()
             await asyncio.wait({self._stepping})
         self.step_loop.close()
+        if self.group is not None:
+            self.group.close()
         await self._channels.close()
+
+    def measure(self) -> DeviceProfile:
+        """What the worker's device can do, with all its ranks at once. Not on the event loop."""
+        dtype = self.options.spec.dtype
+        return self.group.measure(dtype) if self.group is not None else probe_device(dtype)
 
     def info(self, incarnation: int, device: DeviceProfile) -> WorkerInfo:
         options = self.options
@@ -93,6 +105,7 @@ class Worker:
             options.max_model_len,
             options.spec,
             options.num_blocks,
+            options.tensor_parallel_size,
         )
 
     def load(self) -> WorkerLoad:
@@ -121,20 +134,41 @@ class Worker:
         )
 
 
-def build_worker(options: WorkerOptions) -> Worker:
+def build_worker(options: WorkerOptions, start_followers: StartFollowers | None = None) -> Worker:
     """Loads the model and takes the memory of the KV cache.
+
+    Args:
+        start_followers: starts the other ranks of a tensor-parallel worker.
 
     Raises:
         ModelError: the checkpoint cannot be loaded.
-        ResourceError: not enough memory for the KV cache.
+        ResourceError: not enough memory for the KV cache, or another rank cannot start.
     """
     torch.set_num_threads(options.num_threads)
-    model = load_model(Path(options.model_path), options.spec.dtype)
-    step_model = choose_step_model(
-        model, options.spec, options.max_model_len, options.num_threads, options.quantization
-    )
+    if options.tensor_parallel_size > 1:
+        assert start_followers is not None, "a tensor-parallel worker has other ranks"
+        return _build_leader(options, start_followers)
+    step_model = load_step_model(options)
     try:
         storage = PagedStorage(options.spec, options.num_blocks)
     except RuntimeError as error:  # torch's allocator
         raise ResourceError(f"No memory for {options.num_blocks} KV blocks: {error}") from error
     return Worker(options, ModelRunner(step_model, storage), storage)
+
+
+def _build_leader(options: WorkerOptions, start_followers: StartFollowers) -> Worker:
+    group = LeaderGroup(options, start_followers)
+    try:
+        model = _load_share(options, group)
+        group.await_ready()
+    except BaseException:
+        group.close()  # the followers end
+        raise
+    return Worker(options, ModelRunner(GroupModel(group, model), group.shards[0]), group.storage, group)
+
+
+def _load_share(options: WorkerOptions, group: LeaderGroup) -> StepModel:
+    try:
+        return load_step_model(options, group.rank)
+    except (RuntimeError, RankLostError) as error:  # gloo's or ours: another rank did not come along
+        raise group.start_error() from error

@@ -23,7 +23,8 @@ class WorkerOptions:
     vocab_size: int
     limits: BatchLimits
     host: str = "127.0.0.1"
-    num_threads: int = 1
+    num_threads: int = 1  # of each rank
+    tensor_parallel_size: int = 1  # ranks that compute the model together; ``spec`` has the heads of all
     lease_ttl_s: float = 10.0
     quantization: str = "none"  # or "int8"
     log_level: str = "info"

@@ -11,7 +11,7 @@ import grpc
 
 from kvcache.errors import TransferError, TransferFault
 from kvcache.manager import KVCacheManager
-from kvcache.storage import PagedStorage
+from kvcache.storage import BlockStorage
 from kvcache.transfer import kv_transfer_pb2 as pb
 from kvcache.transfer import kv_transfer_pb2_grpc as pb_grpc
 from kvcache.transfer.receiver import IncomingTransfer, ReceivedKV
@@ -34,7 +34,7 @@ class KVTransferService(pb_grpc.KVTransferServicer):
     def __init__(
         self,
         manager: KVCacheManager,
-        storage: PagedStorage,
+        storage: BlockStorage,
         clock: Callable[[], float],
         on_received: Callable[[ReceivedKV], None],
         failures: Counter[TransferFault],

@@ -9,7 +9,7 @@ import numpy as np
 from kvcache.errors import ConfigError, TransferError, TransferFault
 from kvcache.lease import BlockLease, LeaseState
 from kvcache.manager import KVCacheManager
-from kvcache.storage import PagedStorage
+from kvcache.storage import BlockStorage
 from kvcache.transfer import kv_transfer_pb2 as pb
 from kvcache.transfer.wire import ChunkRange, chunk_checksum, commit_checksum, spec_from_wire
 
@@ -31,7 +31,7 @@ class IncomingTransfer:
     half-written content is never read.
     """
 
-    def __init__(self, manager: KVCacheManager, storage: PagedStorage, opening: pb.TransferOpen, now: float) -> None:
+    def __init__(self, manager: KVCacheManager, storage: BlockStorage, opening: pb.TransferOpen, now: float) -> None:
         self._manager = manager
         self._storage = storage
         self.lease: BlockLease = manager.leases.find(opening.transfer_id, opening.epoch, now)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kvcache.errors import TransferError, TransferFault
 from kvcache.lease import BlockLease
-from kvcache.storage import PagedStorage
+from kvcache.storage import BlockStorage
 from kvcache.transfer import kv_transfer_pb2 as pb
 from kvcache.transfer.wire import MAX_CHUNK_BYTES, ChunkRange, make_chunk, make_commit, spec_to_wire
 
@@ -35,7 +35,7 @@ class OutgoingTransfer:
     """
 
     def __init__(
-        self, storage: PagedStorage, lease: BlockLease, target: TransferTarget, max_chunk_bytes: int = MAX_CHUNK_BYTES
+        self, storage: BlockStorage, lease: BlockLease, target: TransferTarget, max_chunk_bytes: int = MAX_CHUNK_BYTES
     ) -> None:
         spec = storage.spec
         self.target = target

@@ -52,6 +52,7 @@ class CheckpointInfo:
     num_parameters: int
     dtype: str
     weight_bytes: int
+    cutting_problem: str | None = None  # why tensor parallelism cannot share this model out
 
 
 def cache_dir() -> Path:
@@ -159,6 +160,7 @@ def describe_checkpoint(path: str | Path, *, dtype: str = "auto", device: str = 
     headers = [header for file in weight_files(folder) for header in read_headers(file)]
     # transformers brings torch with it: imported after the cheap checks, and never by importing this module.
     from workers.model import architecture
+    from workers.parallel.modules import find_plan_problem
 
     architecture.refuse_raw_config(folder, raw)
     config = architecture.load_config(folder)
@@ -182,6 +184,7 @@ def describe_checkpoint(path: str | Path, *, dtype: str = "auto", device: str = 
         num_parameters=num_parameters,
         dtype=resolved,
         weight_bytes=num_parameters * DTYPE_BYTES[resolved],
+        cutting_problem=find_plan_problem(config.base_model_tp_plan),
     )
 
 

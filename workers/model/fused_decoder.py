@@ -20,9 +20,11 @@ from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import StepPlan
 from workers.native.library import Sequence, Shape, Step, load_library
+from workers.parallel.rank import Rank, RankLostError
 from workers.step_progress import StepProgress
 
 HEAD_SIZE_MULTIPLE = 16  # the widest vector of any build
+_RANK_LOST = 2  # what twinpool_step returns
 
 
 class WeightFormat(IntEnum):
@@ -120,28 +122,35 @@ class FusedDecoder:
         max_model_len: int,
         num_threads: int,
         weight_format: WeightFormat | None = None,
+        rank: Rank | None = None,
     ) -> None:
-        """Packs the weights, by default in the dtype of the KV cache."""
+        """Packs the weights, by default in the dtype of the KV cache.
+
+        With a ``rank``, ``model`` and ``spec`` are cut to its share, and every rank calls the same.
+        """
         library = load_library()
         assert library is not None, "find_misfit was not asked"
         self._library = library
         self._num_threads = num_threads
         self._format = weight_format if weight_format is not None else CACHE_FORMATS[spec.dtype]
         config = model.config
-        self.vocab_size = int(config.vocab_size)
+        self._rank = rank
+        layer = model.model.layers[0]
+        self.vocab_size = len(model.lm_head.weight)  # of this rank
         shape = Shape(
             num_layers=spec.num_layers,
             hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
+            num_heads=len(layer.self_attn.q_proj.weight) // spec.head_size,
             num_kv_heads=spec.num_kv_heads,
             head_size=spec.head_size,
-            intermediate_size=config.intermediate_size,
-            vocab_size=config.vocab_size,
+            intermediate_size=len(layer.mlp.gate_proj.weight),
+            vocab_size=self.vocab_size,
             block_size=spec.block_size,
             norm_epsilon=model.model.norm.variance_epsilon,
-            attention_scale=model.model.layers[0].self_attn.scaling,
+            attention_scale=layer.self_attn.scaling,
             weight_format=self._format,
             cache_format=CACHE_FORMATS[spec.dtype],
+            first_token=rank.shard.of(config.vocab_size).start if rank is not None else 0,
         )
         self._decoder = ctypes.c_void_p(library.twinpool_create(ctypes.byref(shape)))
         if not self._decoder:
@@ -154,7 +163,7 @@ class FusedDecoder:
             self._library.twinpool_destroy(self._decoder)
 
     def logits(self, plan: StepPlan, storage: PagedStorage, progress: StepProgress | None = None) -> torch.Tensor:
-        """See ``StepModel.logits``; in float32."""
+        """See ``StepModel.logits``; in float32, and of a rank only those of its part of the vocabulary."""
         last_rows = itertools.accumulate(len(chunk.token_ids) for chunk in plan.chunks)
         sampled = [row - 1 for row, chunk in zip(last_rows, plan.chunks, strict=True) if chunk.sampling is not None]
         return self.logits_of_rows(plan, storage, sampled, progress)
@@ -192,8 +201,12 @@ class FusedDecoder:
             logits=logits.ctypes.data,
             layers_done=progress.counter_address if progress is not None else None,
             wake_fd=progress.wake_fd if progress is not None else -1,
+            group=ctypes.pointer(self._rank.native_group) if self._rank is not None else None,
         )
-        if self._library.twinpool_step(self._decoder, ctypes.byref(step), self._num_threads):
+        status = self._library.twinpool_step(self._decoder, ctypes.byref(step), self._num_threads)
+        if status == _RANK_LOST:
+            raise RankLostError("another rank did not come to a sum in time")
+        if status:
             raise ResourceError(f"There is no memory for a step of {first_rows[-1]} tokens.")
         return torch.from_numpy(logits)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from kvcache.errors import ModelError, TwinpoolError
 from kvcache.spec import KVCacheSpec
@@ -16,8 +16,10 @@ from scheduler.batching import ScheduledChunk, StepPlan
 from scheduler.request import SamplingParams
 from workers.model.fused_decoder import FusedDecoder, WeightFormat, find_misfit
 from workers.model.sampler import sample
-from workers.model.transformers_model import TransformersModel
+from workers.model.transformers_model import TransformersModel, load_model
+from workers.parallel.rank import Rank
 from workers.step_progress import StepProgress
+from workers.worker_options import WorkerOptions
 
 # Of two implementations' logits: rounding gives some 1e-6 in float32, 1e-2 in bfloat16, 1e-1 in int8; an error in the
 # structure gives 1.
@@ -70,20 +72,40 @@ class ModelRunner:
         return {chunk.request_id: token for chunk, token in zip(chunks, tokens, strict=True)}
 
 
+def load_step_model(options: WorkerOptions, rank: Rank | None = None) -> StepModel:
+    """Loads the model of a worker, or of one rank of it; all ranks call this at the same time.
+
+    Raises:
+        ModelError: the checkpoint cannot be loaded, quantized or cut.
+    """
+    spec = options.spec if rank is None else rank.shard.of_spec(options.spec)
+    model = load_model(Path(options.model_path), spec.dtype, rank=rank)
+    return choose_step_model(model, spec, options.max_model_len, options.num_threads, options.quantization, rank)
+
+
 def choose_step_model(
-    model: nn.Module, spec: KVCacheSpec, max_model_len: int, num_threads: int, quantization: str = "none"
+    model: Any,
+    spec: KVCacheSpec,
+    max_model_len: int,
+    num_threads: int,
+    quantization: str = "none",
+    rank: Rank | None = None,
 ) -> StepModel:
     """The fastest way to run ``model`` that gives its results, to what ``quantization`` costs.
+
+    With a ``rank``, ``model`` and ``spec`` are cut to its share; all ranks choose the same.
 
     Raises:
         ModelError: the model cannot be quantized here.
     """
-    reference = TransformersModel(model)
+    reference = TransformersModel(model, is_cut=rank is not None)
     misfit = find_misfit(model, spec)
     if misfit is None:
         weight_format = WeightFormat.INT8 if quantization == "int8" else None
-        fused = FusedDecoder(model, spec, max(max_model_len, COMPARED_TOKENS), num_threads, weight_format)
-        difference = relative_difference(reference, fused, spec, fused.vocab_size)
+        fused = FusedDecoder(model, spec, max(max_model_len, COMPARED_TOKENS), num_threads, weight_format, rank)
+        difference = relative_difference(reference, fused, spec, model.config.vocab_size)
+        if rank is not None:
+            difference = rank.largest(difference)
         if difference <= MAX_RELATIVE_DIFFERENCE[quantization if quantization != "none" else spec.dtype]:
             return fused
         misfit = f"its logits differ by {difference:.2g} of the largest"

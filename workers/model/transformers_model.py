@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +17,8 @@ from kvcache.storage import TORCH_DTYPES, PagedStorage
 from scheduler.batching import StepPlan
 from workers.model.attention.torch_backend import paged_attention
 from workers.model.step_inputs import PagedAttentionInputs, build_step_inputs
+from workers.parallel.modules import cut_modules
+from workers.parallel.rank import Rank
 from workers.step_progress import StepProgress
 
 ATTENTION_NAME = "twinpool_paged"
@@ -31,7 +34,7 @@ def _attention_forward(
     scaling: float | None = None,
     paged_storage: PagedStorage | None = None,
     paged_inputs: PagedAttentionInputs | None = None,
-    paged_progress: StepProgress | None = None,
+    paged_progress: LayerListener | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls instead of its own attention.
@@ -64,38 +67,73 @@ AttentionInterface.register(ATTENTION_NAME, _attention_forward)
 AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
 
-def load_model(path: Path, dtype: str, device: str = "cpu") -> nn.Module:
+def load_model(path: Path, dtype: str, device: str = "cpu", rank: Rank | None = None) -> nn.Module:
     """Loads a checkpoint folder (safetensors only) with attention replaced by ours.
 
+    With a ``rank``, cut to its share: weights stay in the mapped file until they are cut, so only those are read.
+
     Raises:
-        ModelError: the weights cannot be read or do not fit the configuration.
+        ModelError: the weights cannot be read or do not fit the configuration, or the model cannot be cut.
     """
     disable_progress_bar()  # several workers load at once; the launcher shows how far they are
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=TORCH_DTYPES[dtype],
+            dtype=TORCH_DTYPES[dtype] if rank is None else "auto",
             attn_implementation=ATTENTION_NAME,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
         )
+        if rank is not None:
+            _cut_to_share(model, TORCH_DTYPES[dtype], rank)
         return model.to(device).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"The model in {path} cannot be loaded: {error}") from error
 
 
+def _cut_to_share(model: Any, dtype: torch.dtype, rank: Rank) -> None:
+    loaded_dtype = model.dtype
+    cut_modules(model, rank.shard, rank.all_reduce)
+    for parameter in model.parameters():
+        if parameter.dtype == loaded_dtype:  # others are kept exact on purpose
+            parameter.data = parameter.data.to(dtype)
+
+
+class LayerListener(Protocol):
+    def layer_done(self, layer: int) -> None:
+        """All KV of ``layer`` that this step computes is in the cache."""
+        ...
+
+
+class _WhenSummed:
+    """Of one rank of several: who computes a layer's attention has the sum of the layer before, and so knows that the
+    other ranks have written that one. The last layer is told by the step's end."""
+
+    def __init__(self, progress: LayerListener) -> None:
+        self._progress = progress
+
+    def layer_done(self, layer: int) -> None:
+        if layer > 0:
+            self._progress.layer_done(layer - 1)
+
+
 class TransformersModel:
     """A ``StepModel`` over a loaded model. One thread at a time may call it."""
 
-    def __init__(self, model: nn.Module, device: str = "cpu") -> None:
+    def __init__(self, model: nn.Module, device: str = "cpu", *, is_cut: bool = False) -> None:
+        """``is_cut``: ``model`` is one rank's share, and the other ranks write the rest of the KV."""
         self._model = model
         self._device = device
+        self._is_cut = is_cut
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan, storage: PagedStorage, progress: StepProgress | None = None) -> torch.Tensor:
         """See ``StepModel.logits``."""
         inputs = build_step_inputs(plan, storage.spec.block_size, self._device)
+        listener: LayerListener | None = progress
+        if progress is not None and self._is_cut:
+            listener = _WhenSummed(progress)
         output = self._model(
             input_ids=inputs.token_ids,
             position_ids=inputs.positions,
@@ -104,7 +142,7 @@ class TransformersModel:
             paged_storage=storage,
             paged_inputs=inputs.attention,
             # A layer on a GPU is only queued when its attention returns; there the step's end tells.
-            paged_progress=progress if self._device == "cpu" else None,
+            paged_progress=listener if self._device == "cpu" else None,
         )
         logits: torch.Tensor = output.logits[0]
         row_of = {chunk.request_id: row for row, chunk in enumerate(inputs.sampled_chunks)}

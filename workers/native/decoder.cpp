@@ -5,7 +5,9 @@
 //
 //     vectors.h   vectors, bfloat16, exp         linear.h   packed weights and their products
 //     interface.h what callers hand over         attention.h   the paged KV cache
+//     all_reduce.h  sums over tensor-parallel ranks
 
+#include "all_reduce.h"
 #include "attention.h"
 #include "interface.h"
 #include "linear.h"
@@ -46,7 +48,7 @@ struct Decoder {
   Linear head;
   std::vector<float> embedding;  // empty when tied to the head
   std::vector<float> final_norm;
-  Scratch<> hidden, normed, query, key, value, attended, gated_rows;
+  Scratch<> hidden, normed, query, key, value, attended, gated_rows, partial;
   Converter converter;
   std::vector<Scratch<>> per_thread;
 };
@@ -82,8 +84,40 @@ void tell_layers_done(const TwinpoolStep& step, int64_t num_layers) {
   if (write(static_cast<int>(step.wake_fd), &byte, 1) < 0) return;
 }
 
+// x += layer(input), summed over the ranks that share out the layer's depth. False when a rank is lost.
+bool add_linear(Decoder& m, const TwinpoolStep& step, const Linear& layer, const Activations& input, float* x,
+                int num_threads) {
+  if (step.group == nullptr) {
+    linear<true>(layer, input, step.num_rows, x, num_threads);
+    return true;
+  }
+  float* partial = m.partial.get(step.num_rows * layer.columns);
+  linear<false>(layer, input, step.num_rows, partial, num_threads);
+  return AllReduce(*step.group).add(partial, step.num_rows * layer.columns, x);
+}
+
+// x = the tokens' rows of the embedding, of which every rank holds a range. False when a rank is lost.
+bool embed(Decoder& m, const TwinpoolStep& step, float* x) {
+  const int64_t size = m.shape.hidden_size, count = step.num_rows * size;
+  float* rows = step.group == nullptr ? x : m.partial.get(count);
+  for (int64_t row = 0; row < step.num_rows; ++row) {
+    const int64_t token = step.token_ids[row] - m.shape.first_token;
+    float* to = rows + row * size;
+    if (token < 0 || token >= m.shape.vocab_size)
+      std::fill(to, to + size, 0.0f);
+    else if (m.embedding.empty())
+      m.head.row(token, to);
+    else
+      std::memcpy(to, m.embedding.data() + token * size, size * sizeof(float));
+  }
+  if (step.group == nullptr) return true;
+  std::fill(x, x + count, 0.0f);
+  return AllReduce(*step.group).add(rows, count, x);
+}
+
+// False when a rank is lost.
 template <typename KV>
-void run(Decoder& m, const TwinpoolStep& step, int num_threads) {
+bool run(Decoder& m, const TwinpoolStep& step, int num_threads) {
   const TwinpoolShape& d = m.shape;
   const int64_t rows = step.num_rows, size = d.hidden_size;
   const int64_t query_size = static_cast<int64_t>(d.num_heads) * d.head_size;
@@ -96,12 +130,7 @@ void run(Decoder& m, const TwinpoolStep& step, int num_threads) {
   const std::vector<Work> items = split_attention(d, step);
   const Format format = static_cast<Format>(d.weight_format);
 
-  for (int64_t row = 0; row < rows; ++row) {
-    if (m.embedding.empty())
-      m.head.row(step.token_ids[row], x + row * size);
-    else
-      std::memcpy(x + row * size, m.embedding.data() + step.token_ids[row] * size, size * sizeof(float));
-  }
+  if (!embed(m, step, x)) return false;
   for (int32_t index = 0; index < d.num_layers; ++index) {
     const Layer& layer = m.layers[index];
     KV* cache = static_cast<KV*>(step.cache_layers[index]);
@@ -112,20 +141,22 @@ void run(Decoder& m, const TwinpoolStep& step, int num_threads) {
     linear<false>(layer.linears[kValue], input, rows, value, num_threads);
     prepare_heads(layer, d, step, query, key, num_threads);
     for (int64_t i = 0; i < step.num_sequences; ++i) write_cache(d, cache, step.sequences[i], key, value);
-    tell_layers_done(step, index + 1);
+    if (step.group == nullptr) tell_layers_done(step, index + 1);
     attend(d, step, items, cache, query, attended, m.per_thread, num_threads);
     input = m.converter.convert(attended, rows, query_size, format, num_threads);
-    linear<true>(layer.linears[kOutput], input, rows, x, num_threads);
+    if (!add_linear(m, step, layer.linears[kOutput], input, x, num_threads)) return false;
+    if (step.group != nullptr) tell_layers_done(step, index + 1);  // the other ranks' KV is written too
     norm_rows(x, layer.norms[kPostNorm], d.norm_epsilon, rows, size, normed, num_threads);
     input = m.converter.convert(normed, rows, size, format, num_threads);
     gated(layer.linears[kGate], layer.linears[kUp], input, rows, gated_rows, num_threads);
     input = m.converter.convert(gated_rows, rows, d.intermediate_size, format, num_threads);
-    linear<true>(layer.linears[kDown], input, rows, x, num_threads);
+    if (!add_linear(m, step, layer.linears[kDown], input, x, num_threads)) return false;
   }
   for (int64_t i = 0; i < step.num_sampled; ++i)
     rms_norm(x + step.sampled_rows[i] * size, m.final_norm, d.norm_epsilon, size, normed + i * size);
   linear<false>(m.head, m.converter.convert(normed, step.num_sampled, size, format, num_threads), step.num_sampled,
                 step.logits, num_threads);
+  return true;
 }
 
 }  // namespace
@@ -133,7 +164,10 @@ void run(Decoder& m, const TwinpoolStep& step, int num_threads) {
 extern "C" {
 
 // Compared with library.py's number: another one means that the library was built from another version of this file.
-int twinpool_interface() { return 3; }
+int twinpool_interface() { return 4; }
+
+// Shared memory that a tensor-parallel group of `size` ranks needs.
+int64_t twinpool_group_bytes(int size) { return group_bytes(size); }
 
 void* twinpool_create(const TwinpoolShape* shape) {
   Decoder* m = new (std::nothrow) Decoder;
@@ -172,17 +206,15 @@ void twinpool_set_vector(void* decoder, int layer, int which, const float* value
   (which == kFinalNorm ? m->final_norm : m->layers[layer].norms[which]).assign(values, values + size);
 }
 
-// Returns 0, or 1 without memory for the step.
+// Returns 0, 1 without memory for the step, or 2 when another rank of the group is lost.
 int twinpool_step(void* decoder, const TwinpoolStep* step, int num_threads) {
   try {
     Decoder& m = *static_cast<Decoder*>(decoder);
-    if (m.shape.cache_format == kBfloat16)
-      run<uint16_t>(m, *step, num_threads);
-    else
-      run<float>(m, *step, num_threads);
+    const bool is_whole = m.shape.cache_format == kBfloat16 ? run<uint16_t>(m, *step, num_threads)
+                                                            : run<float>(m, *step, num_threads);
+    return is_whole ? 0 : 2;
   } catch (const std::bad_alloc&) {
     return 1;
   }
-  return 0;
 }
 }

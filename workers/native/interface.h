@@ -10,6 +10,15 @@ struct TwinpoolShape {
   float norm_epsilon, attention_scale;
   int32_t weight_format;  // Format of every linear layer
   int32_t cache_format;   // kFloat32 or kBfloat16
+  int32_t first_token;    // the first of the vocab_size rows of head and embedding that are here
+};
+
+// One rank of a tensor-parallel group. The sizes of a rank's shape are its own share; only hidden_size is everybody's.
+struct TwinpoolGroup {
+  int32_t rank, size;
+  uint32_t round;      // counted up by every sum; starts at 0 in every rank
+  int32_t timeout_ms;  // how long a rank waits for another
+  void* memory;        // twinpool_group_bytes(size) bytes, zeros at first, shared by all ranks
 };
 
 // One sequence of a step. Its tokens are rows first_row .. first_row + num_rows - 1, at positions start ...
@@ -29,6 +38,7 @@ struct TwinpoolStep {
   float* logits;                     // [num_sampled][vocab_size]
   int64_t* layers_done;              // or null: counts the layers whose KV is in the cache
   int64_t wake_fd;                   // where a byte is written each time that it has grown
+  TwinpoolGroup* group;              // null: one rank does it all
 };
 
 enum TwinpoolLinear { kQuery = 0, kKey, kValue, kOutput, kGate, kUp, kDown, kHead, kEmbedding };

@@ -10,7 +10,7 @@ from pathlib import Path
 from kvcache.errors import ResourceError
 from workers.native.processor import processor_flags
 
-INTERFACE = 3  # grows with every change of what decoder.cpp and this file agree on
+INTERFACE = 4  # grows with every change of what decoder.cpp and this file agree on
 
 # Best first: name of the build (see setup.py) and the processor flags that it needs.
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
@@ -58,6 +58,19 @@ class Shape(ctypes.Structure):
         ("attention_scale", ctypes.c_float),
         ("weight_format", ctypes.c_int32),
         ("cache_format", ctypes.c_int32),
+        ("first_token", ctypes.c_int32),
+    ]
+
+
+class Group(ctypes.Structure):
+    """``TwinpoolGroup``."""
+
+    _fields_ = [
+        ("rank", ctypes.c_int32),
+        ("size", ctypes.c_int32),
+        ("round", ctypes.c_uint32),
+        ("timeout_ms", ctypes.c_int32),
+        ("memory", ctypes.c_void_p),
     ]
 
 
@@ -89,6 +102,7 @@ class Step(ctypes.Structure):
         ("logits", ctypes.c_void_p),
         ("layers_done", ctypes.c_void_p),
         ("wake_fd", ctypes.c_int64),
+        ("group", ctypes.POINTER(Group)),
     ]
 
 
@@ -118,6 +132,8 @@ def _declare(path: Path) -> ctypes.CDLL:
         ctypes.c_int64,
     ]
     library.twinpool_set_vector.restype = None
+    library.twinpool_group_bytes.argtypes = [ctypes.c_int]
+    library.twinpool_group_bytes.restype = ctypes.c_int64
     library.twinpool_step.argtypes = [ctypes.c_void_p, ctypes.POINTER(Step), ctypes.c_int]
     library.twinpool_step.restype = ctypes.c_int
     return library

@@ -39,6 +39,13 @@ def view(load: WorkerLoad, incarnation: int = 1) -> ClusterSnapshot:
     return ClusterSnapshot((worker,), ("prefill-0",))
 
 
+def test_the_table_shows_how_many_ranks_a_worker_has() -> None:
+    worker = WorkerSnapshot(replace(INFO, tensor_parallel_size=3), WorkerLoad(), 0, 0, 0, 0.0)
+    output = io.StringIO()
+    Console(file=output, width=120).print(status_table(ClusterSnapshot((worker,))))
+    assert "decode x3" in output.getvalue()
+
+
 @pytest.mark.parametrize("width", [80, 160])
 def test_the_table_names_every_worker_whole(width: int) -> None:
     output = io.StringIO()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
 
-from engine.config import ServeConfig, load_config
+from engine.config import ServeConfig, add_arguments, load_config
 from engine.machine_limits import available_memory_bytes, usable_cores
 from kvcache.errors import ConfigError
+from scheduler.types import WorkerRole
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_file(
@@ -31,6 +33,32 @@ def test_the_pools_follow_from_what_is_given() -> None:
     assert pools(prefill_workers="3") == (3, 1, 0)
     assert pools(colocated="2") == (0, 0, 2)
     assert pools(colocated="1", prefill_workers="1", decode_workers="2") == (1, 2, 1)
+
+
+def test_each_pool_may_have_its_own_degree_of_tensor_parallelism() -> None:
+    def sizes(**flags: str) -> tuple[int, ...]:
+        config = load_config(flags)
+        return (*(config.tensor_parallel_size_of(role) for role in WorkerRole), config.num_ranks)
+
+    assert sizes() == (1, 1, 1, 2)
+    assert sizes(tensor_parallel_size="2") == (2, 2, 2, 4)
+    assert sizes(tensor_parallel_size="2", prefill_tensor_parallel_size="1", decode_workers="3") == (1, 2, 2, 7)
+    mixed = sizes(tensor_parallel_size="2", colocated="2", prefill_workers="1", decode_workers="1")
+    assert mixed == (2, 2, 2, 8)
+
+
+@pytest.mark.parametrize("flag", ["-tp", "--tensor-parallel-size"])
+def test_the_degree_has_a_short_flag(flag: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert parser.parse_args([flag, "4"]).tensor_parallel_size == "4"
+
+
+def test_the_option_that_decided_a_degree_is_named() -> None:
+    config = load_config({"tensor_parallel_size": "2", "decode_tensor_parallel_size": "4"})
+    assert config.tensor_parallel_option(WorkerRole.PREFILL) == "--tensor-parallel-size"
+    assert config.tensor_parallel_option(WorkerRole.DECODE) == "--decode-tensor-parallel-size"
+    assert config.tensor_parallel_option(WorkerRole.COLOCATED) == "--tensor-parallel-size"
 
 
 def test_sizes_are_written_as_people_write_them() -> None:
@@ -58,6 +86,13 @@ def test_a_key_that_cannot_work_is_refused_and_not_repeated(keys: str, monkeypat
         ({"port": "x"}, "--port is 'x'"),
         ({"decode_workers": "0"}, "prefill_workers is 1 and decode_workers 0"),
         ({"prefill_workers": "0", "decode_workers": "0"}, "no workers"),
+        ({"colocated": "1", "decode_tensor_parallel_size": "2"}, "no two pools whose tensor_parallel_size"),
+        (
+            {"tensor_parallel_size": "2", "threads_per_worker": "3"},
+            "threads_per_worker is 3 and a prefill worker",
+        ),
+        ({"decode_tensor_parallel_size": "4", "threads_per_worker": "2"}, "a decode worker has 4 ranks"),
+        ({"tensor_parallel_size": "0"}, "--tensor-parallel-size is '0'"),
         ({"dtype": "int3"}, "--dtype is 'int3'"),
     ],
 )

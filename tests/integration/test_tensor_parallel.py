@@ -1,0 +1,140 @@
+"""Groups of ranks without Ray: they compute what one rank computes, hand KV over between any degrees, and end whole."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import pytest
+import torch
+
+from kvcache.errors import ModelError, ResourceError
+from scheduler.types import WorkerRole
+from tests.cluster import MAX_MODEL_LEN, ROOMY, TinyCheckpoint, local_cluster
+from tests.ranks import ProcessRanks, ThreadRanks, load_one_at_a_time
+from workers.model import runner
+from workers.model.fused_decoder import FusedDecoder
+from workers.model.runner import StepModel, load_step_model, relative_difference
+from workers.model.transformers_model import TransformersModel, load_model
+from workers.parallel.leader import GroupModel, LeaderGroup
+from workers.parallel.rank import RankLostError
+from workers.worker import build_worker
+from workers.worker_options import WorkerOptions
+
+pytestmark = pytest.mark.integration
+
+
+def options_of(checkpoint: TinyCheckpoint, size: int) -> WorkerOptions:
+    return WorkerOptions(
+        worker_id="worker",
+        role=WorkerRole.COLOCATED,
+        model_path=str(checkpoint.path),
+        model_name="tiny",
+        spec=checkpoint.spec,
+        num_blocks=64,
+        max_model_len=MAX_MODEL_LEN,
+        vocab_size=checkpoint.vocab_size,
+        limits=ROOMY,
+        tensor_parallel_size=size,
+    )
+
+
+@contextmanager
+def running_group(options: WorkerOptions, ranks: ThreadRanks | ProcessRanks) -> Iterator[tuple[LeaderGroup, StepModel]]:
+    """A group and its leader's own model."""
+    group = LeaderGroup(options, ranks.start, timeout_s=30)
+    try:
+        model = load_step_model(options, group.rank)
+        group.await_ready()
+        yield group, model
+    finally:
+        group.close()
+        ranks.join()
+
+
+@pytest.mark.parametrize("level", ["native", "transformers"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_group_gives_the_logits_of_one_rank(
+    checkpoint: TinyCheckpoint, size: int, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill, chunks, decoding and all of them mixed; four ranks hold each of the two KV heads twice."""
+    load_one_at_a_time(monkeypatch)
+    if level == "transformers":
+        monkeypatch.setattr(runner, "find_misfit", lambda model, spec: "the test says so")
+    options = options_of(checkpoint, size)
+    reference = TransformersModel(load_model(checkpoint.path, "float32"))
+    with running_group(options, ThreadRanks(options)) as (group, model):
+        assert isinstance(model, FusedDecoder if level == "native" else TransformersModel)
+        whole = GroupModel(group, model)
+        assert relative_difference(reference, whole, checkpoint.spec, checkpoint.vocab_size) < 1e-5
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(2, 1), (1, 2), (2, 4)])
+def test_the_pools_may_have_different_degrees(
+    checkpoint: TinyCheckpoint, prefill: int, decode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_one_at_a_time(monkeypatch)
+    sizes = {WorkerRole.PREFILL: prefill, WorkerRole.DECODE: decode}
+
+    async def scenario() -> None:
+        async with local_cluster(checkpoint, prefill=1, decode=1, tensor_parallel_sizes=sizes) as cluster:
+            prompts = [checkpoint.prompt(length, seed=length) for length in (1, 16, 33, 100)]
+            await asyncio.gather(*(cluster.check_greedy(prompt, 12) for prompt in prompts))
+            assert cluster.load("decode-0").transfers == len(prompts)
+            assert cluster.load("decode-0").prompt_tokens_computed == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_killed_follower_ends_the_step_and_the_group(checkpoint: TinyCheckpoint) -> None:
+    """The reasons to wait are a sum in the shared memory and an answer on the socket: neither may hang."""
+    options = options_of(checkpoint, 2)
+    ranks = ProcessRanks(options)
+    lost: list[str] = []
+    with running_group(options, ranks) as (group, model):
+        group.watch(lost.append)
+        whole = GroupModel(group, model)
+        plan = runner._comparison_plans(checkpoint.spec.block_size, checkpoint.vocab_size)[0]
+        whole.logits(plan, group.shards[0])
+        follower = ranks.processes[0]
+        psutil.Process(follower.pid).suspend()  # so that the step surely waits for it
+        killer = threading.Timer(0.5, follower.kill)
+        killer.start()
+        started = time.monotonic()
+        with pytest.raises(RankLostError):
+            whole.logits(plan, group.shards[0])
+        assert time.monotonic() - started < 20, "the wait ended by its timeout and not by the loss"
+        assert len(lost) == 1
+
+
+def test_followers_end_when_their_leader_is_gone(checkpoint: TinyCheckpoint) -> None:
+    options = options_of(checkpoint, 2)
+    ranks = ProcessRanks(options)
+    with running_group(options, ranks):
+        shared = {name for name in os.listdir("/dev/shm") if "twinpool" in name}
+        assert not shared, "shared memory with a name outlives a killed process"
+    assert [process.returncode for process in ranks.processes] == [0]
+
+
+def test_what_a_follower_cannot_load_is_said_by_the_leader(
+    checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_one_at_a_time(monkeypatch)
+    load = runner.load_model
+
+    def load_or_fail(*arguments: object, rank: object = None, **options: object) -> torch.nn.Module:
+        if rank is not None and rank.shard.rank == 1:  # type: ignore[attr-defined]
+            raise ModelError("a file of it is damaged")
+        return load(*arguments, rank=rank, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runner, "load_model", load_or_fail)
+    options = options_of(checkpoint, 2)
+    ranks = ThreadRanks(options)
+    with pytest.raises(ResourceError, match="Rank 1 of 2 could not start: a file of it is damaged"):
+        build_worker(options, ranks.start)
+    ranks.join()

@@ -1,0 +1,63 @@
+"""What is refused and worked out before anything starts: ranks, their threads and their blocks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engine import startup
+from engine.config import load_config
+from kvcache.errors import ConfigError
+from scheduler.types import WorkerRole
+from tests.builders import make_spec
+from workers.model.checkpoint import CheckpointInfo
+
+CHECKPOINT = CheckpointInfo(
+    path=Path("model"),
+    architecture="LlamaForCausalLM",
+    model_type="llama",
+    num_layers=2,
+    num_attention_heads=9,
+    num_kv_heads=3,
+    head_size=4,
+    hidden_size=36,
+    vocab_size=100,
+    max_position_embeddings=64,
+    eos_token_ids=(),
+    num_parameters=1000,
+    dtype="float32",
+    weight_bytes=4000,
+)
+
+
+def test_ranks_that_do_not_fit_the_heads_are_refused_by_the_option_that_asked_for_them() -> None:
+    startup._check_ranks(load_config({"tensor_parallel_size": "3", "decode_tensor_parallel_size": "9"}), CHECKPOINT)
+    with pytest.raises(ConfigError, match="--decode-tensor-parallel-size is 2: 9 attention heads and 3 KV heads"):
+        startup._check_ranks(load_config({"decode_tensor_parallel_size": "2"}), CHECKPOINT)
+    with pytest.raises(ConfigError, match="^--tensor-parallel-size is 6"):
+        startup._check_ranks(load_config({"tensor_parallel_size": "6", "colocated": "1"}), CHECKPOINT)
+
+
+def test_a_model_that_cannot_be_cut_is_refused_with_the_reason() -> None:
+    whole = replace(CHECKPOINT, cutting_problem="it is made of one piece")
+    startup._check_ranks(load_config({}), whole)
+    with pytest.raises(ConfigError, match="--tensor-parallel-size is 3: .* it is made of one piece"):
+        startup._check_ranks(load_config({"tensor_parallel_size": "3"}), whole)
+
+
+def test_a_worker_s_threads_are_shared_out_to_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = load_config({"threads_per_worker": "6", "prefill_tensor_parallel_size": "3"})
+    assert startup._threads_per_rank(given, WorkerRole.PREFILL) == 2
+    assert startup._threads_per_rank(given, WorkerRole.DECODE) == 6
+    monkeypatch.setattr(startup, "usable_cores", lambda: 8)
+    assert startup._threads_per_rank(load_config({"tensor_parallel_size": "2"}), WorkerRole.DECODE) == 2
+    assert startup._threads_per_rank(load_config({"tensor_parallel_size": "16"}), WorkerRole.DECODE) == 1
+
+
+@pytest.mark.parametrize(("size", "copies"), [(1, 1), (3, 1), (6, 2), (12, 4)])
+def test_a_head_that_several_ranks_hold_takes_its_memory_several_times(size: int, copies: int) -> None:
+    spec = make_spec(num_kv_heads=3)
+    config = load_config({"kv_cache_memory_bytes": str(120 * spec.block_bytes)})
+    assert startup._num_blocks(config, spec, 8, size) == 120 // copies
