@@ -27,6 +27,7 @@ from kvcache.errors import ConfigError, TwinpoolError
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import ScheduledChunk, StepPlan
+from workers.model.attention_layers import read_attention_layers
 from workers.model.checkpoint import DEFAULT_MODEL, describe_checkpoint, prepare_checkpoint
 from workers.model.fused_decoder import FusedDecoder, WeightFormat, find_misfit
 from workers.model.transformers_model import load_model
@@ -80,12 +81,13 @@ def measure(model: str, num_tokens: int, text: Path | None) -> dict[str, Quality
     if not windows:
         raise ConfigError(f"The text has {len(token_ids)} tokens; a window has {WINDOW}.")
     loaded = load_model(folder, "float32")
+    layers = read_attention_layers(loaded, WINDOW)
     results: dict[str, Quality] = {}
     reference: torch.Tensor | None = None
     for weight_format in WeightFormat:
         dtype = CACHE_DTYPES.get(weight_format, "float32")
         spec = KVCacheSpec(info.num_layers, info.num_kv_heads, info.head_size, BLOCK_SIZE, dtype)
-        if (misfit := find_misfit(loaded, spec)) is not None:
+        if (misfit := find_misfit(loaded, spec, layers)) is not None:
             raise ConfigError(f"{model} does not run natively: {misfit}.")
         decoder = FusedDecoder(loaded, spec, WINDOW, 1, weight_format)
         perplexity, likeliest = _perplexity(decoder, spec, windows, weight_format.name.lower())

@@ -149,7 +149,9 @@ def _check_ranks(config: ServeConfig, checkpoint: CheckpointInfo) -> None:
 def _max_model_len(config: ServeConfig, checkpoint: CheckpointInfo) -> int:
     longest = checkpoint.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > longest:
-        raise ConfigError(f"--max-model-len is {config.max_model_len}; {config.model} was made for at most {longest}.")
+        raise ConfigError(
+            f"--max-model-len is {config.max_model_len}; {config.model} is served with at most {longest}."
+        )
     return config.max_model_len or longest
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import grpc
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, PreTrainedConfig
 
 from engine.gateway import AsyncEngine
 from engine.outputs import ServedModel, TextDelta
@@ -31,10 +31,12 @@ from scheduler.controller import ClusterController, Command, Event, PlaceRequest
 from scheduler.request import FinishReason, SamplingParams
 from scheduler.types import ClusterSnapshot, DeviceProfile, Placement, WorkerLoad, WorkerRole
 from tests.fakes import MODEL_NAME, tiny_backend
+from tests.families import load_reference, save_model
 from tests.leaks import check_no_leaks, until
 from tests.ranks import ThreadRanks
 from workers import worker_pb2_grpc
 from workers.channels import ChannelPool
+from workers.model.architecture import check_architecture, load_config, read_sizes
 from workers.model.runner import ModelRunner, load_step_model
 from workers.model.sampler import sample
 from workers.parallel.leader import GroupModel, LeaderGroup
@@ -48,31 +50,38 @@ DEVICE = DeviceProfile("test", gemm_gflop_s=100.0, read_gb_s=10.0, memory_bytes=
 ROOMY = BatchLimits(max_num_seqs=64, max_num_batched_tokens=64)  # long prompts come in several chunks
 
 
-class TinyCheckpoint:
-    """A Llama of three layers with grouped-query attention, and the answers that ``transformers`` gives with it."""
+def tiny_llama(vocab_size: int) -> PreTrainedConfig:
+    """A Llama of three layers with grouped-query attention."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_MODEL_LEN,
+        initializer_range=0.3,  # so wide that the likeliest token is so by far more than rounding
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
 
-    def __init__(self, folder: Path) -> None:
-        """Writes the checkpoint into ``folder``."""
+
+class TinyCheckpoint:
+    """A model of random weights, and the answers that ``transformers`` gives with it."""
+
+    def __init__(self, folder: Path, make_config: Callable[[int], PreTrainedConfig] = tiny_llama) -> None:
+        """Writes the checkpoint into ``folder``; its vocabulary is the tokenizer's."""
         torch.set_num_threads(1)
         self.path = folder
         self.tokenizer = Tokenizer(tiny_backend())
-        self.spec = KVCacheSpec(num_layers=3, num_kv_heads=2, head_size=16, block_size=BLOCK_SIZE, dtype="float32")
-        config = LlamaConfig(
-            vocab_size=self.tokenizer.vocab_size,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=self.spec.num_layers,
-            num_attention_heads=4,
-            num_key_value_heads=self.spec.num_kv_heads,
-            max_position_embeddings=MAX_MODEL_LEN,
-            initializer_range=0.3,  # so wide that the likeliest token is so by far more than rounding
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        torch.manual_seed(20)
-        LlamaForCausalLM(config).save_pretrained(folder)
-        self._reference = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        save_model(folder, make_config(self.tokenizer.vocab_size))
+        config = load_config(folder)
+        check_architecture(folder, config, [])
+        sizes = read_sizes(folder, config)
+        self.spec = KVCacheSpec(sizes.num_layers, sizes.num_kv_heads, sizes.head_size, BLOCK_SIZE, "float32")
+        self.max_model_len = sizes.max_position_embeddings
+        self._reference = load_reference(folder)
         self._answers: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = {}
 
     @property
@@ -300,7 +309,7 @@ async def local_cluster(
     """Starts workers named ``prefill-0``, ``decode-0`` and so on; at the end nothing may be left on a live one."""
     scheduler = InProcessScheduler()
     client = SchedulerClient(scheduler)
-    served = ServedModel((MODEL_NAME,), MAX_MODEL_LEN, 0, (), checkpoint.vocab_size)
+    served = ServedModel((MODEL_NAME,), checkpoint.max_model_len, 0, (), checkpoint.vocab_size)
     cluster = LocalCluster(
         checkpoint, scheduler, AsyncEngine(served, checkpoint.tokenizer, client), {}, {}, ChannelPool()
     )
@@ -339,7 +348,7 @@ def _options(
         model_name=MODEL_NAME,
         spec=checkpoint.spec,
         num_blocks=num_blocks,
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=checkpoint.max_model_len,
         vocab_size=checkpoint.vocab_size,
         limits=limits,
         lease_ttl_s=lease_ttl_s,

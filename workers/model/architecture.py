@@ -1,9 +1,10 @@
-"""Which architectures can run: causal models of ``transformers`` whose every layer is plain full attention.
+"""Which architectures can run: causal models of ``transformers`` whose every layer is full or sliding attention.
 
 Level 1 of Twinpool's model execution replaces a model's attention function by paged attention. That is only
-right when the function is all there is: same keys and values for every earlier position, softmax over them,
-one pair of key and value per token and layer. Anything else would run and give wrong text, so it is refused
-here, by name, before a weight is loaded.
+right when the function is all there is: same keys and values for every earlier position in the window, softmax
+over them, one pair of key and value per token and layer. Anything else would run and give wrong text, so it is
+refused here, by name, before a weight is loaded. What a configuration does not show is found by
+``attention_layers`` and by the comparison in ``runner`` when the model is there.
 
 Importing this module imports ``transformers`` and torch (about 2 s).
 """
@@ -21,11 +22,12 @@ from kvcache.errors import ModelError
 from workers.model.safetensors_file import TensorHeader
 
 FIXED_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})  # angles that depend on the position alone
-FULL_ATTENTION = "full_attention"
+LONG_ROPE = "longrope"  # two sets of angles: fixed for contexts that need only the first
+SERVED_LAYERS = ("full_attention", "sliding_attention")
 
 # Configuration fields that, when set, change attention itself, and what they stand for.
 ATTENTION_FIELDS = {
-    "attn_logit_softcapping": "attention logit soft-capping",
+    "alibi": "ALiBi position biases",
     "kv_lora_rank": "multi-head latent attention, whose keys and values differ in size",
     "attention_chunk_size": "chunked local attention",
     "index_topk": "sparse attention",
@@ -37,10 +39,13 @@ ATTENTION_FIELDS = {
 
 # Model types whose attention differs in code that no configuration field shows.
 ATTENTION_IN_CODE = {
+    "bloom": "adds ALiBi position biases to its attention scores",
     "diffllama": "calls attention twice per layer",
     "doge": "computes its attention mask from the values",
+    "gpt_oss": "uses attention sinks",
     "hrm_text": "runs its layers several times per token",
     "jetmoe": "chooses attention heads per token",
+    "mpt": "adds ALiBi position biases to its attention scores",
 }
 
 
@@ -80,12 +85,11 @@ def load_config(folder: Path) -> PretrainedConfig:
 def check_architecture(folder: Path, config: PretrainedConfig, headers: list[TensorHeader]) -> str:
     """The class name that will run this checkpoint, or a ModelError with the reason why none can."""
     refusal = (
-        _refuse_kind(config)
+        _refuse_attention(config, headers)  # first, for it says more than "cannot be replaced"
+        or _refuse_kind(config)
         or _refuse_class(config)
         or _refuse_layers(config)
-        or _refuse_window(config)
         or _refuse_rotary(config)
-        or _refuse_attention(config, headers)
     )
     if refusal:
         raise ModelError(f"{folder} ({config.model_type}) cannot run here: {refusal}.")
@@ -124,26 +128,29 @@ def _refuse_class(config: PretrainedConfig) -> str | None:
 
 
 def _refuse_layers(config: PretrainedConfig) -> str | None:
-    kinds = set(_field(config, "layer_types") or ()) - {FULL_ATTENTION}
-    return f"it has layers of type {', '.join(sorted(kinds))}, and only {FULL_ATTENTION} is served" if kinds else None
-
-
-def _refuse_window(config: PretrainedConfig) -> str | None:
-    """A window counts unless the layers say they do not use it, or the whole context fits inside."""
-    window = _field(config, "sliding_window")
-    context = _field(config, "max_position_embeddings")
-    if window is None or _field(config, "layer_types") or (context is not None and window >= context):
-        return None
-    return f"its attention has a sliding window of {window} tokens (sliding_window)"
+    kinds = set(_field(config, "layer_types") or ()) - set(SERVED_LAYERS)
+    served = " and ".join(SERVED_LAYERS)
+    return f"it has layers of type {', '.join(sorted(kinds))}, and only {served} are served" if kinds else None
 
 
 def _refuse_rotary(config: PretrainedConfig) -> str | None:
     """Angles that depend on the longest sequence of a step would let one request change another's tokens."""
-    parameters = _field(config, "rope_parameters") or {}
-    kind = parameters.get("rope_type", "default") if isinstance(parameters, dict) else "default"
-    if kind in FIXED_ROPE_TYPES:
-        return None
-    return f"its rotary embedding ({kind}) depends on the length of the sequences that share a step"
+    for parameters in _rotary_parameters(config):
+        kind = parameters.get("rope_type", "default")
+        if kind == LONG_ROPE and isinstance(parameters.get("original_max_position_embeddings"), int):
+            continue  # read_sizes keeps the context where the angles are fixed
+        if kind not in FIXED_ROPE_TYPES:
+            return f"its rotary embedding ({kind}) depends on the length of the sequences that share a step"
+    return None
+
+
+def _rotary_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """One set of parameters, or one for each type of layer."""
+    parameters = _field(config, "rope_parameters")
+    if not isinstance(parameters, dict):
+        return []
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
 
 
 def _refuse_attention(config: PretrainedConfig, headers: list[TensorHeader]) -> str | None:
@@ -167,7 +174,16 @@ def _field(config: PretrainedConfig, name: str) -> Any:
 
 
 def read_sizes(folder: Path, config: PretrainedConfig) -> ModelSizes:
-    """The sizes, with ``transformers``' defaults: as many KV heads as heads, and heads that split the hidden size."""
+    """The sizes, with ``transformers``' defaults: as many KV heads as heads, and heads that split the hidden size.
+
+    With longrope the context is the original one: a longer sequence would turn all angles of its step to another set.
+    """
+    contexts = [_size(folder, config, "max_position_embeddings")]
+    contexts += [
+        parameters["original_max_position_embeddings"]
+        for parameters in _rotary_parameters(config)
+        if parameters.get("rope_type") == LONG_ROPE
+    ]
     num_heads = _size(folder, config, "num_attention_heads")
     hidden_size = _size(folder, config, "hidden_size")
     return ModelSizes(
@@ -177,7 +193,7 @@ def read_sizes(folder: Path, config: PretrainedConfig) -> ModelSizes:
         head_size=_size(folder, config, "head_dim", hidden_size // num_heads),
         hidden_size=hidden_size,
         vocab_size=_size(folder, config, "vocab_size"),
-        max_position_embeddings=_size(folder, config, "max_position_embeddings"),
+        max_position_embeddings=min(contexts),
     )
 
 

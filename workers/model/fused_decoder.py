@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Collection
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -19,6 +21,7 @@ from kvcache.errors import ResourceError
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import StepPlan
+from workers.model.attention_layers import LayerAttention
 from workers.native.library import Sequence, Shape, Step, load_library
 from workers.parallel.rank import Rank, RankLostError
 from workers.step_progress import StepProgress
@@ -64,8 +67,12 @@ CACHE_FORMATS = {"float32": WeightFormat.FLOAT32, "bfloat16": WeightFormat.BFLOA
 # A loaded model is typed Any here: whether it has the parts that are read below is what find_misfit finds out.
 
 
-def find_misfit(model: Any, spec: KVCacheSpec) -> str | None:
-    """Names the first thing about the model's structure that the fused decoder does not do, or None."""
+def find_misfit(model: Any, spec: KVCacheSpec, layers: Collection[LayerAttention]) -> str | None:
+    """Names the first thing about the model's structure that the fused decoder does not do, or None.
+
+    ``layers`` is what ``read_attention_layers`` found for the context that is served. It must be looked at: a few
+    tokens, which are all that is compared at load, do not show a window.
+    """
     if load_library() is None:
         return "there is no native build for this processor"
     if spec.dtype not in CACHE_FORMATS:
@@ -79,34 +86,113 @@ def find_misfit(model: Any, spec: KVCacheSpec) -> str | None:
         return "the model has parts beside embedding, layers, norm and rotary embedding"
     if not isinstance(getattr(model, "lm_head", None), nn.Linear) or model.lm_head.bias is not None:
         return "there is no output head without bias"
-    return next((problem for layer in body.layers if (problem := _layer_misfit(layer))), None)
+    problems = (_layer_misfit(layer) for layer in body.layers)
+    return next(filter(None, problems), None) or _rotary_misfit(body, spec) or _unseen_misfit(model, layers)
+
+
+def _rotary_misfit(body: Any, spec: KVCacheSpec) -> str | None:
+    """The decoder has one table of angles, for whole heads, that all layers use."""
+    frequencies = getattr(body.rotary_emb, "inv_freq", None)
+    if frequencies is None:
+        return "its rotary embedding differs from layer to layer"
+    if 2 * frequencies.numel() != spec.head_size:
+        return "its rotary embedding turns a part of each head only"
+    if not all(getattr(layer.self_attn, "use_rope", True) for layer in body.layers):
+        return "some layers have no rotary embedding"
+    return None
+
+
+def _unseen_misfit(model: Any, layers: Collection[LayerAttention]) -> str | None:
+    """What no module shows."""
+    for layer in layers:
+        if layer.window is not None:
+            return f"its attention has a sliding window of {layer.window} tokens"
+        if layer.softcap is not None:
+            return "its attention scores are soft-capped"
+    if len({layer.self_attn.scaling for layer in model.model.layers}) > 1:
+        return "its attention is scaled differently from layer to layer"
+    # Tanh changes small logits by less than rounding does: a few tokens may not show it.
+    if getattr(model.config, "final_logit_softcapping", None) is not None:
+        return "its logits are soft-capped"
+    return None
 
 
 _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_NORMED_ATTENTION_PARTS = _ATTENTION_PARTS | {"q_norm", "k_norm"}
+_MERGED_ATTENTION_PARTS = {"qkv_proj", "o_proj"}
+_MLP_PARTS = {"gate_proj", "up_proj", "down_proj"}
+_MERGED_MLP_PARTS = {"gate_up_proj", "down_proj"}
 
 
 def _layer_misfit(layer: Any) -> str | None:
-    if set(dict(layer.named_children())) != _LAYER_PARTS:
-        return f"a layer has the parts {sorted(dict(layer.named_children()))}"
+    # Dropout does nothing in a model that is served.
+    parts = {name for name, part in layer.named_children() if not isinstance(part, nn.Dropout)}
+    if parts != _LAYER_PARTS:
+        return f"a layer has the parts {sorted(parts)}"
     for norm in (layer.input_layernorm, layer.post_attention_layernorm):
         if set(dict(norm.named_parameters())) != {"weight"} or not hasattr(norm, "variance_epsilon"):
             return f"its norm is {type(norm).__name__}"
     attention = set(dict(layer.self_attn.named_children()))
-    if attention not in (_ATTENTION_PARTS, _ATTENTION_PARTS | {"q_norm", "k_norm"}):
+    if attention not in (_ATTENTION_PARTS, _NORMED_ATTENTION_PARTS, _MERGED_ATTENTION_PARTS):
         return f"attention has the parts {sorted(attention)}"
-    mlp = dict(layer.mlp.named_children())
-    if not {"gate_proj", "up_proj", "down_proj"} <= set(mlp) <= {"gate_proj", "up_proj", "down_proj", "act_fn"}:
-        return f"the MLP has the parts {sorted(mlp)}"
-    activation = layer.mlp.act_fn
+    if layer.self_attn.o_proj.bias is not None:
+        return "the attention's output has a bias"
+    return _mlp_misfit(layer.mlp)
+
+
+def _mlp_misfit(mlp: Any) -> str | None:
+    activation = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
+    linears = {name: part for name, part in mlp.named_children() if part is not activation}
+    if set(linears) not in (_MLP_PARTS, _MERGED_MLP_PARTS) or activation is None:
+        return f"the MLP has the parts {sorted(dict(mlp.named_children()))}"
     sample = torch.linspace(-4, 4, 9)
     if not torch.allclose(activation(sample), nn.functional.silu(sample)):
         return "the MLP's activation is not SiLU"
-    if any(linear.bias is not None for name, linear in mlp.items() if name != "act_fn"):
+    if any(linear.bias is not None for linear in linears.values()):
         return "the MLP has biases"
-    if layer.self_attn.o_proj.bias is not None:
-        return "the attention's output has a bias"
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Projection:
+    """A linear layer, or one part of the outputs of a merged one."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def _projections(layer: Any, spec: KVCacheSpec) -> dict[LinearIndex, _Projection]:
+    """The linear layers of a decoder layer, merged ones taken apart: query, key, value; gate, up."""
+    attention, mlp = layer.self_attn, layer.mlp
+    kv_size = spec.num_kv_heads * spec.head_size
+    if hasattr(attention, "qkv_proj"):
+        query_size = attention.qkv_proj.weight.shape[0] - 2 * kv_size
+        query, key, value = _split(attention.qkv_proj, [query_size, kv_size, kv_size])
+    else:
+        query, key, value = (_whole(linear) for linear in (attention.q_proj, attention.k_proj, attention.v_proj))
+    if hasattr(mlp, "gate_up_proj"):
+        gate, up = _split(mlp.gate_up_proj, [mlp.gate_up_proj.weight.shape[0] // 2] * 2)
+    else:
+        gate, up = _whole(mlp.gate_proj), _whole(mlp.up_proj)
+    return {
+        LinearIndex.QUERY: query,
+        LinearIndex.KEY: key,
+        LinearIndex.VALUE: value,
+        LinearIndex.OUTPUT: _whole(attention.o_proj),
+        LinearIndex.GATE: gate,
+        LinearIndex.UP: up,
+        LinearIndex.DOWN: _whole(mlp.down_proj),
+    }
+
+
+def _whole(linear: Any) -> _Projection:
+    return _Projection(linear.weight, linear.bias)
+
+
+def _split(linear: Any, sizes: list[int]) -> list[_Projection]:
+    biases = linear.bias.split(sizes) if linear.bias is not None else [None] * len(sizes)
+    return [_Projection(weight, bias) for weight, bias in zip(linear.weight.split(sizes), biases, strict=True)]
 
 
 class FusedDecoder:
@@ -155,7 +241,7 @@ class FusedDecoder:
         self._decoder = ctypes.c_void_p(library.twinpool_create(ctypes.byref(shape)))
         if not self._decoder:
             raise ResourceError("There is no memory for the native decoder.")
-        self._set_weights(model)
+        self._set_weights(model, spec)
         self._cosine, self._sine = _rotary_tables(model, max_model_len)
 
     def __del__(self) -> None:
@@ -210,25 +296,16 @@ class FusedDecoder:
             raise ResourceError(f"There is no memory for a step of {first_rows[-1]} tokens.")
         return torch.from_numpy(logits)
 
-    def _set_weights(self, model: Any) -> None:
+    def _set_weights(self, model: Any, spec: KVCacheSpec) -> None:
         body = model.model
         for index, layer in enumerate(body.layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            for which, linear in (
-                (LinearIndex.QUERY, attention.q_proj),
-                (LinearIndex.KEY, attention.k_proj),
-                (LinearIndex.VALUE, attention.v_proj),
-                (LinearIndex.OUTPUT, attention.o_proj),
-                (LinearIndex.GATE, mlp.gate_proj),
-                (LinearIndex.UP, mlp.up_proj),
-                (LinearIndex.DOWN, mlp.down_proj),
-            ):
-                self._set_linear(index, which, linear.weight, linear.bias)
+            for which, projection in _projections(layer, spec).items():
+                self._set_linear(index, which, projection.weight, projection.bias)
             self._set_vector(index, VectorIndex.INPUT_NORM, layer.input_layernorm.weight)
             self._set_vector(index, VectorIndex.POST_NORM, layer.post_attention_layernorm.weight)
-            if hasattr(attention, "q_norm"):
-                self._set_vector(index, VectorIndex.QUERY_NORM, attention.q_norm.weight)
-                self._set_vector(index, VectorIndex.KEY_NORM, attention.k_norm.weight)
+            if hasattr(layer.self_attn, "q_norm"):
+                self._set_vector(index, VectorIndex.QUERY_NORM, layer.self_attn.q_norm.weight)
+                self._set_vector(index, VectorIndex.KEY_NORM, layer.self_attn.k_norm.weight)
         self._set_vector(0, VectorIndex.FINAL_NORM, body.norm.weight)
         head, embedding = model.lm_head.weight, body.embed_tokens.weight
         self._set_linear(0, LinearIndex.HEAD, head, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,13 +17,13 @@ from kvcache.errors import ModelError
 from kvcache.storage import TORCH_DTYPES, PagedStorage
 from scheduler.batching import StepPlan
 from workers.model.attention.torch_backend import paged_attention
-from workers.model.step_inputs import PagedAttentionInputs, build_step_inputs
+from workers.model.attention_layers import LayerAttention, read_attention_layers
+from workers.model.step_inputs import StepInputs, build_step_inputs
 from workers.parallel.modules import cut_modules
 from workers.parallel.rank import Rank
 from workers.step_progress import StepProgress
 
 ATTENTION_NAME = "twinpool_paged"
-_NOT_SUPPORTED = ("sliding_window", "softcap", "s_aux", "head_mask")
 
 
 def _attention_forward(
@@ -33,29 +34,29 @@ def _attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     paged_storage: PagedStorage | None = None,
-    paged_inputs: PagedAttentionInputs | None = None,
+    paged_inputs: StepInputs | None = None,
+    paged_layers: Sequence[LayerAttention] = (),
     paged_progress: LayerListener | None = None,
-    **kwargs: object,
+    **_kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls instead of its own attention.
 
     ``query``, ``key`` and ``value`` are ``[1, heads, T, head_size]``; the result is ``[1, T, heads, head_size]``.
     """
     assert paged_storage is not None and paged_inputs is not None, "the model was called without a step's inputs"
-    for name in _NOT_SUPPORTED:
-        # The checkpoint's description refuses such models at load; this makes a gap there loud and not wrong.
-        if kwargs.get(name) is not None:
-            raise ModelError(f"{type(module).__name__} needs {name}, which paged attention does not do.")
+    index: int = module.layer_idx  # type: ignore[assignment]
+    layer = paged_layers[index]
     attended = paged_attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        paged_storage.layers[module.layer_idx],  # type: ignore[index]
-        paged_inputs,
+        paged_storage.layers[index],
+        paged_inputs.attention[layer.window],
         scaling if scaling is not None else query.shape[-1] ** -0.5,
+        layer.softcap,
     )
     if paged_progress is not None:
-        paged_progress.layer_done(module.layer_idx)  # type: ignore[arg-type]
+        paged_progress.layer_done(index)
     return attended.unsqueeze(0), None
 
 
@@ -119,18 +120,30 @@ class _WhenSummed:
 
 
 class TransformersModel:
-    """A ``StepModel`` over a loaded model. One thread at a time may call it."""
+    """A ``StepModel`` over a loaded model. One thread at a time may call it.
 
-    def __init__(self, model: nn.Module, device: str = "cpu", *, is_cut: bool = False) -> None:
-        """``is_cut``: ``model`` is one rank's share, and the other ranks write the rest of the KV."""
+    ``layers`` says what attention each layer does, in sequences no longer than ``max_model_len``.
+    """
+
+    def __init__(
+        self, model: Any, device: str = "cpu", max_model_len: int | None = None, *, is_cut: bool = False
+    ) -> None:
+        """``max_model_len`` is by default what the model was made for. ``is_cut``: ``model`` is one rank's share, and
+        the other ranks write the rest of the KV.
+
+        Raises:
+            ModelError: a layer's attention is none that paged attention does.
+        """
         self._model = model
         self._device = device
         self._is_cut = is_cut
+        self.layers = read_attention_layers(model, max_model_len or model.config.max_position_embeddings)
+        self._windows = {layer.window for layer in self.layers}
 
     @torch.inference_mode()
     def logits(self, plan: StepPlan, storage: PagedStorage, progress: StepProgress | None = None) -> torch.Tensor:
         """See ``StepModel.logits``."""
-        inputs = build_step_inputs(plan, storage.spec.block_size, self._device)
+        inputs = build_step_inputs(plan, storage.spec.block_size, self._device, self._windows)
         listener: LayerListener | None = progress
         if progress is not None and self._is_cut:
             listener = _WhenSummed(progress)
@@ -140,7 +153,8 @@ class TransformersModel:
             use_cache=False,
             logits_to_keep=inputs.sampled_rows,
             paged_storage=storage,
-            paged_inputs=inputs.attention,
+            paged_inputs=inputs,
+            paged_layers=self.layers,
             # A layer on a GPU is only queued when its attention returns; there the step's end tells.
             paged_progress=listener if self._device == "cpu" else None,
         )

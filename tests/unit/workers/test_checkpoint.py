@@ -32,15 +32,6 @@ LLAMA: dict[str, Any] = {
     "eos_token_id": 2,
     "bos_token_id": 1,
 }
-MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 128}
-QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "sliding_window": 128}
-GEMMA2 = {
-    **LLAMA,
-    "architectures": ["Gemma2ForCausalLM"],
-    "model_type": "gemma2",
-    "layer_types": ["full_attention", "full_attention"],
-    "attn_logit_softcapping": 50.0,
-}
 MAMBA = {
     "architectures": ["MambaForCausalLM"],
     "model_type": "mamba",
@@ -139,13 +130,10 @@ def test_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (MISTRAL, "sliding window of 128 tokens"),
-        ({**QWEN2, "use_sliding_window": True, "max_window_layers": 1}, "layers of type sliding_attention"),
         (T5, "encoder-decoder"),
         (BERT, "it is an encoder"),
         ({**BERT, "is_decoder": True}, "saved as BertForMaskedLM"),
         (MAMBA, "MambaForCausalLM keeps a recurrent state"),
-        (GEMMA2, "attention logit soft-capping"),
         (DEEPSEEK, "multi-head latent attention"),
         ({**LLAMA, "architectures": ["LlamaForSequenceClassification"]}, "saved as LlamaForSequenceClassification"),
         ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, r"quantized (awq)"),
@@ -158,19 +146,6 @@ def test_what_cannot_run_is_refused_with_its_reason(tmp_path: Path, config: dict
     assert reason in sentence
     assert str(tmp_path) in sentence
     assert "\n" not in sentence
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        QWEN2,
-        {**QWEN2, "use_sliding_window": False},
-        {**MISTRAL, "sliding_window": None},
-        {**MISTRAL, "sliding_window": 256},
-    ],
-)
-def test_a_window_that_is_not_in_effect_is_accepted(tmp_path: Path, config: dict[str, Any]) -> None:
-    assert describe_checkpoint(make_checkpoint(tmp_path, config), device="cpu").model_type == config["model_type"]
 
 
 def test_attention_sinks_are_found_in_the_weights(tmp_path: Path) -> None:
@@ -310,17 +285,3 @@ def test_importing_the_module_imports_nothing_heavy() -> None:
 
 def test_the_default_model_has_a_name_that_is_no_hub_id() -> None:
     assert "/" not in DEFAULT_MODEL
-
-
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_rotary_angles_that_depend_on_the_neighbours_are_refused(tmp_path: Path, kind: str) -> None:
-    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
-    if kind == "longrope":
-        rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
-    sentence = refusal(make_checkpoint(tmp_path, LLAMA | {"rope_parameters": rope}))
-    assert kind in sentence
-
-
-def test_rotary_angles_fixed_by_the_position_are_accepted(tmp_path: Path) -> None:
-    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-    assert describe_checkpoint(make_checkpoint(tmp_path, LLAMA | {"rope_parameters": rope}), device="cpu").num_layers

@@ -12,7 +12,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GemmaConfig, GPT2Config, GraniteConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    GemmaConfig,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+)
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from kvcache.errors import ModelError
@@ -20,8 +32,9 @@ from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import ScheduledChunk, StepPlan
 from scheduler.request import SamplingParams
+from workers.model.attention_layers import LayerAttention, read_attention_layers
 from workers.model.fused_decoder import FusedDecoder, WeightFormat, find_misfit
-from workers.model.runner import choose_step_model
+from workers.model.runner import COMPARED_TOKENS, choose_step_model
 from workers.model.transformers_model import TransformersModel, load_model
 from workers.native import library
 from workers.native.processor import processor_flags
@@ -58,6 +71,12 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "qwen2, biases": lambda: Qwen2Config(**SHAPE | {"num_attention_heads": 4, "hidden_size": 128}),
     "qwen3, q and k norms": lambda: Qwen3Config(**SHAPE),
+    "phi3, merged projections": lambda: Phi3Config(
+        **SHAPE | {"num_attention_heads": 4, "hidden_size": 128, "pad_token_id": 0}
+    ),
+    "mistral, a window as wide as the context": lambda: MistralConfig(
+        **SHAPE | {"num_attention_heads": 4}, sliding_window=SEQUENCE_LENGTH
+    ),
 }
 BUILDS = [
     name
@@ -135,7 +154,7 @@ def test_logits_and_kv_equal_the_model_s(tmp_path: Path, build: str, name: str) 
     config = CONFIGS[name]()
     model = make_model(tmp_path, config)
     spec = spec_of(config)
-    assert find_misfit(model, spec) is None
+    assert find_misfit(model, spec, read_attention_layers(model, SEQUENCE_LENGTH)) is None
     assert_same_logits(model, spec, num_threads=1)
 
 
@@ -300,8 +319,32 @@ MISFITS: dict[str, tuple[Callable[[], PreTrainedConfig], str, str]] = {
     "gelu": (lambda: LlamaConfig(**SHAPE | {"num_attention_heads": 4}, hidden_act="gelu"), "float32", "SiLU"),
     "dtype": (lambda: LlamaConfig(**SHAPE | {"num_attention_heads": 4}), "float16", "float16"),
     "norm": (lambda: GemmaConfig(**SHAPE | {"num_attention_heads": 4}), "float32", "GemmaRMSNorm"),
+    "part of each head turned": (
+        lambda: Phi3Config(
+            **SHAPE | {"num_attention_heads": 4, "hidden_size": 128, "pad_token_id": 0}, partial_rotary_factor=0.5
+        ),
+        "float32",
+        "turns a part of each head only",
+    ),
     "head size": (lambda: LlamaConfig(**SHAPE | {"num_attention_heads": 4, "head_dim": 24}), "float32", "24"),
     "mlp bias": (lambda: LlamaConfig(**SHAPE | {"num_attention_heads": 4}, mlp_bias=True), "float32", "MLP has biases"),
+    "mixture of experts": (
+        lambda: Qwen3MoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
+        "float32",
+        "MLP has the parts ['experts', 'gate']",
+    ),
+    "no rotary embedding in a layer": (
+        lambda: SmolLM3Config(
+            **SHAPE | {"num_attention_heads": 4, "hidden_size": 128}, no_rope_layers=[1, 0], pad_token_id=0
+        ),
+        "float32",
+        "some layers have no rotary embedding",
+    ),
+    "soft-capped logits": (
+        lambda: LlamaConfig(**SHAPE | {"num_attention_heads": 4}, final_logit_softcapping=30.0),
+        "float32",
+        "logits are soft-capped",
+    ),
     "another structure": (
         lambda: GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=64),
         "float32",
@@ -317,7 +360,38 @@ def test_a_model_that_does_not_fit_is_named_and_left_to_transformers(tmp_path: P
     config: Any = make_config()
     model = AutoModelForCausalLM.from_config(config)
     spec = spec_of(config, dtype) if name != "another structure" else KVCacheSpec(1, 2, 16, 16, dtype)
-    assert reason in (find_misfit(model, spec) or "")
+    assert reason in (find_misfit(model, spec, read_attention_layers(model, 64)) or "")
+
+
+@pytest.mark.skipif(not BUILDS, reason="no native build for this processor")
+@pytest.mark.parametrize(("max_model_len", "expected"), [(40, FusedDecoder), (41, TransformersModel)])
+def test_a_window_wider_than_the_compared_steps_is_not_overlooked(
+    tmp_path: Path, max_model_len: int, expected: type
+) -> None:
+    """Steps as short as those compared at load give the same with and without it."""
+    config = MistralConfig(**SHAPE | {"num_attention_heads": 4}, sliding_window=40)
+    assert COMPARED_TOKENS < 40
+    model = make_model(tmp_path, config)
+    assert isinstance(choose_step_model(model, spec_of(config), max_model_len, 1), expected)
+
+
+@pytest.mark.skipif(not BUILDS, reason="no native build for this processor")
+def test_soft_capped_attention_scores_are_not_overlooked(tmp_path: Path) -> None:
+    """Far above the scores a cap changes less than rounding."""
+    config = CONFIGS["llama"]()
+    model = make_model(tmp_path, config)
+    layers = [LayerAttention(), LayerAttention(softcap=50.0)]
+    assert "soft-capped" in (find_misfit(model, spec_of(config), layers) or "")
+
+
+@pytest.mark.skipif(not BUILDS, reason="no native build for this processor")
+@pytest.mark.parametrize(("attribute", "reason"), [("inv_freq", "turns a part"), ("other", "differs from layer")])
+def test_a_rotary_embedding_of_another_kind_is_not_overlooked(tmp_path: Path, attribute: str, reason: str) -> None:
+    config = CONFIGS["llama"]()
+    model = make_model(tmp_path, config)
+    model.model.rotary_emb = torch.nn.Module()
+    model.model.rotary_emb.register_buffer(attribute, torch.ones(4))
+    assert reason in (find_misfit(model, spec_of(config), [LayerAttention()]) or "")
 
 
 @pytest.mark.skipif(not BUILDS, reason="no native build for this processor")
@@ -325,7 +399,7 @@ def test_a_model_that_only_looks_alike_is_found_out_at_load(tmp_path: Path, capl
     """Granite has Llama's modules, but multiplies embeddings, residuals and logits by numbers of its own."""
     config = GraniteConfig(**SHAPE | {"num_attention_heads": 4, "hidden_size": 128}, residual_multiplier=0.5)
     model = make_model(tmp_path, config)
-    assert find_misfit(model, spec_of(config)) is None
+    assert find_misfit(model, spec_of(config), read_attention_layers(model, 64)) is None
     assert isinstance(choose_step_model(model, spec_of(config), 64, 1), TransformersModel)
     assert "logits differ" in caplog.text
 

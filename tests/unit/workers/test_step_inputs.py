@@ -33,7 +33,7 @@ def test_positions_continue_where_each_sequence_is() -> None:
 
 
 def test_each_token_is_written_to_its_place_in_its_own_block() -> None:
-    attention = build(SHORT, LONG, FRESH, LAST).attention
+    attention = build(SHORT, LONG, FRESH, LAST).attention[None]
     assert attention.write_blocks.tolist() == [9, 5, 2, 2, 2, 2, 6, 1, 1, 10]
     assert attention.write_offsets.tolist() == [2, 0, 0, 1, 2, 3, 0, 2, 3, 0]
 
@@ -52,12 +52,12 @@ def test_a_step_that_samples_nothing_needs_no_logits() -> None:
 
 def test_decode_tables_list_the_used_blocks_and_are_padded_within_their_group() -> None:
     three, four = decoding(9), decoding(13)
-    (group,) = build(four, three).attention.decode_groups
+    (group,) = build(four, three).attention[None].decode_groups
     assert group.block_ids.tolist() == [[1, 2, 3, 1], [1, 2, 3, 4]]
 
 
 def test_the_decode_mask_is_true_for_the_tokens_up_to_the_new_one() -> None:
-    (group,) = build(decoding(10), decoding(13)).attention.decode_groups
+    (group,) = build(decoding(10), decoding(13)).attention[None].decode_groups
     assert (group.mask.shape, group.mask.dtype) == ((2, 1, 1, 16), torch.bool)
     assert group.mask[:, 0, 0].tolist() == [[True] * 10 + [False] * 6, [True] * 13 + [False] * 3]
 
@@ -66,40 +66,63 @@ def test_decode_groups_cover_every_decoding_row_once_and_at_most_double_the_bloc
     chunks = [decoding(num_tokens) for num_tokens in (70, 1, 33, 5, 4, 17, 16, 65, 9, 64, 2)]
     inputs = build(FRESH, *chunks)
     rows: list[int] = []
-    for group in inputs.attention.decode_groups:
+    for group in inputs.attention[None].decode_groups:
         rows += range(group.first_row, group.first_row + len(group.block_ids))
         for length in group.mask.sum(dim=-1).flatten().tolist():
             assert group.block_ids.shape[1] < 2 * -(-length // BLOCK_SIZE) or group.block_ids.shape[1] == 1
     assert rows == list(range(len(chunks)))
-    lengths = torch.cat([group.mask.sum(dim=-1).flatten() for group in inputs.attention.decode_groups])
+    lengths = torch.cat([group.mask.sum(dim=-1).flatten() for group in inputs.attention[None].decode_groups])
     assert lengths.tolist() == (inputs.positions[0, : len(chunks)] + 1).tolist()
 
 
-def test_a_prompt_span_says_which_rows_which_blocks_and_how_much_is_there() -> None:
-    fresh, last = build(SHORT, FRESH, LAST).attention.prompt_spans
-    assert (fresh.first_row, fresh.num_rows, fresh.start, fresh.block_ids.tolist()) == (1, 5, 0, [2, 6])
-    assert (last.first_row, last.num_rows, last.start, last.block_ids.tolist()) == (6, 3, 6, [4, 1, 10])
+def test_a_prompt_span_says_which_rows_and_which_blocks_with_how_many_tokens() -> None:
+    fresh, last = build(SHORT, FRESH, LAST).attention[None].prompt_spans
+    assert (fresh.first_row, fresh.num_rows, fresh.num_keys, fresh.block_ids.tolist()) == (1, 5, 5, [2, 6])
+    assert (last.first_row, last.num_rows, last.num_keys, last.block_ids.tolist()) == (6, 3, 9, [4, 1, 10])
 
 
 def test_a_prompt_of_one_token_is_treated_as_decode() -> None:
-    attention = build(make_scheduled("one", [5], 0, [3], SAMPLED)).attention
+    attention = build(make_scheduled("one", [5], 0, [3], SAMPLED)).attention[None]
     (group,) = attention.decode_groups
     assert (attention.prompt_spans, group.block_ids.tolist()) == ((), [[3]])
     assert group.mask[0, 0, 0].tolist() == [True, False, False, False]
 
 
 def test_a_step_of_prompts_has_no_decode_part() -> None:
-    assert build(FRESH, LAST).attention.decode_groups == ()
+    assert build(FRESH, LAST).attention[None].decode_groups == ()
 
 
 def test_a_token_that_fills_its_block_needs_no_further_one() -> None:
-    (group,) = build(make_scheduled("full", [5], 7, [3, 4, 6], SAMPLED)).attention.decode_groups
+    (group,) = build(make_scheduled("full", [5], 7, [3, 4, 6], SAMPLED)).attention[None].decode_groups
     assert group.block_ids.tolist() == [[3, 4]]
+
+
+def test_sequences_longer_than_a_window_make_one_group_of_the_blocks_in_it() -> None:
+    attention = build_step_inputs(
+        StepPlan((decoding(70), decoding(41), decoding(3))), BLOCK_SIZE, windows=(6,)
+    ).attention
+    short, long = attention[6].decode_groups
+    assert short.block_ids.tolist() == [[1]]
+    assert short.mask[:, 0, 0].tolist() == [[True] * 3 + [False]]
+    assert long.block_ids.tolist() == [[9, 10, 11], [17, 18, 17]]  # tokens 35 to 40, tokens 64 to 69
+    assert long.mask[:, 0, 0].int().tolist() == [[0] * 3 + [1] * 6 + [0] * 3, [1] * 6 + [0] * 6]
+
+
+def test_a_prompt_span_reads_from_the_first_block_in_its_window() -> None:
+    (span,) = build_step_inputs(StepPlan((LAST,)), BLOCK_SIZE, windows=(2,)).attention[2].prompt_spans
+    assert (span.num_keys, span.block_ids.tolist()) == (5, [1, 10])  # tokens 4 to 8, of which 5 is the first seen
+    assert span.mask is not None
+    assert span.mask.int().tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]
+
+
+def test_a_prompt_that_fits_its_window_needs_no_mask() -> None:
+    attention = build_step_inputs(StepPlan((FRESH,)), BLOCK_SIZE, windows=(None, 5, 4)).attention
+    assert [attention[window].prompt_spans[0].mask is None for window in (None, 5, 4)] == [True, True, False]
 
 
 def test_indices_are_64_bit_integers() -> None:
     inputs = build(SHORT, FRESH)
-    attention = inputs.attention
+    attention = inputs.attention[None]
     tensors = [inputs.token_ids, inputs.positions, inputs.sampled_rows]
     tensors += [attention.write_blocks, attention.write_offsets]
     tensors += [group.block_ids for group in attention.decode_groups]
