@@ -10,7 +10,6 @@ INSTALL_REQUIRES = [
     "numpy>=2",  # buffers between tensors, GGUF and the wire
     "grpcio>=1.85.1,<2",  # KV handoff and token streams; at least the version that the stubs were written by
     "protobuf>=7.35.1,<8",  # message runtime; the stubs of grpcio-tools 1.85 refuse an older one
-    "gguf>=0.19",  # reads and dequantizes GGUF checkpoints
     "safetensors>=0.8",  # reads and writes checkpoints without pickle
     "tokenizers>=0.23",  # text to tokens and back
     "jinja2>=3.1",  # its errors, when a chat template refuses a conversation
@@ -35,6 +34,7 @@ DEV_REQUIRES = [
     "hypothesis>=6.150",  # property tests of pools, queues and the wire format
     "ruff>=0.15",  # lint and format
     "mypy>=1.19",
+    "gguf>=0.19",  # writes the GGUF files of tests, and is the reference for what we read from them
     "types-PyYAML",  # stubs of packages that ship none
     "types-tqdm",
     "types-psutil",

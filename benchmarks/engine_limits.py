@@ -11,8 +11,7 @@ import torch
 
 from kvcache.errors import ModelError
 from kvcache.spec import DTYPE_BYTES, KVCacheSpec
-from workers.model.checkpoint import CheckpointInfo
-from workers.model.safetensors_file import read_headers, weight_files
+from workers.model.checkpoint import CheckpointInfo, read_tensor_headers
 
 GEMM_SIZES = (512, 1024, 2048)
 READ_BYTES = 256 << 20  # well beyond the last cache level
@@ -91,7 +90,7 @@ def read_costs(checkpoint: CheckpointInfo, spec: KVCacheSpec, weight_dtype: str)
     Raises:
         ModelError: a token uses only some of the weights, so that they say nothing of its cost.
     """
-    headers = [header for file in weight_files(checkpoint.path) for header in read_headers(file)]
+    headers = read_tensor_headers(checkpoint.path)
     if any("expert" in header.name for header in headers):
         raise ModelError(f"{checkpoint.architecture} is a mixture of experts, whose cost per token is not known here.")
     # Inside the layers a tensor's name holds the layer's number: model.layers.7.mlp.up_proj.weight.

@@ -267,7 +267,14 @@ async def open_engine(settings: EngineSettings, num_blocks: int, max_seqs: int) 
     else:
         max_model_len = checkpoint.max_position_embeddings
         quantization = INT8 if settings.step_model == INT8 else "none"
-        step_model = choose_step_model(module, settings.spec, max_model_len, settings.num_threads, quantization)
+        step_model = choose_step_model(
+            module,
+            settings.spec,
+            max_model_len,
+            settings.num_threads,
+            quantization,
+            reload=lambda: load_model(checkpoint.path, checkpoint.dtype),
+        )
     is_fused = isinstance(step_model, FusedDecoder)
     engine = Engine(settings, step_model, None if is_fused else module, num_blocks, max_seqs)
     del module  # the fused decoder has copies of the weights; a worker drops the model too

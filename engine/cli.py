@@ -64,7 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     fetch = commands.add_parser(
         "fetch", help="fetch and convert a model, so that serving needs no network", allow_abbrev=False
     )
-    fetch.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="folder, hub id, or the default model")
+    fetch.add_argument(
+        "model", nargs="?", default=DEFAULT_MODEL, help="folder, GGUF file, hub id, or the default model"
+    )
     fetch.set_defaults(run=_fetch)
 
     status = commands.add_parser("status", help="show the workers of a running cluster", allow_abbrev=False)

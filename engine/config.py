@@ -39,7 +39,7 @@ class ServeConfig(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid", validate_default=False)
 
-    model: str = _option(DEFAULT_MODEL, "Model", "checkpoint folder, hub id, or the default model", "MODEL")
+    model: str = _option(DEFAULT_MODEL, "Model", "checkpoint folder, GGUF file, hub id, or the default model", "MODEL")
     served_model_name: str | None = _option(None, "Model", "name clients use (default: MODEL)", "NAME", min_length=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", "Model", "dtype of weights and KV; auto is float32 on a CPU", "DTYPE"

@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong before anything is started."""
+"""Everything that can be known to be wrong before a worker is started."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvcache.spec import KVCacheSpec
 from kvcache.transfer.wire import MAX_BLOCK_BYTES
 from scheduler.batching import BatchLimits
 from scheduler.types import WorkerRole
-from workers.model.checkpoint import CheckpointInfo, describe_checkpoint, prepare_checkpoint
+from workers.model.checkpoint import CheckpointInfo, describe_checkpoint
 from workers.native.library import load_library
 from workers.worker_options import WorkerOptions
 
@@ -82,15 +82,14 @@ def bind_server_socket(host: str, port: int) -> socket.socket:
     return server
 
 
-def make_plan(config: ServeConfig) -> StartupPlan:
-    """Fetches the model if needed, reads its shape, and works out what each worker gets.
+def make_plan(config: ServeConfig, path: Path) -> StartupPlan:
+    """Reads the shape of the checkpoint in ``path``, and works out what each worker gets. Imports transformers.
 
     Raises:
-        ModelError: the checkpoint is missing, damaged or cannot run.
+        ModelError: the checkpoint is damaged or cannot run.
         ConfigError, ResourceError: the options do not fit the model or the machine.
     """
-    folder = prepare_checkpoint(config.model)
-    checkpoint = describe_checkpoint(folder, dtype=config.dtype, device="cpu")
+    checkpoint = describe_checkpoint(path, dtype=config.dtype, device="cpu")
     max_model_len = _max_model_len(config, checkpoint)
     spec = KVCacheSpec(
         checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.head_size, config.block_size, checkpoint.dtype
@@ -108,7 +107,7 @@ def make_plan(config: ServeConfig) -> StartupPlan:
         WorkerOptions(
             worker_id=worker_id,
             role=role,
-            model_path=str(folder),
+            model_path=str(path),
             model_name=config.served_name,
             spec=spec,
             num_blocks=_num_blocks(config, spec, max_model_len, config.tensor_parallel_size_of(role)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import transformers  # lazy: its submodules, and torch with them, load when a checkpoint is opened
@@ -11,6 +12,9 @@ from jinja2.exceptions import TemplateError
 
 from engine.detokenizer import IncrementalDetokenizer, make_detokenizer
 from kvcache.errors import ModelError, RequestError
+from workers.model.gguf_checkpoint import open_gguf
+from workers.model.gguf_names import SUFFIX
+from workers.model.gguf_tokenizer import build_tokenizer, special_token_texts
 
 ChatRenderer = Callable[[Sequence[dict[str, str]]], str]
 """Messages to prompt text, ending where the assistant's answer begins. Raises whatever a template raises."""
@@ -35,21 +39,16 @@ class Tokenizer:
         self._make_detokenizer = make_detokenizer(backend)
 
     @classmethod
-    def from_checkpoint(cls, folder: Path) -> Tokenizer:
-        """Reads a checkpoint folder. No code of the checkpoint runs, nothing is fetched.
+    def from_checkpoint(cls, path: Path) -> Tokenizer:
+        """Reads a checkpoint folder or a GGUF file. No code of the checkpoint runs, nothing is fetched.
 
         Raises:
             ModelError: there is no tokenizer in it, or no fast one.
         """
-        try:
-            loaded = transformers.AutoTokenizer.from_pretrained(
-                str(folder), use_fast=True, trust_remote_code=False, local_files_only=True
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ModelError(f"The tokenizer in {folder} cannot be read: {error}") from error
+        loaded = _from_gguf(path) if path.suffix == SUFFIX else _from_folder(path)
         backend = getattr(loaded, "backend_tokenizer", None)
         if not isinstance(backend, tokenizers.Tokenizer):
-            raise ModelError(f"The checkpoint in {folder} has no fast tokenizer (tokenizer.json).")
+            raise ModelError(f"The checkpoint in {path} has no fast tokenizer (tokenizer.json).")
 
         def render(messages: Sequence[dict[str, str]]) -> str:
             # transformers renders in an immutable, sandboxed Jinja environment
@@ -87,3 +86,22 @@ class Tokenizer:
     def detokenizer(self) -> IncrementalDetokenizer:
         """A fresh one, for one sequence."""
         return self._make_detokenizer()
+
+
+def _from_folder(folder: Path) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            str(folder), use_fast=True, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"The tokenizer in {folder} cannot be read: {error}") from error
+
+
+def _from_gguf(file: Path) -> Any:
+    metadata = open_gguf(file).tokenizer
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=build_tokenizer(metadata),
+        chat_template=metadata.chat_template or None,
+        clean_up_tokenization_spaces=False,
+        **special_token_texts(metadata),
+    )

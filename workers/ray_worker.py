@@ -3,65 +3,84 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import threading
 import time
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from kvcache.errors import ConfigError, TwinpoolError, UnavailableError
+from kvcache.errors import ConfigError, UnavailableError
 from scheduler.controller import AskToRegister, RefuseWorker, WorkerLeft, WorkerRegistered, WorkerReported
 from scheduler.ray_actor import ActorHandle, find_scheduler
 from scheduler.types import DeviceProfile, WorkerInfo
-from workers.parallel.follower import run_follower
-from workers.worker import Worker, build_worker
+from workers.load_progress import LoadProgress
 from workers.worker_options import WorkerOptions
+
+if TYPE_CHECKING:
+    from workers.worker import Worker
 
 HEARTBEAT_INTERVAL_S = 0.5
 logger = logging.getLogger(__name__)
 
 
 class WorkerActor:
-    """One worker process. The launcher calls ``ready`` and ``join``; a restarted process joins by itself."""
+    """One worker process. The launcher asks for ``progress``, then calls ``join``; a restarted one joins by itself."""
 
     def __init__(self, options: WorkerOptions) -> None:
-        _log_to_stderr(options)
+        _prepare_process(options)
         self._options = options
         self._scheduler = find_scheduler()
         self._incarnation = time.monotonic_ns()  # only compared with other processes of this worker, on this machine
-        self._event_loop = asyncio.new_event_loop()
-        self._failure: TwinpoolError | None = None
+        self._failure: Exception | None = None
+        self._worker: Worker | None = None
         self._info: WorkerInfo | None = None
         self._heartbeats: asyncio.Task[None] | None = None
         # Held, because Ray ends an actor that nobody holds; when this process ends, Ray ends all of them.
         self._followers: list[ActorHandle] = []
-        try:
-            self._worker: Worker = build_worker(options, self._start_followers)
-            threading.Thread(target=self._event_loop.run_forever, name="worker", daemon=True).start()
-            asyncio.run_coroutine_threadsafe(self._worker.start(), self._event_loop).result()
-        except TwinpoolError as error:
-            self._failure = error  # raised by ready(), where its type survives
-            if _was_restarted():  # nobody calls ready() again
-                self._end_process(str(error))
-            return
-        if self._worker.group is not None:
-            self._worker.group.watch(self._end_process)
-        self._event_loop.call_soon_threadsafe(self._watch)
-        if _was_restarted():
-            self.join()
+        self._progress = LoadProgress()
+        # Beside the actor's own thread, so that it can say how far it is.
+        threading.Thread(target=self._load, args=(_was_restarted(),), name="load", daemon=True).start()
 
-    def ready(self) -> None:
-        """Returns when the model is loaded and the services listen.
+    def progress(self) -> LoadProgress:
+        """How far loading is; returns at once.
 
         Raises:
-            TwinpoolError: why that is not possible.
+            TwinpoolError: why this worker cannot be loaded.
         """
         if self._failure is not None:
             raise self._failure
+        return self._progress
+
+    def _load(self, joins: bool) -> None:
+        started_s = time.monotonic()
+        try:
+            self._worker = worker = _build_worker(
+                self._options,
+                self._start_followers,
+                lambda part: self._report(LoadProgress(part, time.monotonic() - started_s)),
+            )
+            if worker.group is not None:
+                worker.group.watch(self._end_process)
+            self._event_loop = asyncio.new_event_loop()
+            threading.Thread(target=self._event_loop.run_forever, name="worker", daemon=True).start()
+            asyncio.run_coroutine_threadsafe(worker.start(), self._event_loop).result()
+            self._event_loop.call_soon_threadsafe(self._watch, worker)
+            if joins:
+                self.join()
+            self._report(LoadProgress(1.0, self._progress.load_seconds, is_ready=True))
+        except Exception as error:
+            level = logging.CRITICAL if joins else logging.DEBUG  # of a restarted worker nobody asks for progress
+            logger.log(level, "Worker %s could not be loaded.", self._options.worker_id, exc_info=error)
+            self._failure = error
+
+    def _report(self, progress: LoadProgress) -> None:
+        self._progress = progress
 
     def join(self) -> WorkerInfo:
         """Measures the device, registers with the scheduler and begins to send heartbeats.
@@ -72,17 +91,17 @@ class WorkerActor:
             ConfigError: the scheduler refuses this worker.
         """
         if self._info is None:
-            registered = self._register(self._worker.measure())
+            registered = self._register(self._loaded.measure())
             self._info = asyncio.run_coroutine_threadsafe(registered, self._event_loop).result()
         return self._info
 
     def stop(self) -> None:
         """Ends what is running and gives everything back."""
-        if self._failure is None:
+        if self._progress.is_ready:
             asyncio.run_coroutine_threadsafe(self._stop(), self._event_loop).result()
 
     async def _register(self, device: DeviceProfile) -> WorkerInfo:
-        info = self._worker.info(self._incarnation, device)
+        info = self._loaded.info(self._incarnation, device)
         while not await self._registered(info):  # noqa: ASYNC110  the scheduler is another process: only time tells
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
         self._heartbeats = asyncio.create_task(self._send_heartbeats(info))
@@ -104,7 +123,7 @@ class WorkerActor:
     async def _send_heartbeats(self, info: WorkerInfo) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
-            report = WorkerReported(info.worker_id, info.incarnation, self._worker.load())
+            report = WorkerReported(info.worker_id, info.incarnation, self._loaded.load())
             try:
                 commands = await self._scheduler.handle((report,))
             except UnavailableError:
@@ -116,10 +135,15 @@ class WorkerActor:
         if self._heartbeats is not None and self._info is not None:
             self._heartbeats.cancel()
             await self._scheduler.handle((WorkerLeft(self._info.worker_id, self._incarnation),))
-        await self._worker.stop()
+        await self._loaded.stop()
 
-    def _watch(self) -> None:
-        self._worker.stepping.add_done_callback(self._end_process_on_failure)
+    @property
+    def _loaded(self) -> Worker:
+        assert self._worker is not None, "the launcher waits until a worker is ready"
+        return self._worker
+
+    def _watch(self, worker: Worker) -> None:
+        worker.stepping.add_done_callback(self._end_process_on_failure)
 
     def _end_process_on_failure(self, task: asyncio.Task[None]) -> None:
         """A worker that no longer steps, or is no longer heard of, is of no use: Ray starts a new process."""
@@ -137,9 +161,7 @@ class WorkerActor:
         """Starts the other ranks beside this process; they are this actor's own, and end when it ends."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor_class: ActorHandle = ray.remote(FollowerActor)
-        placed = actor_class.options(
-            num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": _environment(self._options)}
-        )
+        placed = actor_class.options(num_cpus=0, scheduling_strategy=here)
         self._followers = [placed.remote(self._options, rank) for rank in range(1, self._options.tensor_parallel_size)]
         running = [follower.run.remote(address) for follower in self._followers]
         return lambda: bool(ray.wait(running, timeout=0)[0])
@@ -149,22 +171,36 @@ class FollowerActor:
     """One rank beside the leader of a tensor-parallel worker. Not restarted: the leader starts a new group."""
 
     def __init__(self, options: WorkerOptions, rank: int) -> None:
-        _log_to_stderr(options)
+        _prepare_process(options)
         self._options = options
         self._rank = rank
 
     def run(self, address: str) -> None:
         """Returns when the leader has ended."""
+        from workers.parallel.follower import run_follower  # with torch: see _build_worker
+
         run_follower(self._options, self._rank, address)
 
 
-def _log_to_stderr(options: WorkerOptions) -> None:
+def _prepare_process(options: WorkerOptions) -> None:
     level = options.log_level.upper() if options.log_level != "info" else "WARNING"  # the launcher tells the rest
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    # Read by torch and huggingface_hub when they are imported, which is later.
+    os.environ |= {"OMP_NUM_THREADS": str(options.num_threads), "HF_HUB_OFFLINE": "1"}
 
 
-def _environment(options: WorkerOptions) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(options.num_threads), "HF_HUB_OFFLINE": "1", "GRPC_VERBOSITY": "ERROR"}
+def _build_worker(
+    options: WorkerOptions,
+    start_followers: Callable[[str], Callable[[], bool]],
+    report: Callable[[float], None],
+) -> Worker:
+    """Imports torch and transformers here, not with this module: the launcher and a starting process need not wait."""
+    gc.disable()  # a million objects come that stay: looking for garbage among them costs a second
+    from workers.worker import build_worker
+
+    gc.freeze()
+    gc.enable()
+    return build_worker(options, start_followers, report)
 
 
 def _was_restarted() -> bool:
@@ -176,7 +212,5 @@ def _was_restarted() -> bool:
 def start_worker(options: WorkerOptions) -> ActorHandle:
     """Starts the process of one worker and returns at once."""
     actor_class: ActorHandle = ray.remote(WorkerActor)
-    placed = actor_class.options(
-        name=options.worker_id, num_cpus=0, max_restarts=-1, runtime_env={"env_vars": _environment(options)}
-    )
-    return placed.remote(options)
+    # No runtime environment: it would keep Ray from taking one of the processes that it has started already.
+    return actor_class.options(name=options.worker_id, num_cpus=0, max_restarts=-1).remote(options)

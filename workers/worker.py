@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import grpc
 import torch
@@ -134,8 +135,12 @@ class Worker:
         )
 
 
-def build_worker(options: WorkerOptions, start_followers: StartFollowers | None = None) -> Worker:
-    """Loads the model and takes the memory of the KV cache.
+def build_worker(
+    options: WorkerOptions,
+    start_followers: StartFollowers | None = None,
+    report: Callable[[float], None] = lambda _part: None,
+) -> Worker:
+    """Loads the model and takes the memory of the KV cache. ``report`` hears how far that is, from 0 to 1.
 
     Args:
         start_followers: starts the other ranks of a tensor-parallel worker.
@@ -147,8 +152,8 @@ def build_worker(options: WorkerOptions, start_followers: StartFollowers | None 
     torch.set_num_threads(options.num_threads)
     if options.tensor_parallel_size > 1:
         assert start_followers is not None, "a tensor-parallel worker has other ranks"
-        return _build_leader(options, start_followers)
-    step_model = load_step_model(options)
+        return _build_leader(options, start_followers, report)
+    step_model = load_step_model(options, report=report)
     try:
         storage = PagedStorage(options.spec, options.num_blocks)
     except RuntimeError as error:  # torch's allocator
@@ -156,10 +161,10 @@ def build_worker(options: WorkerOptions, start_followers: StartFollowers | None 
     return Worker(options, ModelRunner(step_model, storage), storage)
 
 
-def _build_leader(options: WorkerOptions, start_followers: StartFollowers) -> Worker:
+def _build_leader(options: WorkerOptions, start_followers: StartFollowers, report: Callable[[float], None]) -> Worker:
     group = LeaderGroup(options, start_followers)
     try:
-        model = _load_share(options, group)
+        model = _load_share(options, group, report)
         group.await_ready()
     except BaseException:
         group.close()  # the followers end
@@ -167,8 +172,8 @@ def _build_leader(options: WorkerOptions, start_followers: StartFollowers) -> Wo
     return Worker(options, ModelRunner(GroupModel(group, model), group.shards[0]), group.storage, group)
 
 
-def _load_share(options: WorkerOptions, group: LeaderGroup) -> StepModel:
+def _load_share(options: WorkerOptions, group: LeaderGroup, report: Callable[[float], None]) -> StepModel:
     try:
-        return load_step_model(options, group.rank)
+        return load_step_model(options, group.rank, report)
     except (RuntimeError, RankLostError) as error:  # gloo's or ours: another rank did not come along
         raise group.start_error() from error

@@ -1,4 +1,4 @@
-"""What cannot be served ends with one sentence and a non-zero status, before anything was started."""
+"""What cannot be served ends with one sentence and a non-zero status, before a worker was started."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.e2e
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command to its end; also checks that it left no session folder, so that Ray was never started."""
+    """Runs the command to its end; also checks that it left no session folder: nothing of Ray stays behind."""
     before = session_folders()
     done = subprocess.run(
         [sys.executable, "-m", "engine.cli", *arguments],

@@ -1,4 +1,4 @@
-"""From what the operator calls a model to a checked folder, and what that folder holds.
+"""From what the operator calls a model to a checked folder or GGUF file, and what that holds.
 
 ``prepare_checkpoint`` may use disk and network; ``describe_checkpoint`` only reads. Neither loads weights,
 runs code from a checkpoint, or reads pickle files. Importing this module imports no heavy library.
@@ -17,7 +17,15 @@ from typing import Any
 
 from kvcache.errors import ConfigError, ModelError
 from kvcache.spec import DTYPE_BYTES
-from workers.model.safetensors_file import TensorHeader, read_headers, weight_files
+from workers.model.gguf_names import SUFFIX, find_gguf
+from workers.model.safetensors_file import (
+    INDEX_FILE,
+    PICKLE_SUFFIXES,
+    SINGLE_FILE,
+    TensorHeader,
+    read_checked_headers,
+    weight_files,
+)
 from workers.model.smollm2 import DEFAULT_MODEL as DEFAULT_MODEL
 from workers.model.smollm2 import prepare_default_model
 
@@ -64,9 +72,9 @@ def cache_dir() -> Path:
 
 
 def prepare_checkpoint(model: str, *, show_progress: bool = True) -> Path:
-    """A local folder with the checkpoint that ``model`` names; downloads and converts where needed.
+    """The checkpoint that ``model`` names, a folder with safetensors or a GGUF file; downloads where needed.
 
-    ``model`` is ``DEFAULT_MODEL``, a local folder, or a hub id ``organisation/name``; a folder that exists
+    ``model`` is ``DEFAULT_MODEL``, a local folder or GGUF file, or a hub id ``organisation/name``; what exists here
     wins over a hub id. What is cached is used without a network. Raises ModelError with one sentence.
     """
     if model == DEFAULT_MODEL:
@@ -74,13 +82,30 @@ def prepare_checkpoint(model: str, *, show_progress: bool = True) -> Path:
     path = Path(model).expanduser()
     # An empty name would mean the current folder.
     if model and path.is_dir():
-        check_folder(path)
-        return path.resolve()
+        return _from_folder(path.resolve())
     if path.is_file():
-        raise ModelError(f"{path} is a file: give the folder that holds config.json, tokenizer.json and safetensors.")
+        return _from_file(path.resolve())
     if HUB_ID.fullmatch(model):
         return _from_hub(model, show_progress)
-    raise ModelError(f"{model!r} is neither {DEFAULT_MODEL}, nor a folder that exists, nor a hub id organisation/name.")
+    raise ModelError(
+        f"{model!r} is neither {DEFAULT_MODEL}, nor a folder or GGUF file that exists, nor a hub id organisation/name."
+    )
+
+
+def _from_folder(folder: Path) -> Path:
+    """The folder, or the one GGUF file in it where there are no safetensors."""
+    if not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)) and (model := find_gguf(folder)):
+        return model
+    check_folder(folder)
+    return folder
+
+
+def _from_file(file: Path) -> Path:
+    if file.suffix == SUFFIX:
+        return file
+    if file.suffix in PICKLE_SUFFIXES:
+        raise ModelError(f"{file} is a pickle file, which can run code when read: Twinpool loads safetensors and GGUF.")
+    raise ModelError(f"{file} is no GGUF file: give one, or a folder with config.json, tokenizer.json and safetensors.")
 
 
 def check_folder(folder: Path) -> None:
@@ -154,23 +179,19 @@ def describe_checkpoint(path: str | Path, *, dtype: str = "auto", device: str = 
     """
     if dtype != "auto" and dtype not in DTYPE_BYTES:
         raise ConfigError(f"The model dtype must be auto or one of {', '.join(DTYPE_BYTES)}, not {dtype!r}.")
-    folder = Path(path)
-    check_folder(folder)
-    raw = read_json(folder / "config.json")
-    headers = [header for file in weight_files(folder) for header in read_headers(file)]
+    file = Path(path)
+    found = _read_gguf(file) if file.suffix == SUFFIX else _read_folder(file)
     # transformers brings torch with it: imported after the cheap checks, and never by importing this module.
     from workers.model import architecture
     from workers.parallel.modules import find_plan_problem
 
-    architecture.refuse_raw_config(folder, raw)
-    config = architecture.load_config(folder)
-    class_name = architecture.check_architecture(folder, config, headers)
-    sizes = architecture.read_sizes(folder, config)
-    own_dtype = stored_dtype(folder, headers)
-    resolved = _resolve_dtype(dtype, own_dtype, device)
-    num_parameters = count_parameters(headers, bool(getattr(config, "tie_word_embeddings", False)))
+    config = found.config
+    class_name = architecture.check_architecture(file, config, found.headers)
+    sizes = architecture.read_sizes(file, config)
+    resolved = _resolve_dtype(dtype, found.stored_dtype, device)
+    num_parameters = count_parameters(found.headers, bool(getattr(config, "tie_word_embeddings", False)))
     return CheckpointInfo(
-        path=folder,
+        path=file,
         architecture=class_name,
         model_type=config.model_type,
         num_layers=sizes.num_layers,
@@ -180,12 +201,57 @@ def describe_checkpoint(path: str | Path, *, dtype: str = "auto", device: str = 
         hidden_size=sizes.hidden_size,
         vocab_size=sizes.vocab_size,
         max_position_embeddings=sizes.max_position_embeddings,
-        eos_token_ids=read_eos_token_ids(folder, raw, getattr(config, "eos_token_id", None)),
+        eos_token_ids=found.eos_token_ids,
         num_parameters=num_parameters,
         dtype=resolved,
         weight_bytes=num_parameters * DTYPE_BYTES[resolved],
         cutting_problem=find_plan_problem(config.base_model_tp_plan),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What the two formats say in their own ways. ``config`` is that of ``transformers``."""
+
+    config: Any
+    headers: list[TensorHeader]
+    stored_dtype: str
+    eos_token_ids: tuple[int, ...]
+
+
+def _read_folder(folder: Path) -> _Found:
+    check_folder(folder)
+    raw = read_json(folder / "config.json")
+    headers = read_checked_headers(folder)
+    from workers.model import architecture  # see describe_checkpoint
+
+    architecture.refuse_raw_config(folder, raw)
+    config = architecture.load_config(folder)
+    eos_token_ids = read_eos_token_ids(folder, raw, getattr(config, "eos_token_id", None))
+    return _Found(config, headers, stored_dtype(folder, headers), eos_token_ids)
+
+
+def read_tensor_headers(path: Path) -> list[TensorHeader]:
+    """Every tensor of a checkpoint folder or a GGUF file, by its name in ``transformers``. Raises ModelError."""
+    if path.suffix != SUFFIX:
+        return read_checked_headers(path)
+    from workers.model.gguf_checkpoint import open_gguf  # numpy and tokenizers, for these files only
+
+    return open_gguf(path).headers()
+
+
+def _read_gguf(file: Path) -> _Found:
+    from workers.model.gguf_checkpoint import open_gguf  # numpy and tokenizers, for these files only
+
+    checkpoint = open_gguf(file)
+    from workers.model.gguf_weights import gguf_config  # see describe_checkpoint
+
+    headers = checkpoint.headers()
+    plain = [header for header in headers if header.dtype in STORED_DTYPES]
+    is_plain = sum(header.num_bytes for header in plain) * 2 > sum(header.num_bytes for header in headers)
+    # Values of four or eight bits fit into any dtype; bfloat16 is the one whose range no activation leaves.
+    own_dtype = stored_dtype(file, plain) if is_plain else "bfloat16"
+    return _Found(gguf_config(checkpoint), headers, own_dtype, checkpoint.eos_token_ids)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -209,10 +209,15 @@ class FusedDecoder:
         num_threads: int,
         weight_format: WeightFormat | None = None,
         rank: Rank | None = None,
+        *,
+        drops_packed: bool = False,
+        report: Callable[[float], None] = lambda _part: None,
     ) -> None:
         """Packs the weights, by default in the dtype of the KV cache.
 
-        With a ``rank``, ``model`` and ``spec`` are cut to its share, and every rank calls the same.
+        With a ``rank``, ``model`` and ``spec`` are cut to its share, and every rank calls the same. With
+        ``drops_packed`` each layer of ``model`` gives its memory back as soon as it is packed, and the model is of no use
+        afterwards. ``report`` hears after every layer which part has been packed, from 0 to 1.
         """
         library = load_library()
         assert library is not None, "find_misfit was not asked"
@@ -241,7 +246,7 @@ class FusedDecoder:
         self._decoder = ctypes.c_void_p(library.twinpool_create(ctypes.byref(shape)))
         if not self._decoder:
             raise ResourceError("There is no memory for the native decoder.")
-        self._set_weights(model, spec)
+        self._set_weights(model, spec, drops_packed, report)
         self._cosine, self._sine = _rotary_tables(model, max_model_len)
 
     def __del__(self) -> None:
@@ -296,7 +301,7 @@ class FusedDecoder:
             raise ResourceError(f"There is no memory for a step of {first_rows[-1]} tokens.")
         return torch.from_numpy(logits)
 
-    def _set_weights(self, model: Any, spec: KVCacheSpec) -> None:
+    def _set_weights(self, model: Any, spec: KVCacheSpec, drops_packed: bool, report: Callable[[float], None]) -> None:
         body = model.model
         for index, layer in enumerate(body.layers):
             for which, projection in _projections(layer, spec).items():
@@ -306,12 +311,18 @@ class FusedDecoder:
             if hasattr(layer.self_attn, "q_norm"):
                 self._set_vector(index, VectorIndex.QUERY_NORM, layer.self_attn.q_norm.weight)
                 self._set_vector(index, VectorIndex.KEY_NORM, layer.self_attn.k_norm.weight)
+            if drops_packed:
+                _drop_weights(layer)
+            report((index + 1) / (len(body.layers) + 1))
         self._set_vector(0, VectorIndex.FINAL_NORM, body.norm.weight)
         head, embedding = model.lm_head.weight, body.embed_tokens.weight
         self._set_linear(0, LinearIndex.HEAD, head, None)
         # A tied embedding is read out of the packed head, where that holds it without loss.
         if head.data_ptr() != embedding.data_ptr() or self._format is not WeightFormat.FLOAT32:
             self._set_linear(0, LinearIndex.EMBEDDING, embedding, None)
+        if drops_packed:
+            _drop_weights(model)
+        report(1.0)
 
     def _set_linear(self, layer: int, which: LinearIndex, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         weight = weight.detach().float().contiguous()
@@ -330,6 +341,15 @@ class FusedDecoder:
     def _set_vector(self, layer: int, which: VectorIndex, values: torch.Tensor) -> None:
         values = values.detach().float().contiguous()
         self._library.twinpool_set_vector(self._decoder, layer, int(which), values.data_ptr(), values.numel())
+
+
+def _drop_weights(module: nn.Module) -> None:
+    """Gives the memory back to the system, whoever else holds the module."""
+    for parameter in module.parameters():
+        parameter.data = torch.empty(0)
+    # glibc keeps what lies between pieces that are in use; after a layer that is most of it.
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _rotary_tables(model: Any, max_model_len: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,15 +75,28 @@ class ModelRunner:
         return {chunk.request_id: token for chunk, token in zip(chunks, tokens, strict=True)}
 
 
-def load_step_model(options: WorkerOptions, rank: Rank | None = None) -> StepModel:
+def load_step_model(
+    options: WorkerOptions, rank: Rank | None = None, report: Callable[[float], None] = lambda _part: None
+) -> StepModel:
     """Loads the model of a worker, or of one rank of it; all ranks call this at the same time.
+
+    ``report`` hears how far that is, from 0 to 1.
 
     Raises:
         ModelError: the checkpoint cannot be loaded, quantized or cut.
     """
     spec = options.spec if rank is None else rank.shard.of_spec(options.spec)
-    model = load_model(Path(options.model_path), spec.dtype, rank=rank)
-    return choose_step_model(model, spec, options.max_model_len, options.num_threads, options.quantization, rank)
+    path = Path(options.model_path)
+    return choose_step_model(
+        load_model(path, spec.dtype, rank=rank, report=lambda part: report(part / 2)),
+        spec,
+        options.max_model_len,
+        options.num_threads,
+        options.quantization,
+        rank,
+        reload=lambda: load_model(path, spec.dtype, rank=rank),
+        report=lambda part: report((1 + part) / 2),
+    )
 
 
 def choose_step_model(
@@ -92,10 +106,15 @@ def choose_step_model(
     num_threads: int,
     quantization: str = "none",
     rank: Rank | None = None,
+    *,
+    reload: Callable[[], Any] | None = None,
+    report: Callable[[float], None] = lambda _part: None,
 ) -> StepModel:
     """The fastest way to run ``model`` that gives its results, to what ``quantization`` costs.
 
-    With a ``rank``, ``model`` and ``spec`` are cut to its share; all ranks choose the same.
+    With a ``rank``, ``model`` and ``spec`` are cut to its share; all ranks choose the same. With ``reload`` the weights
+    of ``model`` are dropped while they are packed, so that they are not held twice, and the model is loaded again in the
+    rare case that it is needed after all. ``report`` hears which part has been packed.
 
     Raises:
         ModelError: the model cannot be quantized here, or not run at all.
@@ -104,15 +123,27 @@ def choose_step_model(
     # Compared are short steps only: windows and the like are what ``find_misfit`` and ``layers`` are for.
     expected = own_logits(model, _compared_tokens(model.config.vocab_size))
     misfit = find_misfit(model, spec, reference.layers)
+    was_packed = misfit is None
     if misfit is None:
-        weight_format = WeightFormat.INT8 if quantization == "int8" else None
-        fused = FusedDecoder(model, spec, max(max_model_len, COMPARED_TOKENS), num_threads, weight_format, rank)
+        fused = FusedDecoder(
+            model,
+            spec,
+            max(max_model_len, COMPARED_TOKENS),
+            num_threads,
+            WeightFormat.INT8 if quantization == "int8" else None,
+            rank,
+            drops_packed=reload is not None,
+            report=report,
+        )
         difference = _largest(max(relative_differences(expected, fused, spec)), rank)
         if difference <= MAX_RELATIVE_DIFFERENCE[quantization if quantization != "none" else spec.dtype]:
             return fused
         misfit = f"its logits differ by {difference:.2g} of the largest"
+        del fused  # before the model is loaded again
     if quantization != "none":
         raise ModelError(f"This model cannot be quantized to {quantization}: {misfit}.")
+    if was_packed and reload is not None:
+        reference = TransformersModel(reload(), max_model_len=max_model_len, is_cut=rank is not None)
     # The median, for rounding may send a token to another expert, and that token only.
     difference = _largest(statistics.median(relative_differences(expected, reference, spec)), rank)
     if difference > MAX_RELATIVE_DIFFERENCE[spec.dtype]:
@@ -121,6 +152,7 @@ def choose_step_model(
             f" {difference:.2g} of the largest."
         )
     logger.warning("This model runs through transformers: %s.", misfit)
+    report(1.0)
     return reference
 
 

@@ -23,6 +23,8 @@ from kvcache.errors import ModelError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
 # The format's own limit on the JSON part: what claims more is not a safetensors file.
 MAX_HEADER_BYTES = 100_000_000
 HEADER_LENGTH = struct.Struct("<Q")
@@ -52,22 +54,18 @@ def weight_files(folder: Path) -> list[Path]:
         return _indexed_files(index)
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    pickled = sorted(path.name for suffix in PICKLE_SUFFIXES for path in folder.glob(f"*{suffix}"))
     if pickled:
         raise ModelError(
             f"{folder} has its weights only as pickle files ({pickled[0]}), which can run code when read: "
-            f"Twinpool loads safetensors only."
+            f"Twinpool loads safetensors and GGUF."
         )
     raise ModelError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there.")
 
 
 def _indexed_files(index: Path) -> list[Path]:
     """Files that the index names; every one must exist and lie beside the index."""
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        names = sorted({str(name) for name in weight_map.values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} is not a safetensors index: {type(error).__name__}: {error}.") from error
+    names = sorted(set(_weight_map(index).values()))
     files = [index.parent / name for name in names]
     for name, file in zip(names, files, strict=True):
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -77,6 +75,37 @@ def _indexed_files(index: Path) -> list[Path]:
     if not files:
         raise ModelError(f"{index} names no weight file.")
     return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor to file name, as the index says."""
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        return {str(tensor): str(name) for tensor, name in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is not a safetensors index: {type(error).__name__}: {error}.") from error
+
+
+def read_checked_headers(folder: Path) -> list[TensorHeader]:
+    """Every tensor of the model. Each must be in one file only, and in the one where the index says.
+
+    Raises:
+        ModelError: naming the tensor and the file.
+    """
+    index = folder / INDEX_FILE
+    file_of: dict[str, str] = {}
+    headers: list[TensorHeader] = []
+    for file in weight_files(folder):
+        for header in read_headers(file):
+            if header.name in file_of:
+                files = f"{file_of[header.name]} and {file.name}"
+                raise ModelError(f"{folder} holds the tensor {header.name} twice, in {files}.")
+            file_of[header.name] = file.name
+            headers.append(header)
+    for tensor, name in _weight_map(index).items() if index.is_file() else ():
+        if file_of.get(tensor) != name:
+            raise ModelError(f"{index} says that {tensor} is in {name}, where it is not.")
+    return headers
 
 
 def read_headers(file: Path) -> list[TensorHeader]:

@@ -177,10 +177,10 @@ def check_sha256(file: Path, expected: str) -> None:
 
 
 def _convert(gguf: Path, target: Path, progress: Progress) -> None:
-    # Needed once in a cache's life, and 0.3 s to import: not before a call that finds the model ready.
-    from workers.model.gguf_llama import convert_gguf_llama
+    # Needed once in a cache's life, and seconds to import, with torch: not before a call that finds the model ready.
+    from workers.model.gguf_convert import convert_gguf
 
-    convert_gguf_llama(gguf, target, progress)
+    convert_gguf(gguf, target, progress)
 
 
 def _write_manifest(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ from kvcache.storage import TORCH_DTYPES, PagedStorage
 from scheduler.batching import StepPlan
 from workers.model.attention.torch_backend import paged_attention
 from workers.model.attention_layers import LayerAttention, read_attention_layers
+from workers.model.gguf_names import SUFFIX
+from workers.model.gguf_weights import load_gguf_model
 from workers.model.step_inputs import StepInputs, build_step_inputs
 from workers.parallel.modules import cut_modules
 from workers.parallel.rank import Rank
@@ -68,8 +70,16 @@ AttentionInterface.register(ATTENTION_NAME, _attention_forward)
 AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
 
 
-def load_model(path: Path, dtype: str, device: str = "cpu", rank: Rank | None = None) -> nn.Module:
-    """Loads a checkpoint folder (safetensors only) with attention replaced by ours.
+def load_model(
+    path: Path,
+    dtype: str,
+    device: str = "cpu",
+    rank: Rank | None = None,
+    report: Callable[[float], None] = lambda _part: None,
+) -> nn.Module:
+    """Loads a checkpoint, a folder with safetensors or a GGUF file, with attention replaced by ours.
+
+    Weights that are stored in ``dtype`` stay mapped. ``report`` hears which part has been read, from 0 to 1.
 
     With a ``rank``, cut to its share: weights stay in the mapped file until they are cut, so only those are read.
 
@@ -78,16 +88,20 @@ def load_model(path: Path, dtype: str, device: str = "cpu", rank: Rank | None = 
     """
     disable_progress_bar()  # several workers load at once; the launcher shows how far they are
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=TORCH_DTYPES[dtype] if rank is None else "auto",
-            attn_implementation=ATTENTION_NAME,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        if path.suffix == SUFFIX:
+            model: nn.Module = load_gguf_model(path, TORCH_DTYPES[dtype], ATTENTION_NAME, report)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=TORCH_DTYPES[dtype] if rank is None else "auto",
+                attn_implementation=ATTENTION_NAME,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
         if rank is not None:
             _cut_to_share(model, TORCH_DTYPES[dtype], rank)
+        report(1.0)
         return model.to(device).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"The model in {path} cannot be loaded: {error}") from error

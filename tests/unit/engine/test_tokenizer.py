@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
@@ -14,6 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from engine.tokenizer import ChatRenderer, Tokenizer
 from kvcache.errors import ModelError, RequestError
 from tests.fakes import END_TOKEN, render_plainly, tiny_backend
+from tests.unit.workers import tiny_gguf
 
 TEXTS = [
     "",
@@ -191,6 +193,15 @@ def test_a_checkpoint_brings_its_tokenizer_and_template(checkpoint: Path) -> Non
 def test_a_folder_without_a_tokenizer_is_a_model_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         Tokenizer.from_checkpoint(tmp_path)
+
+
+def test_a_gguf_file_brings_its_tokenizer_and_template(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    tiny_gguf.write_tiny_gguf(file, tiny_gguf.tiny_tensors(np.random.default_rng(1)))
+    tokenizer = Tokenizer.from_checkpoint(file)
+    ids = tokenizer.render_chat([{"role": "user", "content": "hell"}])
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>hell<|im_end|>"
+    assert (ids[0], ids[-1], len(ids)) == (1, 2, 3)
 
 
 def test_importing_the_tokenizer_does_not_load_torch() -> None:

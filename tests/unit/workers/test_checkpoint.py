@@ -121,6 +121,28 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
     assert "names model-00002.safetensors, which is not in" in refusal(tmp_path)
 
 
+def shard(folder: Path, tensors_of: dict[str, tuple[str, ...]], weight_map: dict[str, str]) -> Path:
+    """A checkpoint whose files hold these tensors, and whose index says ``weight_map``."""
+    (make_checkpoint(folder, LLAMA) / "model.safetensors").unlink()
+    for name, tensors in tensors_of.items():
+        save_file({tensor: np.zeros((10, 10), dtype=np.float32) for tensor in tensors}, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def test_a_tensor_in_two_shards_is_named(tmp_path: Path) -> None:
+    files = {"1.safetensors": ("a", "b"), "2.safetensors": ("b", "c")}
+    index = {"a": "1.safetensors", "b": "1.safetensors", "c": "2.safetensors"}
+    assert "the tensor b twice, in 1.safetensors and 2.safetensors" in refusal(shard(tmp_path, files, index))
+
+
+@pytest.mark.parametrize("place", ["1.safetensors", "2.safetensors"])
+def test_an_index_that_contradicts_its_shards_is_named(tmp_path: Path, place: str) -> None:
+    files: dict[str, tuple[str, ...]] = {"1.safetensors": ("a",), "2.safetensors": ("b",)}
+    index = {"a": "1.safetensors", "b": "2.safetensors", "missing": place}
+    assert f"says that missing is in {place}, where it is not" in refusal(shard(tmp_path, files, index))
+
+
 def test_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "../other.safetensors"}}
     (make_checkpoint(tmp_path, LLAMA) / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -137,6 +159,8 @@ def test_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
         (DEEPSEEK, "multi-head latent attention"),
         ({**LLAMA, "architectures": ["LlamaForSequenceClassification"]}, "saved as LlamaForSequenceClassification"),
         ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, r"quantized (awq)"),
+        ({**LLAMA, "quantization_config": {"quant_method": "gptq"}}, r"quantized (gptq)"),
+        ({**LLAMA, "quantization_config": {"quant_method": "bitsandbytes"}}, r"quantized (bitsandbytes)"),
         ({**LLAMA, "model_type": "no_such_model"}, "no_such_model"),
         ({**LLAMA, "num_hidden_layers": "two"}, "num_hidden_layers"),
     ],
@@ -195,6 +219,44 @@ def test_pickle_weights_are_refused_with_the_reason(tmp_path: Path) -> None:
     (make_checkpoint(tmp_path, LLAMA) / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"pickle files \(pytorch_model\.bin\), which can run code"):
         prepare_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.pt", "model.pth", "model.ckpt"])
+def test_a_pickle_file_is_refused_with_the_reason(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ModelError, match=rf"{name} is a pickle file, which can run code"):
+        prepare_checkpoint(str(tmp_path / name))
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"model\.onnx is no GGUF file"):
+        prepare_checkpoint(str(tmp_path / "model.onnx"))
+
+
+def test_a_gguf_file_is_found_by_itself_or_alone_in_its_folder(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"")
+    (tmp_path / "config.json").write_text("{}")
+    assert prepare_checkpoint(str(file)) == prepare_checkpoint(str(tmp_path)) == file
+
+
+def test_of_a_gguf_in_parts_the_first_is_found(tmp_path: Path) -> None:
+    for part in (2, 1, 3):
+        (tmp_path / f"model-0000{part}-of-00003.gguf").write_bytes(b"")
+    assert prepare_checkpoint(str(tmp_path)).name == "model-00001-of-00003.gguf"
+
+
+def test_several_gguf_files_are_named(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ModelError, match=r"several models in GGUF \(a\.gguf, b\.gguf\)"):
+        prepare_checkpoint(str(tmp_path))
+
+
+def test_safetensors_beside_a_gguf_are_used(tmp_path: Path) -> None:
+    (make_checkpoint(tmp_path, LLAMA) / "model.gguf").write_bytes(b"")
+    assert prepare_checkpoint(str(tmp_path)) == tmp_path
 
 
 def test_a_local_folder_is_returned_as_it_is(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     GemmaConfig,
     GPT2Config,
@@ -402,6 +403,35 @@ def test_a_model_that_only_looks_alike_is_found_out_at_load(tmp_path: Path, capl
     assert find_misfit(model, spec_of(config), read_attention_layers(model, 64)) is None
     assert isinstance(choose_step_model(model, spec_of(config), 64, 1), TransformersModel)
     assert "logits differ" in caplog.text
+
+
+def test_weights_are_given_back_while_they_are_packed(tmp_path: Path, build: str) -> None:
+    config = CONFIGS["llama"]()
+    model, kept = make_model(tmp_path, config), load_model(tmp_path, "float32")
+    parts: list[float] = []
+
+    def reload() -> nn.Module:
+        raise AssertionError("the packed model fits")
+
+    packed = choose_step_model(model, spec_of(config), 64, 1, reload=reload, report=parts.append)
+    assert isinstance(packed, FusedDecoder)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 0
+    assert parts == sorted(parts) and parts[-1] == 1.0 and len(parts) > config.num_hidden_layers
+    vocab_size = packed.vocab_size
+    expected = compared_logits(choose_step_model(kept, spec_of(config), 64, 1), spec_of(config), vocab_size)
+    found = compared_logits(packed, spec_of(config), vocab_size)
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+@pytest.mark.skipif(not BUILDS, reason="no native build for this processor")
+def test_a_model_that_was_packed_in_vain_is_loaded_again(tmp_path: Path) -> None:
+    config = GraniteConfig(**SHAPE | {"num_attention_heads": 4, "hidden_size": 128}, residual_multiplier=0.5)
+    model, kept = make_model(tmp_path, config), load_model(tmp_path, "float32")
+    spec = spec_of(config)
+    chosen = choose_step_model(model, spec, 64, 1, reload=lambda: load_model(tmp_path, "float32"))
+    expected = compared_logits(TransformersModel(kept), spec, config.vocab_size)
+    found = compared_logits(chosen, spec, config.vocab_size)
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
 def test_without_a_native_build_transformers_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

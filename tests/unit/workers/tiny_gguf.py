@@ -74,7 +74,9 @@ def write_tiny_gguf(
     architecture: str = "llama",
     pre_tokenizer: str = "smollm",
     rotary_size: int = HEAD_SIZE,
+    split: tuple[int, int] | None = None,
 ) -> None:
+    """``split``: which part of how many this file is."""
     writer = GGUFWriter(file, architecture)
     writer.add_block_count(NUM_LAYERS)
     writer.add_context_length(128)
@@ -95,6 +97,9 @@ def write_tiny_gguf(
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
     writer.add_chat_template(CHAT_TEMPLATE)
+    if split is not None:
+        writer.add_uint16("split.no", split[0])
+        writer.add_uint16("split.count", split[1])
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor.raw, raw_dtype=tensor.kind)
     writer.write_header_to_file()

@@ -7,15 +7,18 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
+import torch
 from gguf import GGMLQuantizationType
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from kvcache.errors import ModelError
 from tests.unit.workers import tiny_gguf
-from workers.model.gguf_llama import convert_gguf_llama, restore_row_order, transformers_name
+from workers.model.gguf_convert import convert_gguf
+from workers.model.gguf_weights import restore_row_order
 from workers.model.progress import Progress
 
 SILENT = Progress(enabled=False)
@@ -31,7 +34,7 @@ def converted(tensors: dict[str, tiny_gguf.TinyTensor], tmp_path_factory: pytest
     folder = tmp_path_factory.mktemp("converted")
     source = tmp_path_factory.mktemp("source") / "tiny.gguf"
     tiny_gguf.write_tiny_gguf(source, tensors)
-    convert_gguf_llama(source, folder, SILENT)
+    convert_gguf(source, folder, SILENT)
     return folder
 
 
@@ -83,19 +86,22 @@ def slow_row_order(weight: np.ndarray, num_heads: int) -> np.ndarray:
 
 def test_restored_rows_follow_the_definition_row_by_row() -> None:
     weight = np.arange(24 * 5, dtype=np.float32).reshape(24, 5)
-    assert np.array_equal(restore_row_order(weight, 3), slow_row_order(weight, 3))
+    assert np.array_equal(restore_row_order(torch.from_numpy(weight), 3).numpy(), slow_row_order(weight, 3))
 
 
 def test_every_weight_has_its_source_value(converted: Path, tensors: dict[str, tiny_gguf.TinyTensor]) -> None:
     found = load_file(converted / "model.safetensors")
     assert len(found) == len(tensors)
-    for name, tensor in tensors.items():
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, tiny_gguf.NUM_LAYERS)
+    for transformers_name, weight in found.items():
+        name = names.get_name(transformers_name, try_suffixes=(".weight",))
+        assert name is not None
+        tensor = tensors[name]
         expected = slow_value(tensor)
         if "attn_q" in name:
             expected = slow_row_order(expected, tiny_gguf.NUM_HEADS)
         if "attn_k" in name:
             expected = slow_row_order(expected, tiny_gguf.NUM_KV_HEADS)
-        weight = found[transformers_name(name)]
         assert weight.dtype == np.float32
         assert np.array_equal(weight, expected), name
 
@@ -137,35 +143,35 @@ def test_unknown_tensor_is_refused_by_name(tmp_path: Path, tensors: dict[str, ti
     extra = {**tensors, "blk.0.attn_q_norm.weight": tensors["blk.0.attn_norm.weight"]}
     tiny_gguf.write_tiny_gguf(tmp_path / "tiny.gguf", extra)
     with pytest.raises(ModelError, match=r"blk\.0\.attn_q_norm\.weight"):
-        convert_gguf_llama(tmp_path / "tiny.gguf", tmp_path, SILENT)
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path, SILENT)
 
 
 def test_missing_tensor_is_refused_by_name(tmp_path: Path, tensors: dict[str, tiny_gguf.TinyTensor]) -> None:
     fewer = {name: tensor for name, tensor in tensors.items() if name != "blk.1.ffn_up.weight"}
     tiny_gguf.write_tiny_gguf(tmp_path / "tiny.gguf", fewer)
     with pytest.raises(ModelError, match=r"lacks 1 tensors .*model\.layers\.1\.mlp\.up_proj\.weight"):
-        convert_gguf_llama(tmp_path / "tiny.gguf", tmp_path, SILENT)
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path, SILENT)
 
 
 def test_other_architecture_is_refused_by_name(tmp_path: Path, tensors: dict[str, tiny_gguf.TinyTensor]) -> None:
     tiny_gguf.write_tiny_gguf(tmp_path / "tiny.gguf", tensors, architecture="gemma")
     with pytest.raises(ModelError, match="'gemma'"):
-        convert_gguf_llama(tmp_path / "tiny.gguf", tmp_path, SILENT)
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path, SILENT)
 
 
 def test_unknown_pre_tokenizer_is_refused_by_name(tmp_path: Path, tensors: dict[str, tiny_gguf.TinyTensor]) -> None:
     tiny_gguf.write_tiny_gguf(tmp_path / "tiny.gguf", tensors, pre_tokenizer="martian")
     with pytest.raises(ModelError, match="'martian'"):
-        convert_gguf_llama(tmp_path / "tiny.gguf", tmp_path, SILENT)
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path, SILENT)
 
 
 def test_partial_rotary_is_refused(tmp_path: Path, tensors: dict[str, tiny_gguf.TinyTensor]) -> None:
     tiny_gguf.write_tiny_gguf(tmp_path / "tiny.gguf", tensors, rotary_size=4)
     with pytest.raises(ModelError, match="rotates 4 of 8"):
-        convert_gguf_llama(tmp_path / "tiny.gguf", tmp_path, SILENT)
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path, SILENT)
 
 
 def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "not.gguf").write_bytes(b"x" * 64)
-    with pytest.raises(ModelError, match=r"not\.gguf is not a readable GGUF file"):
-        convert_gguf_llama(tmp_path / "not.gguf", tmp_path, SILENT)
+    with pytest.raises(ModelError, match=r"not\.gguf cannot be read as GGUF"):
+        convert_gguf(tmp_path / "not.gguf", tmp_path, SILENT)

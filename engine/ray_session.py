@@ -1,0 +1,72 @@
+"""A Ray cluster of our own on this machine, and the signals that end it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import ray
+from ray.exceptions import RayError
+
+from engine.process_tree import adopt_orphans, end_children
+from kvcache.errors import ResourceError
+
+OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no token and no KV goes through it
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def interrupt_on_signals() -> None:
+    """Whatever ends this process early goes through the clean-up below."""
+    for signum in END_SIGNALS:
+        signal.signal(signum, _interrupt)
+
+
+_interrupted = threading.Event()
+
+
+def _interrupt(signum: int, _frame: FrameType | None) -> None:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def check_interrupted() -> None:
+    """An exception raised inside a library's callback may be lost there; the flag is not."""
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def ray_session(num_processes: int) -> Iterator[None]:
+    """A Ray cluster of our own on this machine, with a token, in a folder that goes away with it.
+
+    ``num_processes`` are started with it, to become actors at once when they are asked for.
+    """
+    # Short: the paths of Ray's sockets below it may not exceed 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="twinpool-"))
+    adopt_orphans()
+    try:
+        try:
+            ray.init(
+                address="local",
+                namespace="twinpool",
+                num_cpus=num_processes,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.WARNING,
+                _temp_dir=str(folder),
+            )
+        except (RayError, OSError, RuntimeError, ValueError) as error:
+            raise ResourceError(f"Ray could not start: {error}") from error
+        check_interrupted()
+        yield
+    finally:
+        ray.shutdown()
+        end_children()  # agents of a session that ended while it began
+        shutil.rmtree(folder, ignore_errors=True)

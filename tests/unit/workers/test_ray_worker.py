@@ -1,0 +1,76 @@
+"""A worker process says how far it is while it loads, and why it cannot go on. Ray and the model are fakes here."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kvcache.errors import ModelError
+from kvcache.spec import KVCacheSpec
+from scheduler.batching import BatchLimits
+from scheduler.types import WorkerRole
+from workers import ray_worker
+from workers.ray_worker import WorkerActor
+from workers.worker_options import WorkerOptions
+
+OPTIONS = WorkerOptions(
+    worker_id="decode-0",
+    role=WorkerRole.DECODE,
+    model_path="/nowhere",
+    model_name="tiny",
+    spec=KVCacheSpec(1, 1, 16, 16, "float32"),
+    num_blocks=4,
+    max_model_len=64,
+    vocab_size=100,
+    limits=BatchLimits(1, 16),
+)
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], WorkerActor]:
+    def start_with(build: Callable[..., Any]) -> WorkerActor:
+        monkeypatch.setattr(ray_worker, "find_scheduler", lambda: None)
+        monkeypatch.setattr(ray_worker, "_was_restarted", lambda: False)
+        monkeypatch.setattr(ray_worker, "_build_worker", build)
+        return WorkerActor(OPTIONS)
+
+    return start_with
+
+
+def end_of_loading() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "load":
+            thread.join(10)
+
+
+def test_progress_answers_while_the_model_loads(start: Callable[[Callable[..., Any]], WorkerActor]) -> None:
+    halfway, go_on = threading.Event(), threading.Event()
+
+    def build(_options: WorkerOptions, report: Callable[[float], None]) -> None:
+        report(0.5)
+        halfway.set()
+        go_on.wait(10)
+        raise ModelError("no")
+
+    worker = start(build)
+    assert halfway.wait(10)
+    assert (worker.progress().part, worker.progress().is_ready) == (0.5, False)
+    worker.stop()  # there is nothing to stop yet
+    go_on.set()
+    end_of_loading()
+
+
+@pytest.mark.parametrize("error", [ModelError("The model is damaged."), RuntimeError("a bug")])
+def test_progress_raises_why_a_worker_cannot_be_loaded(
+    start: Callable[[Callable[..., Any]], WorkerActor], error: Exception
+) -> None:
+    def build(_options: WorkerOptions, _report: Callable[[float], None]) -> None:
+        raise error
+
+    worker = start(build)
+    end_of_loading()
+    with pytest.raises(type(error), match=str(error)):
+        worker.progress()
