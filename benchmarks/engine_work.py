@@ -191,7 +191,8 @@ class Engine:
         self.step_model = step_model
         self.module = module
         self.clock = StepClock()
-        self.manager = KVCacheManager(settings.spec, num_blocks)
+        # Without the prefix cache: every round has the same prompts, and shall compute them.
+        self.manager = KVCacheManager(settings.spec, num_blocks, prefix_caching=False)
         self.storage = allocate_storage(settings.spec, num_blocks)
         limits = BatchLimits(max_num_seqs=max_seqs, max_num_batched_tokens=MAX_BATCHED_TOKENS)
         batcher = TimedBatcher(self.manager, limits, self.clock)

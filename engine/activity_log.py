@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 from engine.outputs import TextEngine
-from scheduler.types import ClusterSnapshot
+from scheduler.types import ClusterSnapshot, Phase
 
 INTERVAL_S = 5.0
 logger = logging.getLogger(__name__)
@@ -50,8 +50,17 @@ def activity_line(before: ClusterSnapshot, now: ClusterSnapshot, interval_s: flo
     ]
     return (
         f"running {running}, waiting {waiting}, prompt {prompt_tokens / interval_s:.0f} tok/s,"
-        f" generation {generated / interval_s:.0f} tok/s, KV in use: {', '.join(used) or 'none'}"
+        f" generation {generated / interval_s:.0f} tok/s{_hit_rate(before, now)},"
+        f" KV in use: {', '.join(used) or 'none'}"
     )
+
+
+def _hit_rate(before: ClusterSnapshot, now: ClusterSnapshot) -> str:
+    """Of the prompts that began on workers that prefill; empty when none began."""
+    prefilling = ClusterSnapshot(tuple(each for each in now.workers if each.info.role.takes(Phase.PREFILL)))
+    queries = _growth(before, prefilling, "prefix_cache_queries")
+    hits = _growth(before, prefilling, "prefix_cache_hits")
+    return f", prefix hit rate {hits / queries:.1%}" if queries else ""
 
 
 def _growth(before: ClusterSnapshot, now: ClusterSnapshot, counter: str) -> int:

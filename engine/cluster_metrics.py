@@ -36,6 +36,16 @@ _STANDARD_GAUGES = (
 )
 _STANDARD_COUNTERS = (
     _WorkerMetric("num_preemptions", "Sequences put back for want of blocks.", lambda worker: worker.load.preemptions),
+    _WorkerMetric(
+        "prefix_cache_queries",
+        "Tokens of sequences that began on a worker.",
+        lambda worker: worker.load.prefix_cache_queries,
+    ),
+    _WorkerMetric(
+        "prefix_cache_hits",
+        "Those of them whose KV was cached there: not computed, or not sent there, once more.",
+        lambda worker: worker.load.prefix_cache_hits,
+    ),
 )
 _OUR_GAUGES = (
     _WorkerMetric("kv_blocks_leased", "Blocks held by handoffs under way.", lambda worker: worker.load.blocks_leased),

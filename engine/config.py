@@ -73,6 +73,9 @@ class ServeConfig(BaseSettings):
     max_num_batched_tokens: int = _option(
         512, "KV cache and batching", "tokens a worker computes in one step", ge=1, le=1 << 20
     )
+    enable_prefix_caching: bool = _option(
+        True, "KV cache and batching", "keep the KV of prompts and answers for prompts that begin the same"
+    )
 
     host: str = _option("127.0.0.1", "Server", "address to listen on", "HOST", min_length=1)
     port: int = _option(8000, "Server", "port to listen on", "PORT", ge=1, le=65535)
@@ -274,7 +277,11 @@ def _add_argument(group: Any, name: str, field: FieldInfo, metavar: str, short: 
     help_text = field.description or ""
     if field.default not in (None, (), 0) and "default" not in help_text:
         help_text += f" (default: {field.default})"
-    common = {"help": help_text.replace("%", "%%"), "default": argparse.SUPPRESS, "metavar": metavar}
+    common: dict[str, Any] = {"help": help_text.replace("%", "%%"), "default": argparse.SUPPRESS}
+    if field.annotation is bool:
+        group.add_argument(flag_of(name), action=argparse.BooleanOptionalAction, **common)
+        return
+    common["metavar"] = metavar
     if name == "model":
         group.add_argument("model", nargs="?", **common)
     elif name == "api_key":

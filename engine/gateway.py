@@ -77,19 +77,27 @@ class AsyncEngine:
         await self._channels.close()
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, stop: Sequence[str] = ()
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        stop: Sequence[str] = (),
+        cache_salt: bytes = b"",
     ) -> AsyncGenerator[TextDelta, None]:
         """See ``TextEngine.generate``."""
         text = _TextAssembler(self._tokenizer, self._model.eos_token_ids, stop)
-        async with aclosing(self._tokens(tuple(prompt_token_ids), sampling)) as events:
+        num_tokens = 0
+        async with aclosing(self._tokens(tuple(prompt_token_ids), sampling, cache_salt)) as events:
             async for event in events:
                 delta = text.push(list(event.token_ids), event.finish_reason)
+                if num_tokens == 0:
+                    delta = replace(delta, num_cached_tokens=event.num_cached_tokens)
+                num_tokens += len(event.token_ids)
                 yield delta
                 if delta.finish_reason is not None:
                     return
 
     async def _tokens(
-        self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams
+        self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams, cache_salt: bytes
     ) -> AsyncGenerator[pb.TokenEvent, None]:
         """Every token exactly once, over as many placements as it takes."""
         check_sequence(
@@ -107,7 +115,7 @@ class AsyncEngine:
                 RequestArrived(uuid.uuid4().hex, len(prompt), rest.max_tokens, tuple(avoid))
             )
             try:
-                async with aclosing(self._run(placement, prompt, rest)) as events:
+                async with aclosing(self._run(placement, prompt, rest, cache_salt)) as events:
                     async for event in events:
                         delivered += event.token_ids
                         yield event
@@ -121,11 +129,11 @@ class AsyncEngine:
                 logger.warning("A sequence is placed again after %d tokens: %s", len(delivered), error)
 
     async def _run(
-        self, placement: Placement, prompt_token_ids: tuple[int, ...], sampling: SamplingParams
+        self, placement: Placement, prompt_token_ids: tuple[int, ...], sampling: SamplingParams, cache_salt: bytes
     ) -> AsyncGenerator[pb.TokenEvent, None]:
         """Runs a sequence where it was placed, and keeps the scheduler informed."""
         try:
-            async with aclosing(self._stream(placement, prompt_token_ids, sampling)) as events:
+            async with aclosing(self._stream(placement, prompt_token_ids, sampling, cache_salt)) as events:
                 async for event in events:
                     if event.first_index == 0:
                         self._scheduler.tell(PrefillDone(placement.request_id))
@@ -134,7 +142,7 @@ class AsyncEngine:
             self._scheduler.tell(RequestEnded(placement.request_id))
 
     async def _stream(
-        self, placement: Placement, prompt_token_ids: tuple[int, ...], sampling: SamplingParams
+        self, placement: Placement, prompt_token_ids: tuple[int, ...], sampling: SamplingParams, cache_salt: bytes
     ) -> AsyncGenerator[pb.TokenEvent, None]:
         """The events of one call to a decode worker, checked for gaps and repeats."""
         if self._is_ending:
@@ -144,6 +152,7 @@ class AsyncEngine:
             prompt_token_ids=prompt_token_ids,
             sampling=sampling_to_wire(sampling),
             prefill_address=placement.prefill.address if placement.prefill is not None else "",
+            cache_salt=cache_salt,
         )
         call = pb_grpc.WorkerStub(self._channels(placement.decode.address)).Generate(request)
         num_tokens = 0

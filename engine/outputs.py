@@ -19,6 +19,7 @@ class TextDelta:
     token_ids: tuple[int, ...]  # the tokens generated since the last piece
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token that ended it
+    num_cached_tokens: int | None = None  # of the prompt, on the first piece: their KV was not computed anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,15 @@ class TextEngine(Protocol):
         ...
 
     def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, stop: Sequence[str] = ()
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        stop: Sequence[str] = (),
+        cache_salt: bytes = b"",
     ) -> AsyncGenerator[TextDelta, None]:
         """Streams one sequence. Closing the generator (or cancelling its task) aborts it on every worker.
+
+        ``cache_salt``: from ``engine.cache_salt``. Cached KV is shared among sequences of the same salt only.
 
         Raises:
             RequestError: prompt + max_tokens do not fit the model or the KV cache of the workers.

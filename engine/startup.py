@@ -117,6 +117,7 @@ def make_plan(config: ServeConfig, path: Path) -> StartupPlan:
             num_threads=_threads_per_rank(config, role),
             tensor_parallel_size=config.tensor_parallel_size_of(role),
             quantization=config.quantization,
+            prefix_caching=config.enable_prefix_caching,
             log_level=config.log_level,
         )
         for worker_id, role in _roles(config)

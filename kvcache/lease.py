@@ -40,6 +40,8 @@ _LEGAL = {
 class BlockLease:
     """One side of one handoff. Changed by its ``LeaseTable`` only.
 
+    ``block_ids[i]`` is the sequence's logical block ``first_block + i``: those before it are no part of the
+    handoff, because the decode side holds them already.
     Messages of another ``epoch`` are refused: it is to grow when a transfer is handed to another sender.
     ``expires_at_s`` is on the monotonic clock of the process that holds the lease.
     """
@@ -50,6 +52,7 @@ class BlockLease:
     block_ids: tuple[int, ...]
     expires_at_s: float
     state: LeaseState = LeaseState.RESERVED
+    first_block: int = 0
 
     @property
     def is_open(self) -> bool:
@@ -80,13 +83,19 @@ class LeaseTable:
         return sum(len(lease.block_ids) for lease in self)
 
     def open(
-        self, transfer_id: str, request_id: str, block_ids: Sequence[int], now: float, epoch: int = 1
+        self,
+        transfer_id: str,
+        request_id: str,
+        block_ids: Sequence[int],
+        now: float,
+        epoch: int = 1,
+        first_block: int = 0,
     ) -> BlockLease:
         """Starts a lease on blocks that are in use; adds a reference to each."""
         if transfer_id in self._open:
             raise InvariantError(f"transfer {transfer_id} already has a lease")
         self._pool.retain(block_ids)
-        lease = BlockLease(transfer_id, epoch, request_id, tuple(block_ids), now + self._ttl_s)
+        lease = BlockLease(transfer_id, epoch, request_id, tuple(block_ids), now + self._ttl_s, first_block=first_block)
         self._open[transfer_id] = lease
         return lease
 
@@ -127,4 +136,4 @@ class LeaseTable:
 
     def _close(self, lease: BlockLease) -> None:
         del self._open[lease.transfer_id]
-        self._pool.release(lease.block_ids)
+        self._pool.release(reversed(lease.block_ids))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
 from kvcache.errors import InvariantError, OverloadedError, RequestError
 from kvcache.lease import BlockLease
 from kvcache.manager import KVCacheManager
+from kvcache.prefix import HashChain
 from scheduler.request import FinishReason, Request, RequestStatus, SamplingParams
 
 
@@ -60,16 +61,20 @@ class SampledToken:
 class Batcher:
     """The sequences of one worker. One event loop owns it; a step may run elsewhere between plan and apply.
 
-    Blocks that a running step writes to are not given back before ``apply``: an abort in between waits.
+    Blocks that a running step writes to are not given back before ``apply``: an abort in between waits. Nor can
+    another sequence share them before: full blocks are cached when the step that filled them is booked.
     """
 
     def __init__(self, manager: KVCacheManager, limits: BatchLimits) -> None:
         self.manager = manager
         self.limits = limits
         self.num_preemptions = 0
+        self.prefix_cache_queries = 0  # tokens of sequences that began here
+        self.prefix_cache_hits = 0  # those of them whose KV was here already
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # oldest first
+        self._hashes: dict[str, HashChain] = {}  # of the sequences in _requests
         self._arrivals = count()
         self._in_step: frozenset[str] = frozenset()
         self._aborted_in_step: set[str] = set()
@@ -113,12 +118,14 @@ class Batcher:
             raise OverloadedError(f"{len(self._waiting)} requests are waiting on this worker already.")
         request.arrival = next(self._arrivals)
         self._requests[request.request_id] = request
+        self._hashes[request.request_id] = HashChain(request.cache_salt, self.manager.spec.block_size)
         self._waiting.append(request)
 
     def reserve_handoffs(self) -> list[Request]:
         """Gives blocks to waiting sequences whose prompt another worker computes, oldest first.
 
-        They are in WAITING_FOR_KV afterwards; the caller starts their handoffs.
+        They are in WAITING_FOR_KV afterwards; the caller starts their handoffs. Their first
+        ``num_computed_tokens`` tokens are cached here and need not be sent.
         """
         reserved = []
         while self._waiting and self._waiting[0].remote_prefill and self._admit(self._waiting[0]):
@@ -127,8 +134,18 @@ class Batcher:
             reserved.append(request)
         return reserved
 
-    def attach(self, request_id: str, first_token_id: int) -> SampledToken:
+    def lease_for_arrival(self, request_id: str, transfer_id: str, now: float) -> BlockLease:
+        """Decode side: reserves the blocks of the prompt that are not cached here for the handoff to write to."""
+        first_block = self._requests[request_id].num_computed_tokens // self.manager.spec.block_size
+        block_ids = self.manager.block_table(request_id)[first_block:]
+        self.manager.check_writable(request_id, first_block, first_block + len(block_ids))
+        return self.manager.leases.open(transfer_id, request_id, block_ids, now, first_block=first_block)
+
+    def attach(self, request_id: str, first_token_id: int, num_cached_tokens: int = 0) -> SampledToken:
         """A handoff was committed: the prompt's KV is in the sequence's blocks, and its first token is known.
+
+        Args:
+            num_cached_tokens: of the prompt, on the worker that prefilled it.
 
         Raises:
             InvariantError: the sequence does not wait for KV.
@@ -136,7 +153,8 @@ class Batcher:
         request = self._requests.get(request_id)
         if request is None or request.status is not RequestStatus.WAITING_FOR_KV:
             raise InvariantError(f"request {request_id} does not wait for KV")
-        request.num_computed_tokens = request.num_prompt_tokens
+        self._computed(request, request.num_prompt_tokens)
+        request.num_cached_tokens = num_cached_tokens
         self._join(request)
         return self._append(request, first_token_id)
 
@@ -162,20 +180,24 @@ class Batcher:
         outputs = []
         for chunk in plan.chunks:
             request = self._requests[chunk.request_id]
-            request.num_computed_tokens = chunk.end
-            if chunk.request_id in self._aborted_in_step or chunk.request_id in failed:
+            if chunk.request_id in failed:
+                self.manager.distrust(chunk.request_id)
+                self._finish(request, FinishReason.ABORT)
+                continue
+            self._computed(request, chunk.end)
+            if chunk.request_id in self._aborted_in_step:
                 self._finish(request, FinishReason.ABORT)
             elif chunk.sampling is not None:
                 outputs.append(self._append(request, sampled[chunk.request_id]))
         self._aborted_in_step.clear()
         return outputs
 
-    def lease_for_handoff(self, request_id: str, transfer_id: str, now: float) -> BlockLease:
-        """Protects the prompt's blocks of a running prefill-only sequence while they are sent."""
+    def lease_for_handoff(self, request_id: str, transfer_id: str, now: float, first_block: int = 0) -> BlockLease:
+        """Protects the prompt's blocks of a running prefill-only sequence while they are sent, from ``first_block`` on."""
         spec = self.manager.spec
-        request = self._requests[request_id]
-        block_ids = self.manager.block_table(request_id)[: spec.num_blocks_for(request.num_prompt_tokens)]
-        return self.manager.leases.open(transfer_id, request_id, block_ids, now)
+        end_block = spec.num_blocks_for(self._requests[request_id].num_prompt_tokens)
+        block_ids = self.manager.block_table(request_id)[first_block:end_block]
+        return self.manager.leases.open(transfer_id, request_id, block_ids, now, first_block=first_block)
 
     def complete_handoff(self, request_id: str) -> None:
         """Prefill side: the other side has acknowledged; the blocks are given back."""
@@ -224,6 +246,8 @@ class Batcher:
     def _chunk(self, request: Request, num_tokens: int) -> ScheduledChunk:
         start = request.num_computed_tokens
         end = start + num_tokens
+        spec = self.manager.spec
+        self.manager.check_writable(request.request_id, start // spec.block_size, spec.num_blocks_for(end))
         return ScheduledChunk(
             request.request_id,
             tuple(request.token_ids[start:end]),
@@ -234,16 +258,49 @@ class Batcher:
         )
 
     def _admit(self, request: Request) -> bool:
-        """Takes blocks for all tokens of a waiting sequence, or says not now.
+        """Takes blocks for all tokens of a waiting sequence, cached ones for its prefix, or says not now.
 
         One block per growing sequence stays free, so that joining does not cause a preemption at once.
         """
         if self.num_running >= self.limits.max_num_seqs:
             return False
+        num_tokens = len(request.token_ids)
+        prefix = self._find_prefix(request)
         headroom = sum(not running.prefill_only for running in self._running)
-        if self.manager.spec.num_blocks_for(len(request.token_ids)) + headroom > self.manager.num_free:
+        if self.manager.num_blocks_to_begin(num_tokens, prefix) + headroom > self.manager.num_free:
             return False
-        return self.manager.extend(request.request_id, len(request.token_ids))
+        if not self.manager.begin(request.request_id, num_tokens, prefix):
+            return False
+        request.num_computed_tokens = len(prefix) * self.manager.spec.block_size
+        self._count_hits(request)
+        return True
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        """Cached blocks to begin with. The last token is always computed: the next one comes from its logits."""
+        if not self.manager.prefix_caching:
+            return []
+        num_blocks = (len(request.token_ids) - 1) // self.manager.spec.block_size
+        return self.manager.find_prefix(self._hashes_of(request)[:num_blocks])
+
+    def _count_hits(self, request: Request) -> None:
+        """Once per sequence; one that was preempted mostly finds what it computed itself."""
+        if request.num_preemptions == 0:
+            self.prefix_cache_queries += len(request.token_ids)
+            self.prefix_cache_hits += request.num_computed_tokens
+            request.num_cached_tokens = request.num_computed_tokens
+        elif request.num_output_tokens == 0:
+            request.num_cached_tokens = min(request.num_cached_tokens, request.num_computed_tokens)
+
+    def _hashes_of(self, request: Request) -> Sequence[bytes]:
+        return self._hashes[request.request_id].hashes(request.token_ids)
+
+    def _computed(self, request: Request, num_tokens: int) -> None:
+        """The KV of the first ``num_tokens`` tokens is whole: those of its blocks that are now full are cached."""
+        block_size = self.manager.spec.block_size
+        first_block, end_block = request.num_computed_tokens // block_size, num_tokens // block_size
+        request.num_computed_tokens = num_tokens
+        if self.manager.prefix_caching and end_block > first_block:
+            self.manager.cache(request.request_id, self._hashes_of(request)[first_block:end_block], first_block)
 
     def _grow(self, request: Request) -> bool:
         """Makes room for the sequence's next token; False when it must sit this step out.
@@ -290,5 +347,5 @@ class Batcher:
             self._running.remove(request)
         request.finish_reason = reason
         request.move_to(RequestStatus.FINISHED)
-        del self._requests[request.request_id]
+        del self._requests[request.request_id], self._hashes[request.request_id]
         self.manager.free(request.request_id)

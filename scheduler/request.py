@@ -98,7 +98,8 @@ class Request:
     """A sequence being computed on one worker. Owned by that worker's ``Batcher``; nobody else changes it.
 
     ``token_ids`` is the prompt followed by every sampled token. The KV of the first
-    ``num_computed_tokens`` of them is in the cache.
+    ``num_computed_tokens`` of them is in the cache. ``num_cached_tokens`` of the prompt were not computed for
+    this sequence, by whoever prefilled it.
     """
 
     request_id: str
@@ -106,10 +107,12 @@ class Request:
     sampling: SamplingParams
     prefill_only: bool = False  # stop after the first sampled token and keep the blocks for the handoff
     remote_prefill: bool = False  # another worker computes the prompt and hands its KV over
+    cache_salt: bytes = b""  # sequences share cached blocks only with those of the same salt
     arrival: int = 0  # order of arrival on this worker; the oldest is preempted last
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
 

@@ -70,6 +70,8 @@ class WorkerLoad:
     prompt_tokens_computed: int = 0
     generation_tokens: int = 0
     preemptions: int = 0
+    prefix_cache_queries: int = 0  # tokens of sequences that began here
+    prefix_cache_hits: int = 0  # those of them whose KV was cached: not computed, or not sent, once more
     transfers: int = 0
     transfer_bytes: int = 0  # KV payload received
     transfer_seconds: float = 0.0

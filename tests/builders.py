@@ -28,8 +28,8 @@ def make_spec(
     return KVCacheSpec(num_layers, num_kv_heads, head_size, block_size, dtype)
 
 
-def make_manager(num_blocks: int, lease_ttl_s: float = 10.0) -> KVCacheManager:
-    return KVCacheManager(make_spec(), num_blocks, lease_ttl_s)
+def make_manager(num_blocks: int, lease_ttl_s: float = 10.0, *, prefix_caching: bool = True) -> KVCacheManager:
+    return KVCacheManager(make_spec(), num_blocks, lease_ttl_s, prefix_caching=prefix_caching)
 
 
 def make_sampling(max_tokens: int = 8, stop_token_ids: tuple[int, ...] = ()) -> SamplingParams:

@@ -207,6 +207,7 @@ class Completion:
     text: str
     finish_reason: FinishReason
     stop_reason: str | int | None
+    num_cached_tokens: int
 
 
 @dataclass(slots=True)
@@ -227,17 +228,21 @@ class LocalCluster:
     def channel(self, worker_id: str) -> grpc.aio.Channel:
         return self.channels(self.workers[worker_id].address)
 
-    async def complete(self, prompt: Sequence[int], sampling: SamplingParams, stop: Sequence[str] = ()) -> Completion:
+    async def complete(
+        self, prompt: Sequence[int], sampling: SamplingParams, stop: Sequence[str] = (), cache_salt: bytes = b""
+    ) -> Completion:
         """Runs one sequence to its end; fails when the stream has none."""
         deltas: list[TextDelta] = []
-        async with aclosing(self.engine.generate(prompt, sampling, stop)) as stream:
+        async with aclosing(self.engine.generate(prompt, sampling, stop, cache_salt)) as stream:
             async for delta in stream:
                 assert not deltas or deltas[-1].finish_reason is None, "a piece came after the end"
                 deltas.append(delta)
         reason = deltas[-1].finish_reason
         assert reason is not None, "the stream ended without a finish reason"
         token_ids = tuple(token_id for delta in deltas for token_id in delta.token_ids)
-        return Completion(token_ids, "".join(delta.text for delta in deltas), reason, deltas[-1].stop_reason)
+        text = "".join(delta.text for delta in deltas)
+        (num_cached_tokens,) = [delta.num_cached_tokens for delta in deltas if delta.num_cached_tokens is not None]
+        return Completion(token_ids, text, reason, deltas[-1].stop_reason, num_cached_tokens)
 
     def load(self, worker_id: str) -> WorkerLoad:
         return self.workers[worker_id].load()
@@ -246,12 +251,13 @@ class LocalCluster:
         """Handoffs that a decode worker has refused: fault → count."""
         return dict(self.load(worker_id).transfer_failures)
 
-    async def check_greedy(self, prompt: tuple[int, ...], num_tokens: int) -> None:
-        """Runs one sequence and compares it with the reference."""
-        completion = await self.complete(prompt, greedily(num_tokens))
+    async def check_greedy(self, prompt: tuple[int, ...], num_tokens: int, cache_salt: bytes = b"") -> int:
+        """Runs one sequence and compares it with the reference. Returns how many prompt tokens were cached."""
+        completion = await self.complete(prompt, greedily(num_tokens), cache_salt=cache_salt)
         assert completion.token_ids == self.checkpoint.greedy(prompt, num_tokens)
         assert completion.text == self.checkpoint.tokenizer.decode(completion.token_ids)
         assert completion.finish_reason is FinishReason.LENGTH
+        return completion.num_cached_tokens
 
     def hold_steps(self, worker_id: str, matches: Callable[[StepPlan], bool]) -> StepGate:
         gate = StepGate(matches)
@@ -305,6 +311,7 @@ async def local_cluster(
     limits: BatchLimits = ROOMY,
     lease_ttl_s: float = 30.0,
     tensor_parallel_sizes: Mapping[WorkerRole, int] | None = None,
+    prefix_caching: bool = True,
 ) -> AsyncIterator[LocalCluster]:
     """Starts workers named ``prefill-0``, ``decode-0`` and so on; at the end nothing may be left on a live one."""
     scheduler = InProcessScheduler()
@@ -319,7 +326,7 @@ async def local_cluster(
             worker_id = f"{role.value}-{sum(name.startswith(role.value) for name in cluster.workers)}"
             options = _options(checkpoint, worker_id, role, num_blocks, limits, lease_ttl_s)
             size = (tensor_parallel_sizes or {}).get(role, 1)
-            await _start_worker(cluster, replace(options, tensor_parallel_size=size))
+            await _start_worker(cluster, replace(options, tensor_parallel_size=size, prefix_caching=prefix_caching))
         await client.start()
         yield cluster
         await check_no_leaks(cluster.workers.values())

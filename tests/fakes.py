@@ -53,6 +53,7 @@ class Call:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     stop: tuple[str, ...]
+    cache_salt: bytes
 
 
 @dataclass(slots=True)
@@ -89,10 +90,14 @@ class FakeEngine:
         return len(self.calls) - self.finished - self.aborted
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, stop: Sequence[str] = ()
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        stop: Sequence[str] = (),
+        cache_salt: bytes = b"",
     ) -> AsyncIterator[TextDelta]:
         script = self._scripts[min(len(self.calls), len(self._scripts) - 1)]
-        self.calls.append(Call(tuple(prompt_token_ids), sampling, tuple(stop)))
+        self.calls.append(Call(tuple(prompt_token_ids), sampling, tuple(stop), cache_salt))
         self.started.set()
         try:
             for delta in script.deltas:

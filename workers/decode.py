@@ -74,13 +74,12 @@ class DecodeRole:
     def receive(self, received: ReceivedKV) -> None:
         """A handoff was verified and committed: the sequence joins the batch. Called by the KV service."""
         self._handoffs.pop(received.request_id, None)
-        self._loop.deliver(self._loop.batcher.attach(received.request_id, received.first_token_id))
+        first = self._loop.batcher.attach(received.request_id, received.first_token_id, received.num_cached_tokens)
+        self._loop.deliver(first)
         self._loop.wake()
 
     def _start_handoff(self, request: Request) -> None:
-        manager = self._loop.batcher.manager
-        block_ids = manager.block_table(request.request_id)
-        lease = manager.leases.open(uuid.uuid4().hex, request.request_id, block_ids, self._clock())
+        lease = self._loop.batcher.lease_for_arrival(request.request_id, uuid.uuid4().hex, self._clock())
         task = asyncio.create_task(self._hand_off(request, lease))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -150,6 +149,8 @@ class DecodeRole:
             target_address=self._own_address(),
             transfer_id=lease.transfer_id,
             epoch=lease.epoch,
+            first_block=lease.first_block,
+            cache_salt=request.cache_salt,
         )
 
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import grpc
 
-from kvcache.errors import TwinpoolError
+from kvcache.errors import RequestError, TwinpoolError
 from kvcache.lease import BlockLease
 from kvcache.storage import BlockStorage
 from kvcache.transfer.grpc_port import send_kv
-from kvcache.transfer.sender import OutgoingTransfer, TransferTarget
+from kvcache.transfer.sender import OutgoingTransfer, PrefillOutcome, TransferTarget
 from scheduler.batching import ScheduledChunk, StepPlan
 from scheduler.request import Request
 from workers.step_loop import StepLoop
@@ -71,6 +71,11 @@ class PrefillRole:
             TransferError: the handoff was refused or broken.
             TwinpoolError: the prompt could not be computed.
         """
+        num_blocks = self._storage.spec.num_blocks_for(request.num_prompt_tokens)
+        if target.first_block >= num_blocks:
+            raise RequestError(
+                f"first_block is {target.first_block}; the prompt has {num_blocks} blocks", "first_block"
+            )
         work = asyncio.create_task(self._compute_and_send(request, target))
         try:
             while not (await asyncio.wait({work}, timeout=HEARTBEAT_INTERVAL_S))[0]:
@@ -101,7 +106,7 @@ class PrefillRole:
         try:
             async for first in stream:
                 sending = self._sendings[request.request_id]
-                sending.transfer.complete(first.token_id)
+                sending.transfer.complete(PrefillOutcome(first.token_id, request.num_cached_tokens))
                 await sending.task
                 self._loop.batcher.manager.leases.commit(sending.lease)
                 self._loop.batcher.complete_handoff(request.request_id)
@@ -124,22 +129,27 @@ class PrefillRole:
             return None
         if chunk.request_id not in self._sendings:
             try:
-                self._start_sending(chunk.request_id)
+                self._start_sending(chunk)
             except TwinpoolError as error:  # the request's boundary: a transfer id that is in use, for one
                 self._loop.fail(chunk.request_id, error)
                 return None
         sending = self._sendings[chunk.request_id]
+        lease = sending.lease
         # The last block counts when the prompt ends in it.
         is_last = chunk.sampling is not None
-        num_blocks = len(sending.lease.block_ids) if is_last else chunk.end // self._storage.spec.block_size
+        end_block = lease.first_block + len(lease.block_ids)
+        num_blocks = end_block if is_last else chunk.end // self._storage.spec.block_size
         return _Growing(sending.transfer, num_blocks)
 
-    def _start_sending(self, request_id: str) -> None:
+    def _start_sending(self, chunk: ScheduledChunk) -> None:
+        request_id = chunk.request_id
         target = self._targets[request_id]
         batcher = self._loop.batcher
-        lease = batcher.lease_for_handoff(request_id, target.transfer_id, self._clock())
+        lease = batcher.lease_for_handoff(request_id, target.transfer_id, self._clock(), target.first_block)
         batcher.manager.leases.start_sending(lease)
         transfer = OutgoingTransfer(self._storage, lease, target)
+        spec = self._storage.spec
+        transfer.mark_ready(spec.num_layers, chunk.start // spec.block_size)  # cached: nothing to wait for
         task = asyncio.create_task(send_kv(self._channel_to(target.address), transfer, self._stall_timeout_s))
         task.add_done_callback(lambda task: self._sending_ended(request_id, task))
         self._sendings[request_id] = _Sending(lease, transfer, task)

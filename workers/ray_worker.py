@@ -78,6 +78,8 @@ class WorkerActor:
             level = logging.CRITICAL if joins else logging.DEBUG  # of a restarted worker nobody asks for progress
             logger.log(level, "Worker %s could not be loaded.", self._options.worker_id, exc_info=error)
             self._failure = error
+            if joins:
+                self._end_process(str(error))
 
     def _report(self, progress: LoadProgress) -> None:
         self._progress = progress

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import grpc
 
 from kvcache.errors import RequestError, TwinpoolError
+from kvcache.prefix import MAX_SALT_BYTES
 from kvcache.transfer.sender import TransferTarget
 from scheduler.batching import SampledToken
 from scheduler.request import Request, check_sequence
@@ -58,7 +59,7 @@ class WorkerService(pb_grpc.WorkerServicer):
             _check_id("transfer_id", request.transfer_id)
             sequence = self._sequence(request)
             sequence.prefill_only = True
-            target = TransferTarget(request.target_address, request.transfer_id, request.epoch)
+            target = TransferTarget(request.target_address, request.transfer_id, request.epoch, request.first_block)
             async with aclosing(self._prefill.prefill(sequence, target)) as progress:
                 async for num_computed_tokens in progress:
                     await context.write(pb.PrefillProgress(num_computed_tokens=num_computed_tokens))
@@ -75,11 +76,18 @@ class WorkerService(pb_grpc.WorkerServicer):
             max_model_len=self._limits.max_model_len,
             vocab_size=self._limits.vocab_size,
         )
-        return Request(request.request_id, prompt_token_ids, sampling)
+        if len(request.cache_salt) > MAX_SALT_BYTES:
+            raise RequestError(f"cache_salt must have at most {MAX_SALT_BYTES} bytes", "cache_salt")
+        return Request(request.request_id, prompt_token_ids, sampling, cache_salt=request.cache_salt)
 
 
 def _token_event(index: int, output: SampledToken) -> pb.TokenEvent:
-    return pb.TokenEvent(first_index=index, token_ids=[output.token_id], finish_reason=output.finish_reason or "")
+    return pb.TokenEvent(
+        first_index=index,
+        token_ids=[output.token_id],
+        finish_reason=output.finish_reason or "",
+        num_cached_tokens=output.request.num_cached_tokens if index == 0 else 0,
+    )
 
 
 def _check_id(name: str, value: str) -> None:

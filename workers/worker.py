@@ -40,7 +40,9 @@ class Worker:
         """``group``: the other ranks, when the worker is tensor-parallel; closed by ``stop``."""
         self.options = options
         self.group = group
-        self.manager = KVCacheManager(options.spec, options.num_blocks, options.lease_ttl_s)
+        self.manager = KVCacheManager(
+            options.spec, options.num_blocks, options.lease_ttl_s, prefix_caching=options.prefix_caching
+        )
         self.step_loop = StepLoop(Batcher(self.manager, options.limits), runner)
         self.address = ""
         self._channels = ChannelPool()
@@ -120,6 +122,8 @@ class Worker:
             prompt_tokens_computed=self.step_loop.prompt_tokens_computed,
             generation_tokens=self.step_loop.generation_tokens,
             preemptions=batcher.num_preemptions,
+            prefix_cache_queries=batcher.prefix_cache_queries,
+            prefix_cache_hits=batcher.prefix_cache_hits,
             transfers=transfers.transfers,
             transfer_bytes=transfers.payload_bytes,
             transfer_seconds=transfers.receive_seconds,

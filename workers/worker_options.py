@@ -26,5 +26,6 @@ class WorkerOptions:
     num_threads: int = 1  # of each rank
     tensor_parallel_size: int = 1  # ranks that compute the model together; ``spec`` has the heads of all
     lease_ttl_s: float = 10.0
+    prefix_caching: bool = True
     quantization: str = "none"  # or "int8"
     log_level: str = "info"

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14workers/worker.proto\x12\x0ftwinpool.worker\"}\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x12\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\"\x8b\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.twinpool.worker.SamplingParams\x12\x17\n\x0fprefill_address\x18\x04 \x01(\t\"K\n\nTokenEvent\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\"\xad\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.twinpool.worker.SamplingParams\x12\x16\n\x0etarget_address\x18\x04 \x01(\t\x12\x13\n\x0btransfer_id\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\".\n\x0fPrefillProgress\x12\x1b\n\x13num_computed_tokens\x18\x01 \x01(\r2\xa5\x01\n\x06Worker\x12K\n\x08Generate\x12 .twinpool.worker.GenerateRequest\x1a\x1b.twinpool.worker.TokenEvent0\x01\x12N\n\x07Prefill\x12\x1f.twinpool.worker.PrefillRequest\x1a .twinpool.worker.PrefillProgress0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14workers/worker.proto\x12\x0ftwinpool.worker\"}\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x12\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\"\x9f\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.twinpool.worker.SamplingParams\x12\x17\n\x0fprefill_address\x18\x04 \x01(\t\x12\x12\n\ncache_salt\x18\x05 \x01(\x0c\"f\n\nTokenEvent\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\"\xd6\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.twinpool.worker.SamplingParams\x12\x16\n\x0etarget_address\x18\x04 \x01(\t\x12\x13\n\x0btransfer_id\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x07 \x01(\r\x12\x12\n\ncache_salt\x18\x08 \x01(\x0c\".\n\x0fPrefillProgress\x12\x1b\n\x13num_computed_tokens\x18\x01 \x01(\r2\xa5\x01\n\x06Worker\x12K\n\x08Generate\x12 .twinpool.worker.GenerateRequest\x1a\x1b.twinpool.worker.TokenEvent0\x01\x12N\n\x07Prefill\x12\x1f.twinpool.worker.PrefillRequest\x1a .twinpool.worker.PrefillProgress0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,13 +34,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS']._serialized_start=41
   _globals['_SAMPLINGPARAMS']._serialized_end=166
   _globals['_GENERATEREQUEST']._serialized_start=169
-  _globals['_GENERATEREQUEST']._serialized_end=308
-  _globals['_TOKENEVENT']._serialized_start=310
-  _globals['_TOKENEVENT']._serialized_end=385
-  _globals['_PREFILLREQUEST']._serialized_start=388
-  _globals['_PREFILLREQUEST']._serialized_end=561
-  _globals['_PREFILLPROGRESS']._serialized_start=563
-  _globals['_PREFILLPROGRESS']._serialized_end=609
-  _globals['_WORKER']._serialized_start=612
-  _globals['_WORKER']._serialized_end=777
+  _globals['_GENERATEREQUEST']._serialized_end=328
+  _globals['_TOKENEVENT']._serialized_start=330
+  _globals['_TOKENEVENT']._serialized_end=432
+  _globals['_PREFILLREQUEST']._serialized_start=435
+  _globals['_PREFILLREQUEST']._serialized_end=649
+  _globals['_PREFILLPROGRESS']._serialized_start=651
+  _globals['_PREFILLPROGRESS']._serialized_end=697
+  _globals['_WORKER']._serialized_start=700
+  _globals['_WORKER']._serialized_end=865
 # @@protoc_insertion_point(module_scope)

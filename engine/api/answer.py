@@ -73,16 +73,23 @@ class Tally:
     """Counts the tokens of one request, exactly: from token ids."""
 
     def __init__(self, jobs: Sequence[Job], num_choices: int) -> None:
+        self._num_choices = num_choices
         self._prompt_tokens = sum(len(job.prompt_token_ids) for job in jobs[::num_choices])
         self._completion_tokens = 0
+        self._cached_tokens: dict[int, int] = {}  # by prompt: what none of its choices had to compute
 
     def add(self, piece: ChoiceDelta) -> None:
         self._completion_tokens += len(piece.delta.token_ids)
+        if piece.delta.num_cached_tokens is not None:
+            prompt = piece.index // self._num_choices
+            known = self._cached_tokens.get(prompt, piece.delta.num_cached_tokens)
+            self._cached_tokens[prompt] = min(known, piece.delta.num_cached_tokens)
 
     @property
     def usage(self) -> Usage:
         total = self._prompt_tokens + self._completion_tokens
-        return Usage(self._prompt_tokens, self._completion_tokens, total, PromptTokensDetails())
+        details = PromptTokensDetails(sum(self._cached_tokens.values()))
+        return Usage(self._prompt_tokens, self._completion_tokens, total, details)
 
 
 async def answer(

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from engine.api.answer import AnswerHead, ChoiceText, answer
 from engine.api.fanout import ChoiceDelta
+from engine.api.middleware import caller_of
 from engine.api.openapi import answer_responses
 from engine.api.protocol import ChatRequest
 from engine.api.replies import ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatReply, ChatText, Usage
@@ -63,7 +64,7 @@ def chat_router(serving: Serving) -> APIRouter:
         body.check(serving.unknown_fields)
         model = serving.model_named(body.model)
         token_ids = await serving.render_chat([message.for_template() for message in body.messages])
-        jobs = make_jobs(body, [TokenPrompt(token_ids, "messages")], _limit(body), model)
+        jobs = make_jobs(body, [TokenPrompt(token_ids, "messages")], _limit(body), model, caller_of(request))
         style = ChatFormat(AnswerHead.make("chatcmpl", model.names[0]), bool(body.return_token_ids))
         return await answer(serving, body, jobs, style, request, started_s)
 

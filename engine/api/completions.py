@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from engine.api.answer import AnswerHead, ChoiceText, answer
 from engine.api.fanout import ChoiceDelta
+from engine.api.middleware import caller_of
 from engine.api.openapi import answer_responses
 from engine.api.protocol import DEFAULT_COMPLETION_TOKENS, CompletionRequest
 from engine.api.replies import CompletionChoice, CompletionReply, Usage
@@ -63,7 +64,8 @@ def completions_router(serving: Serving) -> APIRouter:
         body.check(serving.unknown_fields)
         model = serving.model_named(body.model)
         prompts = await _token_prompts(serving, body)
-        jobs = make_jobs(body, prompts, TokenLimit(body.max_tokens, DEFAULT_COMPLETION_TOKENS), model)
+        limit = TokenLimit(body.max_tokens, DEFAULT_COMPLETION_TOKENS)
+        jobs = make_jobs(body, prompts, limit, model, caller_of(request))
         style = CompletionFormat(AnswerHead.make("cmpl", model.names[0]), bool(body.return_token_ids))
         return await answer(serving, body, jobs, style, request, started_s)
 

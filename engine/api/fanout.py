@@ -21,6 +21,7 @@ class Job:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     stop: tuple[str, ...]
+    cache_salt: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class Fanout:
             await queue.put(error)
 
     async def _run_one(self, job: Job) -> AsyncGenerator[ChoiceDelta, None]:
-        stream = self.engine.generate(job.prompt_token_ids, job.sampling, job.stop)
+        stream = self.engine.generate(job.prompt_token_ids, job.sampling, job.stop, job.cache_salt)
         with self.metrics.recorder(len(job.prompt_token_ids), self.started_s) as recorder:
             async with aclosing(stream) as deltas:
                 async for delta in deltas:

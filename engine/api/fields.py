@@ -16,6 +16,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 256
 MAX_NAME_LENGTH = 1024
+MAX_SALT_LENGTH = 256
 INT64_MAX = (1 << 63) - 1
 
 
@@ -56,6 +57,7 @@ Temperature = Annotated[float, Field(ge=0, le=2), BeforeValidator(_number)]
 TopP = Annotated[float, Field(gt=0, le=1), BeforeValidator(_number)]
 Text = Annotated[str, AfterValidator(_unicode)]
 Name = Annotated[str, Field(max_length=MAX_NAME_LENGTH), AfterValidator(_unicode)]
+CacheSalt = Annotated[str, Field(min_length=1, max_length=MAX_SALT_LENGTH), AfterValidator(_unicode)]
 OptionalBool = StrictBool | None
 
 # Prompts are long: checked in Rust, without a Python call per token, and so without 16.0 for 16.

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.api.errors import describe, failure
+from engine.cache_salt import ANYBODY, identity_of_key
 
 OPEN_PATHS = frozenset({"/health", "/live", "/ready"})
 """Answered without a key: probes have none."""
@@ -42,14 +44,19 @@ class ErrorBoundary:
 
 
 class ApiKeys:
-    """Lets a request in if it carries one of the keys as a bearer token."""
+    """Lets a request in if it carries one of the keys as a bearer token, and notes whose it is: ``caller_of``."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
-        self._keys = tuple(key.encode() for key in keys)
+        self._identities = {key.encode(): identity_of_key(key) for key in keys}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._admits(Headers(scope=scope)):
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        caller = self._identify(Headers(scope=scope))
+        if caller is not None:
+            scope.setdefault("state", {})["caller"] = caller
             await self._app(scope, receive, send)
             return
         refusal = failure(
@@ -60,15 +67,22 @@ class ApiKeys:
         )
         await refusal.response()(scope, receive, send)
 
-    def _admits(self, headers: Headers) -> bool:
+    def _identify(self, headers: Headers) -> str | None:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
-            return False
+            return None
         given = token.strip().encode("latin-1")  # the bytes of the header
-        admitted = False
-        for key in self._keys:  # all of them, so that the time does not tell which one was close
-            admitted |= hmac.compare_digest(given, key)
-        return admitted
+        caller = None
+        for key, identity in self._identities.items():  # all of them, so that the time does not tell which was close
+            if hmac.compare_digest(given, key):
+                caller = identity
+        return caller
+
+
+def caller_of(request: Request) -> str:
+    """Who sent a request, by the key it carried; ``ANYBODY`` where none is asked for."""
+    caller: str = getattr(request.state, "caller", ANYBODY)
+    return caller
 
 
 class BodyLimit:

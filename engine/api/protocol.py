@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from engine.api.fields import (
     MAX_STOP_TOKEN_IDS,
+    CacheSalt,
     ChoiceCount,
     Name,
     OptionalBool,
@@ -73,6 +74,7 @@ class GenerationRequest(BaseModel):
     top_p: TopP | None = None
     top_k: TopK | None = None
     return_token_ids: OptionalBool = None  # as in vLLM: each choice has the token_ids of its text
+    cache_salt: CacheSalt | None = None  # as in vLLM: cached KV is shared with requests of the same salt only
     user: Name | None = None  # accepted for the clients that send it; nothing depends on it
 
     @property

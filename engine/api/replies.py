@@ -29,7 +29,7 @@ class ErrorReply:
 
 @dataclass(frozen=True, slots=True)
 class PromptTokensDetails:
-    cached_tokens: int = 0  # prefix hits are not reported to the gateway yet
+    cached_tokens: int  # their KV was in the cache of the worker that prefilled
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from engine.api.fanout import Job
 from engine.api.protocol import GenerationRequest
 from engine.api.unsupported import UnknownFieldLog
+from engine.cache_salt import ANYBODY, make_cache_salt
 from engine.metrics import Metrics
 from engine.outputs import ServedModel, TextEngine
 from kvcache.errors import RequestError, UnknownModelError
@@ -103,10 +104,15 @@ def fit_to_context(prompt: TokenPrompt, limit: TokenLimit, model: ServedModel) -
 
 
 def make_jobs(
-    body: GenerationRequest, prompts: Sequence[TokenPrompt], limit: TokenLimit, model: ServedModel
+    body: GenerationRequest,
+    prompts: Sequence[TokenPrompt],
+    limit: TokenLimit,
+    model: ServedModel,
+    caller: str = ANYBODY,
 ) -> list[Job]:
     """One job per prompt and choice, ordered as OpenAI indexes choices: all of the first prompt, then the next.
 
+    ``caller`` is whose request it is, for the prefix cache: see ``engine.cache_salt``.
     The i-th choice of a prompt is sampled with ``seed + i``, whichever place the prompt has in its list; without a
     seed every choice gets one of its own.
 
@@ -117,6 +123,7 @@ def make_jobs(
         raise RequestError(
             f"{len(prompts)} prompts with n = {body.num_choices} are more than {MAX_SEQUENCES} sequences", "n"
         )
+    salt = make_cache_salt(caller, body.cache_salt)
     jobs: list[Job] = []
     for prompt in prompts:
         max_tokens = fit_to_context(prompt, limit, model)
@@ -125,7 +132,7 @@ def make_jobs(
         token_ids = tuple(prompt.token_ids)
         for choice in range(body.num_choices):
             sampling = _sampling(body, choice, max_tokens, model)
-            jobs.append(Job(len(jobs), token_ids, sampling, body.stop_strings))
+            jobs.append(Job(len(jobs), token_ids, sampling, body.stop_strings, salt))
     return jobs
 
 

@@ -35,7 +35,6 @@ _COMMON: dict[str, Neutral] = {
     "guided_choice": (None,),
     "guided_grammar": (None,),
     "priority": (None, 0),
-    "cache_salt": (None,),
     "include_stop_str_in_output": (None, False),
     "skip_special_tokens": (None, True),
     "truncate_prompt_tokens": (None,),

@@ -16,16 +16,18 @@ class TransferMessage(_message.Message):
     def __init__(self, open: _Optional[_Union[TransferOpen, _Mapping]] = ..., chunk: _Optional[_Union[KVChunk, _Mapping]] = ..., commit: _Optional[_Union[TransferCommit, _Mapping]] = ...) -> None: ...
 
 class TransferOpen(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "spec", "num_blocks")
+    __slots__ = ("transfer_id", "epoch", "spec", "num_blocks", "first_block")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     spec: KVSpec
     num_blocks: int
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., spec: _Optional[_Union[KVSpec, _Mapping]] = ..., num_blocks: _Optional[int] = ...) -> None: ...
+    first_block: int
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., spec: _Optional[_Union[KVSpec, _Mapping]] = ..., num_blocks: _Optional[int] = ..., first_block: _Optional[int] = ...) -> None: ...
 
 class KVSpec(_message.Message):
     __slots__ = ("num_layers", "num_kv_heads", "head_size", "block_size", "dtype")
@@ -60,18 +62,20 @@ class KVChunk(_message.Message):
     def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layer: _Optional[int] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., checksum: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class TransferCommit(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "num_chunks", "first_token_id", "checksum")
+    __slots__ = ("transfer_id", "epoch", "num_chunks", "first_token_id", "checksum", "num_cached_tokens")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     NUM_CHUNKS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     num_chunks: int
     first_token_id: int
     checksum: int
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_chunks: _Optional[int] = ..., first_token_id: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
+    num_cached_tokens: int
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_chunks: _Optional[int] = ..., first_token_id: _Optional[int] = ..., checksum: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ...) -> None: ...
 
 class TransferReceipt(_message.Message):
     __slots__ = ("payload_bytes",)

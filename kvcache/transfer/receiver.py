@@ -20,6 +20,7 @@ class ReceivedKV:
 
     request_id: str
     first_token_id: int
+    num_cached_tokens: int  # of the prompt, on the other side
     payload_bytes: int
 
 
@@ -28,7 +29,8 @@ class IncomingTransfer:
 
     Blocks become readable only through the ``ReceivedKV`` that ``commit`` returns. Every method raises
     ``TransferError`` for a message that does not fit; the caller then aborts the lease, and the blocks'
-    half-written content is never read.
+    half-written content is never read. Blocks of the prompt that were here before are outside the lease: they
+    cannot be named, let alone written.
     """
 
     def __init__(self, manager: KVCacheManager, storage: BlockStorage, opening: pb.TransferOpen, now: float) -> None:
@@ -53,7 +55,8 @@ class IncomingTransfer:
         self._check_bounds(where, len(chunk.payload))
         if chunk_checksum(chunk.transfer_id, chunk.epoch, where, chunk.payload) != chunk.checksum:
             raise TransferError(TransferFault.BAD_CHECKSUM, f"{where} of transfer {chunk.transfer_id}")
-        span = slice(where.first_block, where.first_block + where.num_blocks)
+        start = where.first_block - self.lease.first_block
+        span = slice(start, start + where.num_blocks)
         if self._written[where.layer, span].any():
             raise TransferError(TransferFault.REPEATED, f"{where} of transfer {chunk.transfer_id}")
         self._storage.write_blocks(where.layer, self.lease.block_ids[span], chunk.payload)
@@ -72,11 +75,17 @@ class IncomingTransfer:
                 f"transfer {message.transfer_id} lacks {missing} layer blocks,"
                 f" has {self._num_chunks} of {message.num_chunks} chunks",
             )
-        sealed = commit_checksum(message.transfer_id, message.epoch, message.num_chunks, message.first_token_id)
+        sealed = commit_checksum(
+            message.transfer_id,
+            message.epoch,
+            message.num_chunks,
+            message.first_token_id,
+            message.num_cached_tokens,
+        )
         if sealed != message.checksum:
             raise TransferError(TransferFault.BAD_CHECKSUM, f"the commit of transfer {message.transfer_id}")
         self._manager.leases.commit(self.lease)
-        return ReceivedKV(self.lease.request_id, message.first_token_id, self.payload_bytes)
+        return ReceivedKV(self.lease.request_id, message.first_token_id, message.num_cached_tokens, self.payload_bytes)
 
     def _find_own_lease(self, transfer_id: str, epoch: int, now: float) -> None:
         if self._manager.leases.find(transfer_id, epoch, now) is not self.lease:
@@ -89,14 +98,19 @@ class IncomingTransfer:
             difference = str(error)
         if difference is None and opening.num_blocks != len(self.lease.block_ids):
             difference = f"num_blocks is {len(self.lease.block_ids)} here and {opening.num_blocks} there"
+        if difference is None and opening.first_block != self.lease.first_block:
+            difference = f"first_block is {self.lease.first_block} here and {opening.first_block} there"
         if difference is not None:
             raise TransferError(TransferFault.INCOMPATIBLE, f"transfer {opening.transfer_id}: {difference}")
 
     def _check_bounds(self, where: ChunkRange, payload_bytes: int) -> None:
-        spec, num_blocks = self._manager.spec, len(self.lease.block_ids)
-        if where.layer >= spec.num_layers or where.num_blocks < 1 or where.first_block + where.num_blocks > num_blocks:
+        spec, first_block = self._manager.spec, self.lease.first_block
+        end_block = first_block + len(self.lease.block_ids)
+        is_inside = first_block <= where.first_block and where.first_block + where.num_blocks <= end_block
+        if where.layer >= spec.num_layers or where.num_blocks < 1 or not is_inside:
             raise TransferError(
-                TransferFault.OUT_OF_BOUNDS, f"{where}; the transfer has {spec.num_layers} layers, {num_blocks} blocks"
+                TransferFault.OUT_OF_BOUNDS,
+                f"{where}; the transfer has {spec.num_layers} layers, blocks {first_block} to {end_block - 1}",
             )
         if payload_bytes != where.num_blocks * spec.layer_block_bytes:
             raise TransferError(

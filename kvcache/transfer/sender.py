@@ -19,6 +19,15 @@ class TransferTarget:
     address: str  # host:port of its KVTransfer service
     transfer_id: str
     epoch: int
+    first_block: int = 0  # the other side holds the blocks of the prompt before it
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillOutcome:
+    """What the commit says beside that all was sent."""
+
+    first_token_id: int
+    num_cached_tokens: int = 0  # of the prompt: not computed for this sequence
 
 
 class OutgoingTransfer:
@@ -31,6 +40,7 @@ class OutgoingTransfer:
         layer 1          s s r r r      r  ready: computed, not sent yet
         layer 2          s s · · ·      ·  still being computed
 
+    Blocks have their logical numbers, and those before the lease's ``first_block`` are not sent.
     Used on one event loop. The port awaits ``changed`` when there is nothing to take.
     """
 
@@ -43,23 +53,24 @@ class OutgoingTransfer:
         self._storage = storage
         self._lease = lease
         self._blocks_per_chunk = max(1, max_chunk_bytes // spec.layer_block_bytes)
-        self._ready = [0] * spec.num_layers  # blocks from the first on
-        self._sent = [0] * spec.num_layers
+        self._end_block = lease.first_block + len(lease.block_ids)
+        self._ready = [lease.first_block] * spec.num_layers  # up to which block
+        self._sent = [lease.first_block] * spec.num_layers
         self._num_chunks = 0
-        self._first_token_id: int | None = None
+        self._outcome: PrefillOutcome | None = None
         self._is_opened = False
         self.is_finished = False  # the commit was taken
 
     def mark_ready(self, num_layers: int, num_blocks: int) -> None:
-        """The first ``num_blocks`` blocks of the first ``num_layers`` layers are complete and change no more."""
+        """The prompt's first ``num_blocks`` blocks are complete in the first ``num_layers`` layers, and change no more."""
         for layer in range(num_layers):
             self._ready[layer] = max(self._ready[layer], num_blocks)
         self.changed.set()
 
-    def complete(self, first_token_id: int) -> None:
+    def complete(self, outcome: PrefillOutcome) -> None:
         """Everything is computed; the commit may follow the last block."""
-        self._first_token_id = first_token_id
-        self.mark_ready(len(self._ready), len(self._lease.block_ids))
+        self._outcome = outcome
+        self.mark_ready(len(self._ready), self._end_block)
 
     def next_message(self) -> pb.TransferMessage | None:
         """The opening, a chunk of at most ``max_chunk_bytes`` (one block at least), or the commit; None: not now.
@@ -79,13 +90,10 @@ class OutgoingTransfer:
         where = self._next_range()
         if where is not None:
             return self._chunk(where)
-        if self._first_token_id is None or self.is_finished:
+        if self._outcome is None or self.is_finished:
             return None
         self.is_finished = True
-        target = self.target
-        return pb.TransferMessage(
-            commit=make_commit(target.transfer_id, target.epoch, self._num_chunks, self._first_token_id)
-        )
+        return self._commit(self._outcome)
 
     def _next_range(self) -> ChunkRange | None:
         """The lowest layer that has something ready: it was computed first."""
@@ -101,11 +109,24 @@ class OutgoingTransfer:
                 epoch=self.target.epoch,
                 spec=spec_to_wire(self._storage.spec),
                 num_blocks=len(self._lease.block_ids),
+                first_block=self._lease.first_block,
+            )
+        )
+
+    def _commit(self, outcome: PrefillOutcome) -> pb.TransferMessage:
+        return pb.TransferMessage(
+            commit=make_commit(
+                self.target.transfer_id,
+                self.target.epoch,
+                self._num_chunks,
+                outcome.first_token_id,
+                outcome.num_cached_tokens,
             )
         )
 
     def _chunk(self, where: ChunkRange) -> pb.TransferMessage:
-        block_ids = self._lease.block_ids[where.first_block : where.first_block + where.num_blocks]
+        start = where.first_block - self._lease.first_block
+        block_ids = self._lease.block_ids[start : start + where.num_blocks]
         payload = bytes(self._storage.read_blocks(where.layer, block_ids))
         self._sent[where.layer] += where.num_blocks
         self._num_chunks += 1

@@ -16,7 +16,7 @@ MAX_MESSAGE_BYTES = 16 << 20  # the gRPC limit
 FAULT_METADATA_KEY = "twinpool-fault"
 
 _RANGE = struct.Struct("<QIII")
-_COMMIT = struct.Struct("<QII")
+_COMMIT = struct.Struct("<QIII")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +40,10 @@ def chunk_checksum(transfer_id: str, epoch: int, chunk: ChunkRange, payload: byt
     return digest.intdigest()
 
 
-def commit_checksum(transfer_id: str, epoch: int, num_chunks: int, first_token_id: int) -> int:
-    """XXH3-64 over the length of the transfer id (u32), the id, epoch (u64), chunk count and first token (u32 each)."""
+def commit_checksum(transfer_id: str, epoch: int, num_chunks: int, first_token_id: int, num_cached_tokens: int) -> int:
+    """XXH3-64 over the length of the transfer id (u32), the id, epoch (u64), and the other three (u32 each)."""
     digest = _digest_of(transfer_id)
-    digest.update(_COMMIT.pack(epoch, num_chunks, first_token_id))
+    digest.update(_COMMIT.pack(epoch, num_chunks, first_token_id, num_cached_tokens))
     return digest.intdigest()
 
 
@@ -64,13 +64,16 @@ def make_chunk(transfer_id: str, epoch: int, chunk: ChunkRange, payload: bytes) 
     )
 
 
-def make_commit(transfer_id: str, epoch: int, num_chunks: int, first_token_id: int) -> pb.TransferCommit:
+def make_commit(
+    transfer_id: str, epoch: int, num_chunks: int, first_token_id: int, num_cached_tokens: int = 0
+) -> pb.TransferCommit:
     return pb.TransferCommit(
         transfer_id=transfer_id,
         epoch=epoch,
         num_chunks=num_chunks,
         first_token_id=first_token_id,
-        checksum=commit_checksum(transfer_id, epoch, num_chunks, first_token_id),
+        num_cached_tokens=num_cached_tokens,
+        checksum=commit_checksum(transfer_id, epoch, num_chunks, first_token_id, num_cached_tokens),
     )
 
 

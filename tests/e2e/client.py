@@ -22,13 +22,16 @@ async def complete(client: httpx.AsyncClient, prompt_token_ids: Sequence[int], *
     return token_ids
 
 
-async def complete_all(url: str, cases: Sequence[ReferenceCase], at_once: int) -> dict[str, tuple[int, ...]]:
-    """Greedy completions of all cases, ``at_once`` of them at any time."""
+async def complete_all(
+    url: str, cases: Sequence[ReferenceCase], at_once: int, *, apart: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Greedy completions of all cases, ``at_once`` of them at any time; ``apart``: they share no cached prefix."""
     places = asyncio.Semaphore(at_once)
 
     async def one(client: httpx.AsyncClient, case: ReferenceCase) -> tuple[int, ...]:
         async with places:
-            return await complete(client, case.prompt_token_ids)
+            options = {"cache_salt": case.name} if apart else {}
+            return await complete(client, case.prompt_token_ids, **options)
 
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:
         outputs = await asyncio.gather(*(one(client, case) for case in cases))

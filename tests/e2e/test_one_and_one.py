@@ -37,7 +37,7 @@ def test_the_phases_are_split_and_the_bytes_are_those_of_the_spec(
     server: RunningServer, reference: list[ReferenceCase]
 ) -> None:
     before = server.wait_until_idle()
-    outputs = asyncio.run(complete_all(server.url, reference, at_once=1))
+    outputs = asyncio.run(complete_all(server.url, reference, at_once=1, apart=True))
     after = server.wait_until_idle()
     assert outputs == expected(reference)
 
@@ -57,6 +57,28 @@ def test_the_phases_are_split_and_the_bytes_are_those_of_the_spec(
 
 def test_sixteen_at_once_give_the_same_tokens(server: RunningServer, reference: list[ReferenceCase]) -> None:
     assert asyncio.run(complete_all(server.url, reference, at_once=16)) == expected(reference)
+
+
+def test_a_prompt_that_came_before_is_neither_computed_nor_sent_again(
+    server: RunningServer, reference: list[ReferenceCase]
+) -> None:
+    case = next(case for case in reference if len(case.prompt_token_ids) == 200)
+    body = {"prompt": list(case.prompt_token_ids), "max_tokens": 24, "temperature": 0, "return_token_ids": True}
+    told, computed, sent = [], [], []
+    for _ in range(2):
+        before = {worker.info.role: worker.load for worker in server.wait_until_idle().workers}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body | {"cache_salt": "twice"}, timeout=60).json()
+        after = {worker.info.role: worker.load for worker in server.wait_until_idle().workers}
+        assert tuple(answer["choices"][0]["token_ids"]) == case.output_token_ids
+        told.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+        prefill, decode = WorkerRole.PREFILL, WorkerRole.DECODE
+        computed.append(after[prefill].prompt_tokens_computed - before[prefill].prompt_tokens_computed)
+        sent.append(after[decode].transfer_bytes - before[decode].transfer_bytes)
+    spec = server.cluster().workers[0].info.spec
+    assert (told, computed) == ([0, 192], [200, 8])
+    assert sent == [spec.handoff_bytes(200), spec.handoff_bytes(8)]
+    other = httpx.post(f"{server.url}/v1/completions", json=body | {"cache_salt": "other"}, timeout=60).json()
+    assert other["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
 
 def test_the_openai_client_streams_a_chat(server: RunningServer) -> None:
@@ -161,7 +183,13 @@ def test_status_shows_both_workers_with_measured_rates(server: RunningServer) ->
 
 def test_metrics_have_the_names_that_dashboards_know(server: RunningServer) -> None:
     shown = httpx.get(f"{server.url}/metrics", timeout=10).text
-    for name in ("vllm:num_requests_running", "vllm:kv_cache_usage_perc", "twinpool_kv_transfer_bytes_total"):
+    for name in (
+        "vllm:num_requests_running",
+        "vllm:kv_cache_usage_perc",
+        "twinpool_kv_transfer_bytes_total",
+        "vllm:prefix_cache_queries_total",
+        "vllm:prefix_cache_hits_total",
+    ):
         assert name in shown
     leaked = [line for line in shown.splitlines() if line.startswith("twinpool_kv_blocks_unaccounted{")]
     assert len(leaked) == 2

@@ -41,7 +41,9 @@ def test_a_colocated_worker_gives_the_same_tokens_without_a_handoff(reference: l
         assert asyncio.run(complete_all(server.url, reference, at_once=16)) == expected(reference)
         load = server.wait_until_idle().workers[0].load
     assert load.transfers == 0
-    assert load.prompt_tokens_computed == 2 * sum(len(case.prompt_token_ids) for case in reference)
+    assert load.prefix_cache_hits > 0
+    num_prompt_tokens = 2 * sum(len(case.prompt_token_ids) for case in reference)
+    assert load.prompt_tokens_computed + load.prefix_cache_hits == load.prefix_cache_queries == num_prompt_tokens
 
 
 def test_a_stream_that_outlives_the_shutdown_ends_with_an_error_frame() -> None:

@@ -53,21 +53,25 @@ class Handoff:
     def end(self, code: grpc.StatusCode) -> None:
         self.answer.set_result(code)
 
+    def missing(self, spec: KVCacheSpec) -> range:
+        """The logical blocks that the decode worker wants."""
+        return range(self.request.first_block, spec.num_blocks_for(len(self.request.prompt_token_ids)))
+
     def opening(self, spec: KVCacheSpec) -> kv_pb.TransferMessage:
-        num_blocks = spec.num_blocks_for(len(self.request.prompt_token_ids))
         opening = kv_pb.TransferOpen(
             transfer_id=self.request.transfer_id,
             epoch=self.request.epoch,
             spec=spec_to_wire(spec),
-            num_blocks=num_blocks,
+            num_blocks=len(self.missing(spec)),
+            first_block=self.request.first_block,
         )
         return kv_pb.TransferMessage(open=opening)
 
     def chunks(self, spec: KVCacheSpec) -> list[kv_pb.TransferMessage]:
         """All of the KV, one chunk per layer, zeros throughout and rightly sealed."""
-        num_blocks = spec.num_blocks_for(len(self.request.prompt_token_ids))
-        payload = bytes(num_blocks * spec.layer_block_bytes)
-        ranges = (ChunkRange(layer, 0, num_blocks) for layer in range(spec.num_layers))
+        missing = self.missing(spec)
+        payload = bytes(len(missing) * spec.layer_block_bytes)
+        ranges = (ChunkRange(layer, missing.start, len(missing)) for layer in range(spec.num_layers))
         return [self.chunk(where, payload) for where in ranges]
 
     def chunk(self, where: ChunkRange, payload: bytes) -> kv_pb.TransferMessage:

@@ -8,6 +8,7 @@ import logging
 import grpc
 import pytest
 
+from kvcache.prefix import MAX_SALT_BYTES
 from scheduler.batching import BatchLimits, StepPlan
 from scheduler.request import RequestStatus
 from tests.cluster import MAX_MODEL_LEN, TinyCheckpoint, greedily, local_cluster
@@ -39,6 +40,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "more tokens than fit": ({"max_tokens": MAX_MODEL_LEN - 2}, "max_tokens"),
     "empty request id": ({"request_id": ""}, "request_id"),
     "huge request id": ({"request_id": "x" * (MAX_ID_LENGTH + 1)}, "request_id"),
+    "cache salt too long": ({"cache_salt": bytes(MAX_SALT_BYTES + 1)}, "cache_salt"),
     "temperature not a number": ({"temperature": float("nan")}, "temperature"),
     "temperature infinite": ({"temperature": float("inf")}, "temperature"),
     "temperature negative": ({"temperature": -0.1}, "temperature"),
@@ -98,6 +100,18 @@ def test_a_prefill_into_an_impossible_transfer_is_refused(checkpoint: TinyCheckp
             error = await refusal_of(cluster.stub("prefill-0").Prefill(request))
             assert (error.code(), param_in(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "transfer_id")
             await cluster.check_greedy(checkpoint.prompt(20), 5)
+
+    asyncio.run(scenario())
+
+
+def test_a_prefill_from_beyond_the_end_of_the_prompt_is_refused(checkpoint: TinyCheckpoint) -> None:
+    fields = fields_with(checkpoint, {})
+
+    async def scenario() -> None:
+        async with local_cluster(checkpoint, prefill=1, decode=1) as cluster:
+            request = pb.PrefillRequest(**fields, transfer_id="t", epoch=1, first_block=1)  # type: ignore[arg-type]
+            error = await refusal_of(cluster.stub("prefill-0").Prefill(request))
+            assert (error.code(), param_in(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "first_block")
 
     asyncio.run(scenario())
 
@@ -248,6 +262,23 @@ def test_out_of_blocks_everybody_finishes_with_the_right_tokens(
         async with local_cluster(checkpoint, **pools, num_blocks=12) as cluster:
             await asyncio.gather(*(cluster.check_greedy(prompt, 60) for prompt in prompts))
             assert cluster.load(worker_id).preemptions > 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("pools", [{"prefill": 1, "decode": 1}, {"colocated": 1}], ids=["two pools", "colocated"])
+def test_out_of_blocks_with_a_shared_prefix_everybody_finishes_with_the_right_tokens(
+    checkpoint: TinyCheckpoint, pools: dict[str, int]
+) -> None:
+    shared = checkpoint.prompt(40)
+    prompts = [(*shared, *checkpoint.prompt(1 + index, seed=index)) for index in range(10)]
+    worker_id = "colocated-0" if "colocated" in pools else "decode-0"
+
+    async def scenario() -> None:
+        async with local_cluster(checkpoint, **pools, num_blocks=12) as cluster:
+            await asyncio.gather(*(cluster.check_greedy(prompt, 60) for prompt in prompts))
+            load = cluster.load(worker_id)
+            assert (load.preemptions > 0, load.prefix_cache_hits > 0) == (True, True)
 
     asyncio.run(scenario())
 

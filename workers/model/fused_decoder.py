@@ -216,8 +216,8 @@ class FusedDecoder:
         """Packs the weights, by default in the dtype of the KV cache.
 
         With a ``rank``, ``model`` and ``spec`` are cut to its share, and every rank calls the same. With
-        ``drops_packed`` each layer of ``model`` gives its memory back as soon as it is packed, and the model is of no use
-        afterwards. ``report`` hears after every layer which part has been packed, from 0 to 1.
+        ``drops_packed`` each layer of ``model`` gives its memory back as soon as it is packed, and the model is of no
+        use afterwards. ``report`` hears after every layer which part has been packed, from 0 to 1.
         """
         library = load_library()
         assert library is not None, "find_misfit was not asked"

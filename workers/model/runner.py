@@ -113,8 +113,8 @@ def choose_step_model(
     """The fastest way to run ``model`` that gives its results, to what ``quantization`` costs.
 
     With a ``rank``, ``model`` and ``spec`` are cut to its share; all ranks choose the same. With ``reload`` the weights
-    of ``model`` are dropped while they are packed, so that they are not held twice, and the model is loaded again in the
-    rare case that it is needed after all. ``report`` hears which part has been packed.
+    of ``model`` are dropped while they are packed, so that they are not held twice, and the model is loaded again in
+    the rare case that it is needed after all. ``report`` hears which part has been packed.
 
     Raises:
         ModelError: the model cannot be quantized here, or not run at all.

@@ -67,7 +67,10 @@ SHARED: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ({"priority": 1}, "priority"),
-    ({"cache_salt": "x"}, "cache_salt"),
+    ({"cache_salt": ""}, "cache_salt"),
+    ({"cache_salt": "x" * 257}, "cache_salt"),
+    ({"cache_salt": 7}, "cache_salt"),
+    ({"cache_salt": "\ud800"}, "cache_salt"),
     ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
     ({"skip_special_tokens": False}, "skip_special_tokens"),
 ]

@@ -67,6 +67,25 @@ def test_activity_is_rates_over_the_interval_and_silence_without_any() -> None:
     assert "decode-0 25.0%" in line
 
 
+def test_the_prefix_hit_rate_is_that_of_the_workers_that_prefill() -> None:
+    def both(prefill: WorkerLoad, decode: WorkerLoad) -> ClusterSnapshot:
+        roles = ((WorkerRole.PREFILL, prefill), (WorkerRole.DECODE, decode))
+        return ClusterSnapshot(
+            tuple(
+                WorkerSnapshot(replace(INFO, worker_id=role.value, role=role), load, 0, 0, 0, 0.0)
+                for role, load in roles
+            )
+        )
+
+    before = both(WorkerLoad(prefix_cache_queries=100, prefix_cache_hits=50), WorkerLoad())
+    after = both(
+        WorkerLoad(running=1, prefix_cache_queries=300, prefix_cache_hits=100),
+        WorkerLoad(prefix_cache_queries=900, prefix_cache_hits=900),
+    )
+    assert "prefix hit rate 25.0%" in (activity_line(before, after, 5.0) or "")
+    assert "prefix hit rate" not in (activity_line(after, after, 5.0) or "")
+
+
 def test_a_restarted_worker_counts_from_zero() -> None:
     before = view(WorkerLoad(blocks_free=100, generation_tokens=900))
     after = view(WorkerLoad(blocks_free=100, generation_tokens=10), incarnation=2)

@@ -65,6 +65,24 @@ def test_sizes_are_written_as_people_write_them() -> None:
     assert load_config({"kv_cache_memory_bytes": "1.5GiB"}).kv_cache_memory_bytes == 3 << 29
 
 
+def test_the_prefix_cache_can_be_turned_off_in_every_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse(*arguments: str) -> bool:
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        flags = {name: value for name, value in vars(parser.parse_args(arguments)).items() if name != "config"}
+        return load_config(flags).enable_prefix_caching
+
+    assert parse() is True
+    assert parse("--enable-prefix-caching") is True
+    assert parse("--no-enable-prefix-caching") is False
+    file = tmp_path / "cluster.yaml"
+    file.write_text("enable-prefix-caching: false\n")
+    assert load_config({}, file).enable_prefix_caching is False
+    monkeypatch.setenv("TWINPOOL_ENABLE_PREFIX_CACHING", "false")
+    assert parse() is False
+    assert parse("--enable-prefix-caching") is True
+
+
 def test_keys_come_from_repeated_flags_or_from_one_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_config({"api_key": ["a", "b"]}).api_key == ("a", "b")
     monkeypatch.setenv("TWINPOOL_API_KEY", "c, d")

@@ -99,7 +99,12 @@ def test_gauges_are_the_workers_own_counts(board: Board) -> None:
 
 def test_counters_go_on_when_a_worker_restarts_and_stay_when_it_is_gone(board: Board) -> None:
     load = WorkerLoad(
-        preemptions=2, transfer_bytes=100, transfer_seconds=1.5, transfer_failures=(("expired", 3), ("aborted", 1))
+        preemptions=2,
+        prefix_cache_queries=70,
+        prefix_cache_hits=30,
+        transfer_bytes=100,
+        transfer_seconds=1.5,
+        transfer_failures=(("expired", 3), ("aborted", 1)),
     )
     first = worker("decode-0", WorkerRole.DECODE, load)
     restarted = worker("decode-0", WorkerRole.DECODE, WorkerLoad(transfer_bytes=10, preemptions=1), incarnation=2)
@@ -107,6 +112,8 @@ def test_counters_go_on_when_a_worker_restarts_and_stay_when_it_is_gone(board: B
         board.cluster = ClusterSnapshot(workers)
         assert board.value("twinpool_kv_transfer_bytes_total", worker="decode-0") == transferred
     assert board.value("vllm:num_preemptions_total", worker="decode-0") == 3
+    assert board.value("vllm:prefix_cache_queries_total", worker="decode-0") == 70
+    assert board.value("vllm:prefix_cache_hits_total", worker="decode-0") == 30
     assert board.value("twinpool_kv_transfer_seconds_total") == 1.5
     assert board.value("twinpool_kv_transfer_failures_total", reason="expired") == 3
 

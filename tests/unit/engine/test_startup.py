@@ -36,14 +36,14 @@ def test_ranks_that_do_not_fit_the_heads_are_refused_by_the_option_that_asked_fo
     startup._check_ranks(load_config({"tensor_parallel_size": "3", "decode_tensor_parallel_size": "9"}), CHECKPOINT)
     with pytest.raises(ConfigError, match="--decode-tensor-parallel-size is 2: 9 attention heads and 3 KV heads"):
         startup._check_ranks(load_config({"decode_tensor_parallel_size": "2"}), CHECKPOINT)
-    with pytest.raises(ConfigError, match="^--tensor-parallel-size is 6"):
+    with pytest.raises(ConfigError, match=r"^--tensor-parallel-size is 6"):
         startup._check_ranks(load_config({"tensor_parallel_size": "6", "colocated": "1"}), CHECKPOINT)
 
 
 def test_a_model_that_cannot_be_cut_is_refused_with_the_reason() -> None:
     whole = replace(CHECKPOINT, cutting_problem="it is made of one piece")
     startup._check_ranks(load_config({}), whole)
-    with pytest.raises(ConfigError, match="--tensor-parallel-size is 3: .* it is made of one piece"):
+    with pytest.raises(ConfigError, match=r"--tensor-parallel-size is 3: .* it is made of one piece"):
         startup._check_ranks(load_config({"tensor_parallel_size": "3"}), whole)
 
 

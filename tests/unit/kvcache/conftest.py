@@ -29,7 +29,16 @@ def manager() -> Iterator[KVCacheManager]:
 @pytest.fixture
 def handoff() -> Iterator[Handoff]:
     """A prompt on the prefill side and blocks reserved for it on the decode side."""
-    handoff = Handoff()
+    yield from ended_handoff(Handoff())
+
+
+@pytest.fixture
+def partial_handoff() -> Iterator[Handoff]:
+    """The same, where the decode side holds the first of the three blocks already."""
+    yield from ended_handoff(Handoff(num_held=1))
+
+
+def ended_handoff(handoff: Handoff) -> Iterator[Handoff]:
     yield handoff
     handoff.end()
     handoff.source.manager.check_idle()

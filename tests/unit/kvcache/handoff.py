@@ -11,7 +11,7 @@ from kvcache.manager import KVCacheManager
 from kvcache.storage import PagedStorage
 from kvcache.transfer import kv_transfer_pb2 as pb
 from kvcache.transfer.receiver import IncomingTransfer, ReceivedKV
-from kvcache.transfer.sender import OutgoingTransfer, TransferTarget
+from kvcache.transfer.sender import OutgoingTransfer, PrefillOutcome, TransferTarget
 from kvcache.transfer.wire import ChunkRange, make_chunk
 from tests.builders import fill_with_noise, make_spec
 
@@ -21,6 +21,7 @@ NUM_TOKENS = 2 * 128 + 5  # three blocks
 NUM_BLOCKS = 6
 LEASE_TTL_S = 10.0
 FIRST_TOKEN_ID = 42
+NUM_CACHED_TOKENS = 128
 REQUEST_ID = "request"
 BYSTANDER = "bystander"
 
@@ -52,9 +53,13 @@ class Side:
 
 
 class Handoff:
-    """A prefilled sequence on ``source``, blocks reserved on ``target``, and the messages between them."""
+    """A prefilled sequence on ``source``, blocks reserved on ``target``, and the messages between them.
 
-    def __init__(self) -> None:
+    The target holds the first ``num_held`` blocks of the prompt already.
+    """
+
+    def __init__(self, num_held: int = 0) -> None:
+        self.num_held = num_held
         self.source = Side(seed=1, bystander_blocks=1)
         self.target = Side(seed=2, bystander_blocks=2)
         self.expected = self.source.read(REQUEST_ID)
@@ -79,7 +84,7 @@ class Handoff:
     def iter_messages(self) -> Iterable[pb.TransferMessage]:
         """Of a prompt that is computed as a whole already."""
         transfer = self.outgoing()
-        transfer.complete(FIRST_TOKEN_ID)
+        transfer.complete(PrefillOutcome(FIRST_TOKEN_ID, NUM_CACHED_TOKENS))
         while (message := transfer.next_message()) is not None:
             yield message
 
@@ -120,6 +125,6 @@ class Handoff:
             side.manager.free(REQUEST_ID)
             side.manager.free(BYSTANDER)
 
-    @staticmethod
-    def _open_lease(side: Side) -> BlockLease:
-        return side.manager.leases.open("transfer", REQUEST_ID, side.manager.block_table(REQUEST_ID), now=0.0)
+    def _open_lease(self, side: Side) -> BlockLease:
+        block_ids = side.manager.block_table(REQUEST_ID)[self.num_held :]
+        return side.manager.leases.open("transfer", REQUEST_ID, block_ids, now=0.0, first_block=self.num_held)

@@ -81,3 +81,56 @@ def test_a_block_cannot_be_released_more_often_than_taken(pool: BlockPool) -> No
     pool.release(block_ids)
     with pytest.raises(InvariantError, match="released more often"):
         pool.release(block_ids)
+
+
+def test_a_free_block_that_is_indexed_can_be_shared_and_leaves_the_queue(pool: BlockPool) -> None:
+    first, second = take(pool, 2)
+    pool.prefixes.add(b"a", second)
+    pool.release([first, second])
+    pool.share([second])
+    assert (pool.references(second), pool.num_free) == (1, 7)
+    assert second not in pool.free_block_ids()
+    rest = take(pool, 7)
+    assert second not in rest
+    pool.release([second, *rest])
+
+
+def test_a_block_in_use_is_shared_by_counting(pool: BlockPool) -> None:
+    (block_id,) = take(pool, 1)
+    pool.prefixes.add(b"a", block_id)
+    pool.share([block_id])
+    pool.release([block_id])
+    assert (pool.references(block_id), pool.num_free) == (1, 7)
+    pool.release([block_id])
+
+
+def test_a_block_that_is_not_indexed_cannot_be_shared(pool: BlockPool) -> None:
+    block_ids = take(pool, 1)
+    for block_id in (*block_ids, 5):
+        with pytest.raises(InvariantError, match="cannot be shared"):
+            pool.share([block_id])
+    pool.release(block_ids)
+
+
+def test_a_released_block_stays_indexed_until_it_is_allocated_again(pool: BlockPool) -> None:
+    (block_id,) = take(pool, 1)
+    pool.prefixes.add(b"a", block_id)
+    pool.release([block_id])
+    others = take(pool, 7)
+    assert pool.prefixes.longest_prefix([b"a"]) == [block_id]
+    assert take(pool, 1) == [block_id]
+    assert pool.prefixes.longest_prefix([b"a"]) == []
+    pool.release([block_id, *others])
+
+
+def test_the_least_recently_used_block_is_used_again_first(pool: BlockPool) -> None:
+    block_ids = take(pool, 8)
+    for block_id in block_ids:
+        pool.prefixes.add(bytes([block_id]), block_id)
+    pool.release(block_ids)
+    used_again = block_ids[2]
+    pool.share([used_again])
+    pool.release([used_again])
+    order = take(pool, 8)
+    assert order == [block_id for block_id in block_ids if block_id != used_again] + [used_again]
+    pool.release(order)

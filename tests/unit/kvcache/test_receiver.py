@@ -17,6 +17,7 @@ from tests.unit.kvcache.handoff import (
     BYSTANDER,
     FIRST_TOKEN_ID,
     LEASE_TTL_S,
+    NUM_CACHED_TOKENS,
     REQUEST_ID,
     SPEC,
     Handoff,
@@ -104,6 +105,10 @@ def change_first_token(handoff: Handoff) -> None:
     handoff.commit.first_token_id ^= 1
 
 
+def change_cached_tokens(handoff: Handoff) -> None:
+    handoff.commit.num_cached_tokens ^= 1
+
+
 def change_epoch(which: int) -> Damage:
     def damage(handoff: Handoff) -> None:
         message = handoff.messages[which]
@@ -120,6 +125,7 @@ DAMAGES: dict[str, tuple[Damage, TransferFault]] = {
     "first block of another chunk": (flip_number("first_block"), TransferFault.BAD_CHECKSUM),
     "number of blocks": (flip_number("num_blocks"), TransferFault.BAD_LENGTH),
     "first token": (change_first_token, TransferFault.BAD_CHECKSUM),
+    "cached tokens": (change_cached_tokens, TransferFault.BAD_CHECKSUM),
     "epoch": (flip_number("epoch", bit=63), TransferFault.STALE_EPOCH),
     "transfer id": (rename_transfer, TransferFault.UNKNOWN_TRANSFER),
     "truncated by a byte": (resize_payload(2 * len(LAYER_BLOCK) - 1), TransferFault.BAD_LENGTH),
@@ -151,6 +157,7 @@ def test_a_handoff_moves_the_exact_bytes_to_differently_numbered_blocks(handoff:
     assert handoff.target.read(REQUEST_ID) == handoff.expected
     assert handoff.target.read(BYSTANDER) == handoff.bystander_before
     assert (received.request_id, received.first_token_id) == (REQUEST_ID, FIRST_TOKEN_ID)
+    assert received.num_cached_tokens == NUM_CACHED_TOKENS
     assert received.payload_bytes == sum(map(len, handoff.expected))
     assert (handoff.target_lease.state, len(handoff.target.manager.leases)) == (LeaseState.COMMITTED, 0)
 
@@ -302,3 +309,54 @@ def test_a_refused_chunk_does_not_prolong_the_lease(handoff: Handoff) -> None:
     with pytest.raises(TransferError):
         incoming.write(handoff.chunks[1], now=5.0)
     assert handoff.target_lease.expires_at_s == LEASE_TTL_S
+
+
+# A prefix that the decode side holds already is not sent. Three blocks, of which it holds the first.
+
+
+def test_only_the_blocks_that_the_receiver_lacks_are_sent(partial_handoff: Handoff) -> None:
+    before = partial_handoff.target.read(REQUEST_ID)
+    received = partial_handoff.deliver()
+    ranges = [(chunk.layer, chunk.first_block, chunk.num_blocks) for chunk in partial_handoff.chunks]
+    assert ranges == [(0, 1, 2), (1, 1, 2)]
+    size = SPEC.layer_block_bytes
+    held = [layer[:size] for layer in before]
+    sent = [layer[size:] for layer in partial_handoff.expected]
+    assert partial_handoff.target.read(REQUEST_ID) == [one + other for one, other in zip(held, sent, strict=True)]
+    assert received.payload_bytes == sum(map(len, sent))
+    assert partial_handoff.target.read(BYSTANDER) == partial_handoff.bystander_before
+
+
+PARTIAL_DAMAGES: dict[str, tuple[ChunkRange, TransferFault]] = {
+    "held block": (ChunkRange(0, 0, 1), TransferFault.OUT_OF_BOUNDS),
+    "range that begins in it": (ChunkRange(0, 0, 2), TransferFault.OUT_OF_BOUNDS),
+    "the whole prompt": (ChunkRange(0, 0, 3), TransferFault.OUT_OF_BOUNDS),
+    "range past the last block": (ChunkRange(0, 2, 2), TransferFault.OUT_OF_BOUNDS),
+    "block past the last": (ChunkRange(0, 3, 1), TransferFault.OUT_OF_BOUNDS),
+    "a part of the missing ones": (ChunkRange(0, 1, 1), TransferFault.INCOMPLETE),
+}
+
+
+@pytest.mark.parametrize("name", PARTIAL_DAMAGES)
+def test_a_chunk_beside_the_missing_blocks_is_refused_and_touches_none_that_is_held(
+    partial_handoff: Handoff, name: str
+) -> None:
+    where, fault = PARTIAL_DAMAGES[name]
+    held = [layer[: SPEC.layer_block_bytes] for layer in partial_handoff.target.read(REQUEST_ID)]
+    partial_handoff.messages[1] = partial_handoff.make_chunk(where, LAYER_BLOCK * where.num_blocks)
+    check_refused(partial_handoff, fault)
+    assert [layer[: SPEC.layer_block_bytes] for layer in partial_handoff.target.read(REQUEST_ID)] == held
+
+
+@pytest.mark.parametrize("first_block", [0, 2, UINT32_MAX])
+def test_an_opening_from_another_first_block_is_refused(partial_handoff: Handoff, first_block: int) -> None:
+    partial_handoff.opening.first_block = first_block
+    check_refused(partial_handoff, TransferFault.INCOMPATIBLE, mention="first_block is 1 here")
+
+
+def test_a_held_block_may_be_shared_while_the_rest_is_received(partial_handoff: Handoff) -> None:
+    """The lease protects what is written; who else reads the prefix does not matter."""
+    manager = partial_handoff.target.manager
+    (held, *_) = manager.block_table(REQUEST_ID)
+    assert held not in partial_handoff.target_lease.block_ids
+    assert manager.pool.references(held) == 1

@@ -13,21 +13,25 @@ from kvcache.errors import TransferError, TransferFault
 from kvcache.manager import KVCacheManager
 from kvcache.storage import PagedStorage
 from kvcache.transfer import kv_transfer_pb2 as pb
-from kvcache.transfer.sender import OutgoingTransfer, TransferTarget
+from kvcache.transfer.sender import OutgoingTransfer, PrefillOutcome, TransferTarget
 from kvcache.transfer.wire import MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
 from tests.builders import make_spec, repeatable
-from tests.unit.kvcache.handoff import FIRST_TOKEN_ID, REQUEST_ID, SPEC, Handoff
+from tests.unit.kvcache.handoff import FIRST_TOKEN_ID, NUM_CACHED_TOKENS, REQUEST_ID, SPEC, Handoff
 
 LAYER_BLOCK = bytes(SPEC.layer_block_bytes)
 
 
-def make_transfer(num_layers: int, num_blocks: int, max_chunk_bytes: int = MAX_CHUNK_BYTES) -> OutgoingTransfer:
+def make_transfer(
+    num_layers: int, num_blocks: int, max_chunk_bytes: int = MAX_CHUNK_BYTES, first_block: int = 0
+) -> OutgoingTransfer:
+    """``num_blocks`` blocks of a prompt, of which the other side holds those before ``first_block``."""
     spec = make_spec(num_layers=num_layers)
     manager = KVCacheManager(spec, max(1, num_blocks))
     manager.extend("a", num_blocks * spec.block_size)
-    lease = manager.leases.open("transfer", "a", manager.block_table("a"), now=0.0)
+    block_ids = manager.block_table("a")[first_block:]
+    lease = manager.leases.open("transfer", "a", block_ids, now=0.0, first_block=first_block)
     manager.leases.start_sending(lease)
-    target = TransferTarget("nowhere:1", "transfer", 1)
+    target = TransferTarget("nowhere:1", "transfer", 1, first_block)
     return OutgoingTransfer(PagedStorage(spec, max(1, num_blocks)), lease, target, max_chunk_bytes)
 
 
@@ -44,12 +48,18 @@ def cells(message: pb.TransferMessage) -> list[tuple[int, int]]:
 STEP = st.tuples(st.integers(0, 4), st.integers(0, 20), st.integers(0, 30))  # layers, blocks, messages taken after it
 
 
-@given(steps=st.lists(STEP, max_size=12), num_blocks=st.integers(1, 20), max_chunk_bytes=st.integers(0, 2000))
+@given(
+    steps=st.lists(STEP, max_size=12),
+    first_block=st.integers(0, 19),
+    num_blocks=st.integers(1, 20),
+    max_chunk_bytes=st.integers(0, 2000),
+)
 @repeatable(200)
-def test_a_block_leaves_once_and_only_when_it_is_computed(
-    steps: list[tuple[int, int, int]], num_blocks: int, max_chunk_bytes: int
+def test_a_block_that_is_not_held_leaves_once_and_only_when_it_is_computed(
+    steps: list[tuple[int, int, int]], first_block: int, num_blocks: int, max_chunk_bytes: int
 ) -> None:
-    transfer = make_transfer(4, num_blocks, max_chunk_bytes)
+    first_block %= num_blocks
+    transfer = make_transfer(4, num_blocks, max_chunk_bytes, first_block)
     computed: set[tuple[int, int]] = set()
     sent: Counter[tuple[int, int]] = Counter()
 
@@ -65,18 +75,18 @@ def test_a_block_leaves_once_and_only_when_it_is_computed(
     for num_layers, blocks, count in steps:
         ready = min(blocks, num_blocks)
         transfer.mark_ready(num_layers, ready)
-        computed |= {(layer, block) for layer in range(num_layers) for block in range(ready)}
+        computed |= {(layer, block) for layer in range(num_layers) for block in range(first_block, ready)}
         take(count)
         assert set(sent) <= computed
     take(10_000)
     assert set(sent) == computed
 
-    transfer.complete(FIRST_TOKEN_ID)
+    transfer.complete(PrefillOutcome(FIRST_TOKEN_ID, NUM_CACHED_TOKENS))
     *chunks, commit = list(take_all(transfer))
     for message in chunks:
         sent.update(cells(message))
-    assert sent == Counter((layer, block) for layer in range(4) for block in range(num_blocks))
-    assert commit.commit.first_token_id == FIRST_TOKEN_ID
+    assert sent == Counter((layer, block) for layer in range(4) for block in range(first_block, num_blocks))
+    assert (commit.commit.first_token_id, commit.commit.num_cached_tokens) == (FIRST_TOKEN_ID, NUM_CACHED_TOKENS)
     assert transfer.is_finished
 
 
@@ -99,7 +109,7 @@ def test_the_commit_counts_the_chunks_that_left_in_the_end() -> None:
     transfer = make_transfer(2, 3)
     transfer.mark_ready(2, 1)
     early = list(take_all(transfer))
-    transfer.complete(FIRST_TOKEN_ID)
+    transfer.complete(PrefillOutcome(FIRST_TOKEN_ID, NUM_CACHED_TOKENS))
     *late, commit = list(take_all(transfer))
     assert commit.commit.num_chunks == len(early) - 1 + len(late) == 4
 
@@ -110,7 +120,7 @@ def test_a_full_chunk_fits_into_a_message() -> None:
     manager.extend("a", 10 * spec.block_size)
     lease = manager.leases.open("f" * 32, "a", manager.block_table("a"), now=0.0)
     transfer = OutgoingTransfer(PagedStorage(spec, 10), lease, TransferTarget("nowhere:1", "f" * 32, 1))
-    transfer.complete(FIRST_TOKEN_ID)
+    transfer.complete(PrefillOutcome(FIRST_TOKEN_ID, NUM_CACHED_TOKENS))
     _, first, *_ = take_all(transfer)
     assert len(first.chunk.payload) == MAX_CHUNK_BYTES
     assert first.ByteSize() < MAX_MESSAGE_BYTES

@@ -41,16 +41,17 @@ def test_the_checksum_is_over_header_and_payload_as_documented(
 def test_every_field_of_a_commit_changes_its_checksum_as_documented() -> None:
     encoded = "übertragung".encode()
     layout = len(encoded).to_bytes(4, "little") + encoded + (5).to_bytes(8, "little")
-    layout += (7).to_bytes(4, "little") + (11).to_bytes(4, "little")
-    sealed = commit_checksum("übertragung", 5, 7, 11)
+    layout += (7).to_bytes(4, "little") + (11).to_bytes(4, "little") + (13).to_bytes(4, "little")
+    sealed = commit_checksum("übertragung", 5, 7, 11, 13)
     assert sealed == xxhash.xxh3_64_intdigest(layout)
     others = {
-        commit_checksum("ubertragung", 5, 7, 11),
-        commit_checksum("übertragung", 4, 7, 11),
-        commit_checksum("übertragung", 5, 6, 11),
-        commit_checksum("übertragung", 5, 7, 10),
+        commit_checksum("ubertragung", 5, 7, 11, 13),
+        commit_checksum("übertragung", 4, 7, 11, 13),
+        commit_checksum("übertragung", 5, 6, 11, 13),
+        commit_checksum("übertragung", 5, 7, 10, 13),
+        commit_checksum("übertragung", 5, 7, 11, 12),
     }
-    assert len(others | {sealed}) == 5
+    assert len(others | {sealed}) == 6
 
 
 def test_every_bit_of_the_payload_changes_the_checksum() -> None:

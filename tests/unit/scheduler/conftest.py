@@ -18,9 +18,15 @@ def make_engine() -> Iterator[MakeEngine]:
     engines: list[Engine] = []
 
     def make(
-        num_blocks: int = 32, max_num_seqs: int = 8, max_num_batched_tokens: int = 64, waiting: int = 16
+        num_blocks: int = 32,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 64,
+        waiting: int = 16,
+        *,
+        prefix_caching: bool = True,
     ) -> Engine:
-        engines.append(Engine(num_blocks, BatchLimits(max_num_seqs, max_num_batched_tokens, waiting)))
+        limits = BatchLimits(max_num_seqs, max_num_batched_tokens, waiting)
+        engines.append(Engine(num_blocks, limits, prefix_caching=prefix_caching))
         return engines[-1]
 
     yield make

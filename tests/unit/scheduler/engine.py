@@ -29,39 +29,56 @@ def reference_output(prompt_token_ids: Sequence[int], sampling: SamplingParams) 
 
 
 class FakeRunner:
-    """Remembers in every cell of the cache whose token of which position was put there last."""
+    """Remembers in every cell of the cache which token was put there last, and what came before that token."""
 
     def __init__(self) -> None:
-        self._cells: dict[tuple[int, int], tuple[str, int, int]] = {}
+        self._cells: dict[tuple[int, int], tuple[int, int]] = {}  # (block, place in it) → (token, digest up to it)
 
     def execute(self, plan: StepPlan) -> dict[str, int]:
-        """All writes first: a block that two chunks of one step share would show."""
+        """All writes first: a block that two chunks of one step write to would show."""
         for chunk in plan.chunks:
-            self.write(chunk.request_id, chunk.block_table, chunk.start, chunk.token_ids)
+            self.write(chunk.block_table, chunk.start, chunk.token_ids)
         contexts = {chunk.request_id: self._read(chunk) for chunk in plan.chunks}
         return {chunk.request_id: next_token(contexts[chunk.request_id]) for chunk in plan.chunks if chunk.sampling}
 
-    def write(self, request_id: str, block_table: Sequence[int], start: int, token_ids: Sequence[int]) -> None:
+    def write(self, block_table: Sequence[int], start: int, token_ids: Sequence[int]) -> None:
+        digest = self._cells[place_of(block_table, start - 1)][1] if start else 0
         for position, token_id in enumerate(token_ids, start):
-            place = (block_table[position // BLOCK_SIZE], position % BLOCK_SIZE)
-            self._cells[place] = (request_id, position, token_id)
+            digest = digest_after(digest, token_id)
+            self._cells[place_of(block_table, position)] = (token_id, digest)
+
+    def spoil(self, chunk: ScheduledChunk) -> None:
+        """The step went wrong: what it wrote is not what it should have written."""
+        for position in range(chunk.start, chunk.end):
+            self._cells[place_of(chunk.block_table, position)] = (0, -1)
 
     def _read(self, chunk: ScheduledChunk) -> list[int]:
         """The tokens that the chunk's last query attends to, out of the cache."""
-        token_ids = []
+        token_ids: list[int] = []
+        digest = 0
         for position in range(chunk.end):
-            place = (chunk.block_table[position // BLOCK_SIZE], position % BLOCK_SIZE)
-            owner, written_position, token_id = self._cells[place]
-            assert (owner, written_position) == (chunk.request_id, position), "KV of another token was read"
+            token_id, written_digest = self._cells[place_of(chunk.block_table, position)]
+            digest = digest_after(digest, token_id)
+            assert written_digest == digest, "KV of another context was read"
             token_ids.append(token_id)
+        assert tuple(token_ids[chunk.start :]) == chunk.token_ids
         return token_ids
+
+
+def place_of(block_table: Sequence[int], position: int) -> tuple[int, int]:
+    return block_table[position // BLOCK_SIZE], position % BLOCK_SIZE
+
+
+def digest_after(digest: int, token_id: int) -> int:
+    """KV of a token depends on all tokens before it."""
+    return zlib.crc32(bytes([token_id]), digest)
 
 
 class Engine:
     """Drives one batcher step by step and records what came out."""
 
-    def __init__(self, num_blocks: int, limits: BatchLimits) -> None:
-        self.manager: KVCacheManager = make_manager(num_blocks)
+    def __init__(self, num_blocks: int, limits: BatchLimits, *, prefix_caching: bool = True) -> None:
+        self.manager: KVCacheManager = make_manager(num_blocks, prefix_caching=prefix_caching)
         self.batcher = Batcher(self.manager, limits)
         self.runner = FakeRunner()
         self.requests: dict[str, Request] = {}
@@ -70,16 +87,20 @@ class Engine:
     def add(
         self,
         request_id: str,
-        num_prompt_tokens: int,
+        num_prompt_tokens: int = 0,
         max_tokens: int = 3,
         *,
         prefill_only: bool = False,
         remote_prefill: bool = False,
         stop_token_ids: tuple[int, ...] = (),
+        prompt: Sequence[int] | None = None,
+        cache_salt: bytes = b"",
     ) -> Request:
-        prompt = tuple((ord(request_id[-1]) + 7 * position) % VOCAB_SIZE for position in range(num_prompt_tokens))
+        """Without ``prompt``, one of that length that depends on the last letter of the name."""
+        if prompt is None:
+            prompt = [(ord(request_id[-1]) + 7 * position) % VOCAB_SIZE for position in range(num_prompt_tokens)]
         sampling = make_sampling(max_tokens, stop_token_ids)
-        request = Request(request_id, prompt, sampling, prefill_only, remote_prefill)
+        request = Request(request_id, tuple(prompt), sampling, prefill_only, remote_prefill, cache_salt)
         self.batcher.add(request)
         self.requests[request_id] = request
         self.outputs[request_id] = []
@@ -99,9 +120,30 @@ class Engine:
         assert sum(len(chunk.token_ids) for chunk in plan.chunks) <= limits.max_num_batched_tokens
         assert self.batcher.num_running <= limits.max_num_seqs
         self.manager.check_integrity()
+        for chunk in plan.chunks:
+            self._check_writes(chunk)
+        self._check_salts()
+
+    def _check_writes(self, chunk: ScheduledChunk) -> None:
+        """A block that a step writes to is in no other table and in no index."""
+        assert chunk.token_ids
+        for position in range(chunk.start, chunk.end):
+            block_id = chunk.block_table[position // BLOCK_SIZE]
+            holders = [each for each in self.requests if block_id in self.manager.block_table(each)]
+            assert holders == [chunk.request_id]
+            assert block_id not in self.manager.pool.prefixes
+
+    def _check_salts(self) -> None:
+        salts: dict[int, bytes] = {}
+        for request_id, request in self.requests.items():
+            for block_id in self.manager.block_table(request_id):
+                assert salts.setdefault(block_id, request.cache_salt) == request.cache_salt
 
     def apply(self, plan: StepPlan, failed: Container[str] = ()) -> None:
         sampled = self.runner.execute(plan)
+        for chunk in plan.chunks:
+            if chunk.request_id in failed:
+                self.runner.spoil(chunk)
         kept = {request_id: token for request_id, token in sampled.items() if request_id not in failed}
         for output in self.batcher.apply(plan, kept, failed):
             self.outputs[output.request.request_id].append(output)
@@ -116,9 +158,10 @@ class Engine:
         return plans
 
     def attach(self, request_id: str) -> None:
-        """A handoff: another worker has computed the prompt."""
-        prompt = self.requests[request_id].prompt_token_ids
-        self.runner.write(request_id, self.manager.block_table(request_id), 0, prompt)
+        """A handoff: another worker has computed the prompt and sent what is not cached here."""
+        request = self.requests[request_id]
+        prompt, start = request.prompt_token_ids, request.num_computed_tokens
+        self.runner.write(self.manager.block_table(request_id), start, prompt[start:])
         self.outputs[request_id].append(self.batcher.attach(request_id, next_token(prompt)))
 
     def tokens(self, request_id: str) -> list[int]:

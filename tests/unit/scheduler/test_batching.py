@@ -21,9 +21,9 @@ def refused_field(engine: Engine, num_prompt_tokens: int, max_tokens: int, prefi
     return caught.value.param
 
 
-def crowd_out(make_engine: MakeEngine) -> Engine:
+def crowd_out(make_engine: MakeEngine, *, prefix_caching: bool = True) -> Engine:
     """Four blocks, two sequences of one block each that want three and four: the younger is preempted."""
-    engine = make_engine(num_blocks=4)
+    engine = make_engine(num_blocks=4, prefix_caching=prefix_caching)
     engine.add("old", 4, max_tokens=13)
     engine.add("young", 4, max_tokens=8)
     return engine
@@ -329,8 +329,8 @@ def test_a_preempted_sequence_gets_the_tokens_it_would_have_got(make_engine: Mak
         assert engine.tokens(request_id) == engine.expected(request_id)
 
 
-def test_a_preempted_sequence_computes_prompt_and_output_again(make_engine: MakeEngine) -> None:
-    engine = crowd_out(make_engine)
+def test_without_a_cache_a_preempted_sequence_computes_prompt_and_output_again(make_engine: MakeEngine) -> None:
+    engine = crowd_out(make_engine, prefix_caching=False)
     young = engine.requests["young"]
     while not young.num_preemptions:
         engine.step()
@@ -364,7 +364,7 @@ def test_crowded_sequences_all_finish(make_engine: MakeEngine) -> None:
 
 
 def test_a_preempted_sequence_goes_before_those_that_came_later(make_engine: MakeEngine) -> None:
-    engine = crowd_out(make_engine)
+    engine = crowd_out(make_engine, prefix_caching=False)  # it starts again at 0
     engine.step()
     engine.add("later", 1)
     started = [

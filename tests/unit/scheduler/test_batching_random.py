@@ -30,22 +30,39 @@ class BatcherUnderLoad(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         max_num_batched_tokens=st.integers(1, 24),
         max_num_waiting=st.integers(1, 8),
+        prefix_caching=st.sampled_from([True, True, False]),
     )
     def choose_size(
-        self, num_blocks: int, max_num_seqs: int, max_num_batched_tokens: int, max_num_waiting: int
+        self,
+        num_blocks: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_num_waiting: int,
+        prefix_caching: bool,
     ) -> None:
-        self.engine = Engine(num_blocks, BatchLimits(max_num_seqs, max_num_batched_tokens, max_num_waiting))
+        limits = BatchLimits(max_num_seqs, max_num_batched_tokens, max_num_waiting)
+        self.engine = Engine(num_blocks, limits, prefix_caching=prefix_caching)
 
-    @rule(num_prompt_tokens=st.integers(1, 14), max_tokens=st.integers(1, 12), kind=KIND)
-    def arrive(self, num_prompt_tokens: int, max_tokens: int, kind: str) -> None:
+    @rule(
+        num_prompt_tokens=st.integers(1, 14),
+        max_tokens=st.integers(1, 12),
+        kind=KIND,
+        follows=INDEX,
+        cache_salt=st.sampled_from([b"", b"", b"", b"another"]),
+    )
+    def arrive(self, num_prompt_tokens: int, max_tokens: int, kind: str, follows: int, cache_salt: bytes) -> None:
+        """Many prompts begin like another: as that one alone, or with what came after it."""
         batcher, manager = self.engine.batcher, self.engine.manager
+        earlier = list(self.engine.requests.values())[-1 - follows % 3 :][:1]
+        text = (earlier[0].token_ids if earlier else []) + [(follows + each) % 50 for each in range(14)]
         room = num_prompt_tokens + (0 if kind == "prefill_only" else max_tokens - 1)
         is_full = batcher.num_waiting >= batcher.limits.max_num_waiting
         try:
             self.engine.add(
                 f"r{len(self.engine.requests)}",
-                num_prompt_tokens,
-                max_tokens,
+                max_tokens=max_tokens,
+                prompt=text[:num_prompt_tokens],
+                cache_salt=cache_salt,
                 prefill_only=kind == "prefill_only",
                 remote_prefill=kind == "remote",
             )
@@ -88,11 +105,12 @@ class BatcherUnderLoad(RuleBasedStateMachine):
             self.engine.check_plan(self.plan)
 
     @precondition(lambda self: self.plan is not None)
-    @rule(failed=st.sets(INDEX, max_size=1))
-    def apply_step(self, failed: set[int]) -> None:
+    @rule(failed=st.sampled_from([None, None, None, 0, 1]))
+    def apply_step(self, failed: int | None) -> None:
+        """``failed`` is the place in the step of a sequence that cannot be computed."""
         plan = self.plan
         assert plan is not None
-        failed_ids = {f"r{index}" for index in failed} & {chunk.request_id for chunk in plan.chunks}
+        failed_ids = {plan.chunks[failed].request_id} if failed is not None and failed < len(plan.chunks) else set()
         self.ended_by_us |= failed_ids
         self.engine.apply(plan, failed_ids)
         self.plan = None
@@ -105,7 +123,7 @@ class BatcherUnderLoad(RuleBasedStateMachine):
     def teardown(self) -> None:
         """No more arrivals: all that is there finishes."""
         if self.plan is not None:
-            self.apply_step(set())
+            self.apply_step(None)
         for _ in range(3000):
             if self.engine.batcher.is_idle:
                 break

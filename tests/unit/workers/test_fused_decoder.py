@@ -35,7 +35,7 @@ from scheduler.batching import ScheduledChunk, StepPlan
 from scheduler.request import SamplingParams
 from workers.model.attention_layers import LayerAttention, read_attention_layers
 from workers.model.fused_decoder import FusedDecoder, WeightFormat, find_misfit
-from workers.model.runner import COMPARED_TOKENS, choose_step_model
+from workers.model.runner import COMPARED_TOKENS, StepModel, choose_step_model
 from workers.model.transformers_model import TransformersModel, load_model
 from workers.native import library
 from workers.native.processor import processor_flags
@@ -136,6 +136,11 @@ def steps(block_size: int) -> list[StepPlan]:
         StepPlan((chunk(0, 152, 153), chunk(1, 62, 63), chunk(2, 40, 41))),
         StepPlan((chunk(2, 41, 199), chunk(0, 153, 166))),
     ]
+
+
+def logits_of_steps(step_model: StepModel, spec: KVCacheSpec) -> list[torch.Tensor]:
+    storage = PagedStorage(spec, 3 * -(-SEQUENCE_LENGTH // spec.block_size))
+    return [step_model.logits(plan, storage) for plan in steps(spec.block_size)]
 
 
 def assert_same_logits(model: Any, spec: KVCacheSpec, num_threads: int) -> None:
@@ -413,13 +418,13 @@ def test_weights_are_given_back_while_they_are_packed(tmp_path: Path, build: str
     def reload() -> nn.Module:
         raise AssertionError("the packed model fits")
 
-    packed = choose_step_model(model, spec_of(config), 64, 1, reload=reload, report=parts.append)
+    packed = choose_step_model(model, spec_of(config), SEQUENCE_LENGTH, 1, reload=reload, report=parts.append)
     assert isinstance(packed, FusedDecoder)
     assert sum(parameter.numel() for parameter in model.parameters()) == 0
     assert parts == sorted(parts) and parts[-1] == 1.0 and len(parts) > config.num_hidden_layers
-    vocab_size = packed.vocab_size
-    expected = compared_logits(choose_step_model(kept, spec_of(config), 64, 1), spec_of(config), vocab_size)
-    found = compared_logits(packed, spec_of(config), vocab_size)
+    spec = spec_of(config)
+    kept_packed = choose_step_model(kept, spec, SEQUENCE_LENGTH, 1)
+    expected, found = logits_of_steps(kept_packed, spec), logits_of_steps(packed, spec)
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
@@ -429,8 +434,7 @@ def test_a_model_that_was_packed_in_vain_is_loaded_again(tmp_path: Path) -> None
     model, kept = make_model(tmp_path, config), load_model(tmp_path, "float32")
     spec = spec_of(config)
     chosen = choose_step_model(model, spec, 64, 1, reload=lambda: load_model(tmp_path, "float32"))
-    expected = compared_logits(TransformersModel(kept), spec, config.vocab_size)
-    found = compared_logits(chosen, spec, config.vocab_size)
+    expected, found = logits_of_steps(TransformersModel(kept), spec), logits_of_steps(chosen, spec)
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
