@@ -24,7 +24,7 @@ from kvcache.errors import ResourceError
 from kvcache.manager import KVCacheManager
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
-from scheduler.batching import Batcher, BatchLimits, SampledToken, StepPlan
+from scheduler.batching import Batcher, BatchLimits, SampledToken, StepOutput, StepPlan
 from scheduler.request import Request, SamplingParams
 from workers.model.checkpoint import CheckpointInfo
 from workers.model.fused_decoder import FusedDecoder
@@ -144,9 +144,9 @@ class TimedBatcher(Batcher):
         with self._clock.piece("plan"):
             return super().plan()
 
-    def apply(self, plan: StepPlan, sampled: Mapping[str, int], failed: Container[str] = ()) -> list[SampledToken]:
+    def apply(self, plan: StepPlan, output: StepOutput, failed: Container[str] = ()) -> list[SampledToken]:
         with self._clock.piece("apply"):
-            return super().apply(plan, sampled, failed)
+            return super().apply(plan, output, failed)
 
 
 class TimedRunner(ModelRunner):
@@ -156,7 +156,7 @@ class TimedRunner(ModelRunner):
         super().__init__(model, storage)
         self._clock = clock
 
-    def execute(self, plan: StepPlan, progress: StepProgress | None = None) -> dict[str, int]:
+    def execute(self, plan: StepPlan, progress: StepProgress | None = None) -> StepOutput:
         with self._clock.piece("execute"):
             return super().execute(plan, progress)
 

@@ -54,12 +54,15 @@ class _TokenBytes:
             token = self._backend.id_to_token(token_id)
             if token is None:
                 return b""  # not in the vocabulary: decoding skips it as well
-            known = self._known[token_id] = _bytes_of(token)
+            known = self._known[token_id] = bytes_of(token)
         return known
 
 
-def _bytes_of(token: str) -> bytes:
-    """An added token may hold characters outside the alphabet; it then stands for itself, as in the decoder."""
+def bytes_of(token: str) -> bytes:
+    """The bytes of a token of a byte-level vocabulary.
+
+    An added token may hold characters outside the alphabet; it then stands for itself, as in the decoder.
+    """
     try:
         return bytes(_BYTE_OF_CHARACTER[character] for character in token)
     except KeyError:

@@ -13,16 +13,16 @@ import grpc
 
 from engine.outputs import ServedModel, TextDelta
 from engine.scheduler_client import SchedulerClient
-from engine.stop_strings import StopStrings
+from engine.text_assembler import TextAssembler, TokenBatch
 from engine.tokenizer import Tokenizer
 from kvcache.errors import InvariantError, UnavailableError, WorkerLostError
 from scheduler.controller import PrefillDone, RequestArrived, RequestEnded
-from scheduler.request import FinishReason, SamplingParams, check_sequence
+from scheduler.request import FinishReason, SamplingParams, TokenLogprobs, check_sequence
 from scheduler.types import ClusterSnapshot, Phase, Placement
 from workers import worker_pb2 as pb
 from workers import worker_pb2_grpc as pb_grpc
 from workers.channels import ChannelPool
-from workers.messages import error_from_rpc, sampling_to_wire
+from workers.messages import error_from_rpc, logprobs_from_wire, sampling_to_wire
 
 MAX_PLACEMENTS = 3  # a sequence that has failed on this many is given up
 ENDING = "The server is shutting down."
@@ -84,21 +84,21 @@ class AsyncEngine:
         cache_salt: bytes = b"",
     ) -> AsyncGenerator[TextDelta, None]:
         """See ``TextEngine.generate``."""
-        text = _TextAssembler(self._tokenizer, self._model.eos_token_ids, stop)
-        num_tokens = 0
+        text = TextAssembler(self._tokenizer, self._model.eos_token_ids, stop, sampling.min_tokens)
+        is_first = True
         async with aclosing(self._tokens(tuple(prompt_token_ids), sampling, cache_salt)) as events:
             async for event in events:
-                delta = text.push(list(event.token_ids), event.finish_reason)
-                if num_tokens == 0:
+                delta = text.push(event)
+                if is_first:
                     delta = replace(delta, num_cached_tokens=event.num_cached_tokens)
-                num_tokens += len(event.token_ids)
+                is_first = False
                 yield delta
                 if delta.finish_reason is not None:
                     return
 
     async def _tokens(
         self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams, cache_salt: bytes
-    ) -> AsyncGenerator[pb.TokenEvent, None]:
+    ) -> AsyncGenerator[TokenBatch, None]:
         """Every token exactly once, over as many placements as it takes."""
         check_sequence(
             prompt_token_ids,
@@ -110,12 +110,15 @@ class AsyncEngine:
         avoid: list[str] = []
         while True:
             prompt = (*prompt_token_ids, *delivered)
-            rest = replace(sampling, max_tokens=sampling.max_tokens - len(delivered))
+            rest = sampling
+            if delivered:
+                left = sampling.max_tokens - len(delivered)
+                rest = replace(sampling, max_tokens=left, prompt_logprobs=None)  # they came with the first token
             placement = await self._scheduler.place(
                 RequestArrived(uuid.uuid4().hex, len(prompt), rest.max_tokens, tuple(avoid))
             )
             try:
-                async with aclosing(self._run(placement, prompt, rest, cache_salt)) as events:
+                async with aclosing(self._run(placement, prompt, rest, len(delivered), cache_salt)) as events:
                     async for event in events:
                         delivered += event.token_ids
                         yield event
@@ -129,11 +132,17 @@ class AsyncEngine:
                 logger.warning("A sequence is placed again after %d tokens: %s", len(delivered), error)
 
     async def _run(
-        self, placement: Placement, prompt_token_ids: tuple[int, ...], sampling: SamplingParams, cache_salt: bytes
-    ) -> AsyncGenerator[pb.TokenEvent, None]:
+        self,
+        placement: Placement,
+        prompt_token_ids: tuple[int, ...],
+        sampling: SamplingParams,
+        num_delivered: int,
+        cache_salt: bytes,
+    ) -> AsyncGenerator[TokenBatch, None]:
         """Runs a sequence where it was placed, and keeps the scheduler informed."""
+        stream = self._stream(placement, prompt_token_ids, sampling, num_delivered, cache_salt)
         try:
-            async with aclosing(self._stream(placement, prompt_token_ids, sampling, cache_salt)) as events:
+            async with aclosing(stream) as events:
                 async for event in events:
                     if event.first_index == 0:
                         self._scheduler.tell(PrefillDone(placement.request_id))
@@ -142,8 +151,13 @@ class AsyncEngine:
             self._scheduler.tell(RequestEnded(placement.request_id))
 
     async def _stream(
-        self, placement: Placement, prompt_token_ids: tuple[int, ...], sampling: SamplingParams, cache_salt: bytes
-    ) -> AsyncGenerator[pb.TokenEvent, None]:
+        self,
+        placement: Placement,
+        prompt_token_ids: tuple[int, ...],
+        sampling: SamplingParams,
+        num_delivered: int,
+        cache_salt: bytes,
+    ) -> AsyncGenerator[TokenBatch, None]:
         """The events of one call to a decode worker, checked for gaps and repeats."""
         if self._is_ending:
             raise UnavailableError(ENDING)
@@ -153,16 +167,20 @@ class AsyncEngine:
             sampling=sampling_to_wire(sampling),
             prefill_address=placement.prefill.address if placement.prefill is not None else "",
             cache_salt=cache_salt,
+            num_delivered_tokens=num_delivered,
         )
         call = pb_grpc.WorkerStub(self._channels(placement.decode.address)).Generate(request)
         num_tokens = 0
+        prompt_logprobs: list[TokenLogprobs] = []
         self._calls.add(call)
         try:
             async for event in call:
                 if event.first_index != num_tokens:
                     raise InvariantError(f"token {num_tokens} was expected and token {event.first_index} came")
                 num_tokens += len(event.token_ids)
-                yield event
+                prompt_logprobs += map(logprobs_from_wire, event.prompt_logprobs)
+                if event.token_ids:
+                    yield _checked(event, sampling, len(prompt_token_ids), prompt_logprobs)
                 if event.finish_reason:
                     return
             raise WorkerLostError("A worker ended a stream without a finish reason.")
@@ -184,25 +202,23 @@ def _culprit(placement: Placement, error: UnavailableError) -> str:
     return placement.prefill.worker_id
 
 
-class _TextAssembler:
-    """Tokens of one sequence in, text out: characters kept whole, stop strings cut off."""
-
-    def __init__(self, tokenizer: Tokenizer, end_tokens: Sequence[int], stop: Sequence[str]) -> None:
-        self._detokenizer = tokenizer.detokenizer()
-        self._stop = StopStrings(stop)
-        self._end_tokens = frozenset(end_tokens)
-
-    def push(self, token_ids: list[int], finish_reason: str) -> TextDelta:
-        reason = FinishReason(finish_reason) if finish_reason else None
-        stop_token = token_ids[-1] if reason is FinishReason.STOP else None
-        visible = token_ids[:-1] if stop_token is not None else token_ids  # a stop token is no part of the text
-        text = "".join(self._detokenizer.push(token_id) for token_id in visible)
-        if reason is not None:
-            text += self._detokenizer.flush()
-        cut = self._stop.push(text)
-        if cut.stop is not None:
-            return TextDelta(cut.text, tuple(token_ids), FinishReason.STOP, cut.stop)
-        if reason is not None:
-            stop_reason = stop_token if stop_token not in self._end_tokens else None  # as vLLM reports it
-            return TextDelta(cut.text + self._stop.flush(), tuple(token_ids), reason, stop_reason)
-        return TextDelta(cut.text, tuple(token_ids))
+def _checked(
+    event: pb.TokenEvent, sampling: SamplingParams, num_prompt_tokens: int, prompt_logprobs: Sequence[TokenLogprobs]
+) -> TokenBatch:
+    """
+    Raises:
+        InvariantError: the log-probabilities are not those that were asked for.
+    """
+    is_first = event.first_index == 0
+    num_wanted = 0 if sampling.logprobs is None else len(event.token_ids)
+    num_wanted_prompt = 0 if sampling.prompt_logprobs is None else num_prompt_tokens - 1
+    if len(event.logprobs) != num_wanted or (is_first and len(prompt_logprobs) != num_wanted_prompt):
+        raise InvariantError("a worker sent other log-probabilities than were asked for")
+    return TokenBatch(
+        event.first_index,
+        tuple(event.token_ids),
+        FinishReason(event.finish_reason) if event.finish_reason else None,
+        tuple(map(logprobs_from_wire, event.logprobs)),
+        tuple(prompt_logprobs) if is_first else (),
+        event.num_cached_tokens,
+    )

@@ -7,8 +7,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.tokenizer import Tokenizer
-from scheduler.request import FinishReason, SamplingParams
+from scheduler.request import FinishReason, SamplingParams, TokenLogprobs
 from scheduler.types import ClusterSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLogprobs:
+    """One generated token, where its text begins in the sequence's text, and its log-probabilities."""
+
+    token_id: int
+    text_offset: int  # characters; the text's length for a token that has none
+    logprobs: TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +28,9 @@ class TextDelta:
     token_ids: tuple[int, ...]  # the tokens generated since the last piece
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token that ended it
+    # Where asked for: of tokens whose text was shown, so that a stop string cuts text and these alike.
+    logprobs: tuple[OutputLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # with the first piece: of the prompt's tokens but the first
     num_cached_tokens: int | None = None  # of the prompt, on the first piece: their KV was not computed anew
 
 

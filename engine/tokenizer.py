@@ -9,8 +9,9 @@ from typing import Any
 import tokenizers
 import transformers  # lazy: its submodules, and torch with them, load when a checkpoint is opened
 from jinja2.exceptions import TemplateError
+from tokenizers import decoders
 
-from engine.detokenizer import IncrementalDetokenizer, make_detokenizer
+from engine.detokenizer import IncrementalDetokenizer, bytes_of, make_detokenizer
 from kvcache.errors import ModelError, RequestError
 from workers.model.gguf_checkpoint import open_gguf
 from workers.model.gguf_names import SUFFIX
@@ -37,6 +38,8 @@ class Tokenizer:
         self._backend = backend
         self._render = render
         self._make_detokenizer = make_detokenizer(backend)
+        self._added = {token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items()}
+        self._token_bytes: dict[int, bytes] = {}  # grows to the vocabulary at most
 
     @classmethod
     def from_checkpoint(cls, path: Path) -> Tokenizer:
@@ -68,6 +71,34 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``. Bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for in the middle of a text; a special token for its own name."""
+        known = self._token_bytes.get(token_id)
+        if known is None:
+            token = self._backend.id_to_token(token_id)
+            if token is None:
+                return b""  # the model's vocabulary may be padded beyond the tokenizer's
+            known = self._token_bytes[token_id] = self._bytes_of(token_id, token)
+        return known
+
+    def token_text(self, token_id: int) -> str:
+        r"""The same as text; a part of a character is written as OpenAI does, ``bytes:\xe2\x82``."""
+        data = self.token_bytes(token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def _bytes_of(self, token_id: int, token: str) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        if isinstance(self._backend.decoder, decoders.ByteLevel):
+            return bytes_of(token)
+        if len(token) == 6 and token.startswith("<0x"):  # byte fallback
+            return bytes([int(token[3:5], 16)])
+        # A decoder may treat the first token of a text differently (leading space), so the second is looked at.
+        return self.decode([token_id, token_id])[len(self.decode([token_id])) :].encode()
 
     def render_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer begins.

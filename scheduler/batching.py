@@ -9,14 +9,16 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, field
+from itertools import accumulate, chain, count
 
 from kvcache.errors import InvariantError, OverloadedError, RequestError
 from kvcache.lease import BlockLease
 from kvcache.manager import KVCacheManager
 from kvcache.prefix import HashChain
-from scheduler.request import FinishReason, Request, RequestStatus, SamplingParams
+from scheduler.request import FinishReason, Request, RequestStatus, SamplingParams, TokenHistory, TokenLogprobs
+
+MAX_PROMPT_LOGITS = 128  # rows of one step: a row is as long as the vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,18 @@ class ScheduledChunk:
     num_prompt_tokens: int  # how many of them belong to the prompt
     block_table: tuple[int, ...]
     sampling: SamplingParams | None  # None: a prompt chunk that is not the last; nothing is sampled
+    history: TokenHistory | None = None  # with ``sampling`` that depends on the tokens so far
+    prompt_targets: tuple[int, ...] = ()  # the prompt tokens whose logprobs are asked for, see ``num_logits``
+    num_prompt_logprobs: int = 0  # likeliest tokens told for each of them
 
     @property
     def end(self) -> int:
         return self.start + len(self.token_ids)
+
+    @property
+    def num_logits(self) -> int:
+        """After so many of its last tokens logits are needed: first those for ``prompt_targets``, then to sample."""
+        return len(self.prompt_targets) + (self.sampling is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +57,22 @@ class StepPlan:
     """Everything the model runner needs to know of one step. Decoding sequences come first."""
 
     chunks: tuple[ScheduledChunk, ...]
+
+    @property
+    def logit_rows(self) -> list[int]:
+        """The tokens after which logits are needed, counted over the chunks in order."""
+        ends = accumulate(len(chunk.token_ids) for chunk in self.chunks)
+        ranges = (range(end - chunk.num_logits, end) for end, chunk in zip(ends, self.chunks, strict=True))
+        return list(chain.from_iterable(ranges))
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What the runner made of one plan, by request id."""
+
+    tokens: Mapping[str, int] = field(default_factory=dict)  # of every chunk with ``sampling``
+    logprobs: Mapping[str, TokenLogprobs] = field(default_factory=dict)  # of those of them that ask
+    prompt_logprobs: Mapping[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)  # one per prompt target
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +82,8 @@ class SampledToken:
     request: Request
     token_id: int
     finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # with the first token, where they were asked for
 
 
 class Batcher:
@@ -169,11 +197,11 @@ class Batcher:
         self._in_step = frozenset(chunk.request_id for chunk in chunks)
         return StepPlan(tuple(chunks)) if chunks else None
 
-    def apply(self, plan: StepPlan, sampled: Mapping[str, int], failed: Container[str] = ()) -> list[SampledToken]:
+    def apply(self, plan: StepPlan, output: StepOutput, failed: Container[str] = ()) -> list[SampledToken]:
         """Books a finished step.
 
         Args:
-            sampled: request id → token, for every chunk with ``sampling`` that did not fail.
+            output: holds a token for every chunk with ``sampling`` that did not fail.
             failed: ids of sequences that could not be computed; they end and give their blocks back.
         """
         self._in_step = frozenset()
@@ -187,13 +215,16 @@ class Batcher:
             self._computed(request, chunk.end)
             if chunk.request_id in self._aborted_in_step:
                 self._finish(request, FinishReason.ABORT)
-            elif chunk.sampling is not None:
-                outputs.append(self._append(request, sampled[chunk.request_id]))
+                continue
+            request.prompt_logprobs += output.prompt_logprobs.get(chunk.request_id, ())
+            if chunk.sampling is not None:
+                token_id, logprobs = output.tokens[chunk.request_id], output.logprobs.get(chunk.request_id)
+                outputs.append(self._append(request, token_id, logprobs))
         self._aborted_in_step.clear()
         return outputs
 
     def lease_for_handoff(self, request_id: str, transfer_id: str, now: float, first_block: int = 0) -> BlockLease:
-        """Protects the prompt's blocks of a running prefill-only sequence while they are sent, from ``first_block`` on."""
+        """Protects a running prefill-only sequence's prompt from ``first_block`` on, while its blocks are sent."""
         spec = self.manager.spec
         end_block = spec.num_blocks_for(self._requests[request_id].num_prompt_tokens)
         block_ids = self.manager.block_table(request_id)[first_block:end_block]
@@ -228,10 +259,8 @@ class Batcher:
         """Shares what is left of the budget among prompts under way, oldest first. Returns the tokens used."""
         used = 0
         for request in self._running:
-            num_tokens = min(request.num_uncomputed_tokens, budget - used)
-            if request.num_uncomputed_tokens > 1 and num_tokens > 0:
-                chunks.append(self._chunk(request, num_tokens))
-                used += num_tokens
+            if request.num_uncomputed_tokens > 1 and used < budget:
+                used += self._add_prompt_chunk(chunks, request, budget - used)
         return used
 
     def _plan_waiting(self, chunks: list[ScheduledChunk], budget: int) -> None:
@@ -239,22 +268,37 @@ class Batcher:
         while budget > 0 and self._waiting and not self._waiting[0].remote_prefill and self._admit(self._waiting[0]):
             request = self._waiting.popleft()
             self._join(request)
-            num_tokens = min(request.num_uncomputed_tokens, budget)
+            budget -= self._add_prompt_chunk(chunks, request, budget)
+
+    def _add_prompt_chunk(self, chunks: list[ScheduledChunk], request: Request, budget: int) -> int:
+        """Plans the next tokens of a prompt under both budgets, of tokens and of rows of prompt logits."""
+        start = request.num_computed_tokens
+        num_tokens = min(request.num_uncomputed_tokens, budget)
+        room = MAX_PROMPT_LOGITS - sum(len(chunk.prompt_targets) for chunk in chunks)
+        if request.wanted_prompt_logits(start, start + num_tokens) > room:
+            num_tokens = max(start, len(request.prompt_logprobs)) + room - start
+        if num_tokens > 0:
             chunks.append(self._chunk(request, num_tokens))
-            budget -= num_tokens
+        return num_tokens
 
     def _chunk(self, request: Request, num_tokens: int) -> ScheduledChunk:
         start = request.num_computed_tokens
         end = start + num_tokens
         spec = self.manager.spec
         self.manager.check_writable(request.request_id, start // spec.block_size, spec.num_blocks_for(end))
+        is_last = end == len(request.token_ids)
+        num_targets = request.wanted_prompt_logits(start, end)
+        last_target = min(end, request.num_prompt_tokens - 1)
         return ScheduledChunk(
             request.request_id,
             tuple(request.token_ids[start:end]),
             start,
             max(0, min(end, request.num_prompt_tokens) - start),
             tuple(self.manager.block_table(request.request_id)),
-            request.sampling if end == len(request.token_ids) else None,
+            request.sampling if is_last else None,
+            request.history if is_last else None,
+            request.prompt_token_ids[last_target + 1 - num_targets : last_target + 1] if num_targets else (),
+            request.sampling.prompt_logprobs or 0,
         )
 
     def _admit(self, request: Request) -> bool:
@@ -276,10 +320,13 @@ class Batcher:
         return True
 
     def _find_prefix(self, request: Request) -> list[int]:
-        """Cached blocks to begin with. The last token is always computed: the next one comes from its logits."""
+        """Cached blocks to begin with. Tokens whose logits are needed are computed, and so is always the last."""
         if not self.manager.prefix_caching:
             return []
-        num_blocks = (len(request.token_ids) - 1) // self.manager.spec.block_size
+        num_tokens = len(request.token_ids) - 1
+        if request.sampling.prompt_logprobs is not None and not request.remote_prefill:
+            num_tokens = min(num_tokens, request.num_known_prompt_logits)
+        num_blocks = num_tokens // self.manager.spec.block_size
         return self.manager.find_prefix(self._hashes_of(request)[:num_blocks])
 
     def _count_hits(self, request: Request) -> None:
@@ -331,14 +378,15 @@ class Batcher:
         request.move_to(RequestStatus.RUNNING)
         insort(self._running, request, key=lambda running: running.arrival)
 
-    def _append(self, request: Request, token_id: int) -> SampledToken:
+    def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None = None) -> SampledToken:
         finish_reason = request.append_token(token_id)
+        prompt_logprobs = tuple(request.prompt_logprobs) if request.num_output_tokens == 1 else ()
         if request.prefill_only:
             self._running.remove(request)
             request.move_to(RequestStatus.HANDING_OVER)
         elif finish_reason is not None:
             self._finish(request, finish_reason)
-        return SampledToken(request, token_id, finish_reason)
+        return SampledToken(request, token_id, finish_reason, logprobs, prompt_logprobs)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.status is RequestStatus.WAITING:

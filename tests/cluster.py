@@ -26,9 +26,9 @@ from engine.tokenizer import Tokenizer
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from kvcache.transfer import kv_transfer_pb2 as kv_pb
-from scheduler.batching import BatchLimits, StepPlan
+from scheduler.batching import BatchLimits, StepOutput, StepPlan
 from scheduler.controller import ClusterController, Command, Event, PlaceRequest, WorkerRegistered
-from scheduler.request import FinishReason, SamplingParams
+from scheduler.request import FinishReason, SamplingParams, TokenLogprobs
 from scheduler.types import ClusterSnapshot, DeviceProfile, Placement, WorkerLoad, WorkerRole
 from tests.fakes import MODEL_NAME, tiny_backend
 from tests.families import load_reference, save_model
@@ -104,6 +104,12 @@ class TinyCheckpoint:
         return self._answers[prompt, num_tokens]
 
     @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """What ``transformers`` computes after every token: ``[tokens, vocabulary]``."""
+        logits: torch.Tensor = self._reference(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+        return logits
+
+    @torch.inference_mode()
     def sampled(self, prompt: tuple[int, ...], sampling: SamplingParams) -> tuple[int, ...]:
         """What our sampler draws from the logits of ``transformers``, computed from the start for each token."""
         tokens = list(prompt)
@@ -122,7 +128,7 @@ class HookedRunner(ModelRunner):
 
     before_step: Callable[[StepPlan], None] | None = None
 
-    def execute(self, plan: StepPlan, progress: StepProgress | None = None) -> dict[str, int]:
+    def execute(self, plan: StepPlan, progress: StepProgress | None = None) -> StepOutput:
         if self.before_step is not None:
             self.before_step(plan)
         return super().execute(plan, progress)
@@ -208,6 +214,8 @@ class Completion:
     finish_reason: FinishReason
     stop_reason: str | int | None
     num_cached_tokens: int
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(slots=True)
@@ -240,9 +248,11 @@ class LocalCluster:
         reason = deltas[-1].finish_reason
         assert reason is not None, "the stream ended without a finish reason"
         token_ids = tuple(token_id for delta in deltas for token_id in delta.token_ids)
+        logprobs = tuple(each.logprobs for delta in deltas for each in delta.logprobs)
+        of_prompt = tuple(each for delta in deltas for each in delta.prompt_logprobs)
         text = "".join(delta.text for delta in deltas)
         (num_cached_tokens,) = [delta.num_cached_tokens for delta in deltas if delta.num_cached_tokens is not None]
-        return Completion(token_ids, text, reason, deltas[-1].stop_reason, num_cached_tokens)
+        return Completion(token_ids, text, reason, deltas[-1].stop_reason, num_cached_tokens, logprobs, of_prompt)
 
     def load(self, worker_id: str) -> WorkerLoad:
         return self.workers[worker_id].load()

@@ -7,7 +7,7 @@ import logging
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import grpc
 
@@ -15,10 +15,10 @@ from kvcache.errors import InvariantError, TransferError, TransferFault, Twinpoo
 from kvcache.lease import BlockLease
 from kvcache.transfer.receiver import ReceivedKV
 from scheduler.batching import SampledToken
-from scheduler.request import Request
+from scheduler.request import Request, TokenLogprobs
 from workers import worker_pb2 as pb
 from workers import worker_pb2_grpc as pb_grpc
-from workers.messages import error_from_rpc, sampling_to_wire
+from workers.messages import error_from_rpc, logprobs_from_wire, sampling_to_wire
 from workers.step_loop import StepLoop
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,38 @@ logger = logging.getLogger(__name__)
 class _Handoff:
     lease: BlockLease
     task: asyncio.Task[None]
+
+
+@dataclass(slots=True, eq=False)
+class _PrefillLogprobs:
+    """What the prefill worker says of a prompt and its first token, beside the KV.
+
+    It comes by another stream than the commit, so the first token waits for it; decoding goes on meanwhile.
+    """
+
+    of_prompt: list[TokenLogprobs] = field(default_factory=list)
+    of_first_token: TokenLogprobs | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)  # nothing more will come
+
+    def take(self, message: pb.PrefillProgress) -> None:
+        self.of_prompt += map(logprobs_from_wire, message.prompt_logprobs)
+        if message.HasField("first_token_logprobs"):
+            self.of_first_token = logprobs_from_wire(message.first_token_logprobs)
+
+    async def join(self, output: SampledToken) -> SampledToken:
+        """The first token with all that was asked for.
+
+        Raises:
+            UnavailableError: the prefill worker ended without it.
+        """
+        sampling = output.request.sampling
+        num_wanted = 0 if sampling.prompt_logprobs is None else output.request.num_prompt_tokens - 1
+        if sampling.logprobs is None and num_wanted == 0:
+            return output
+        await self.ended.wait()
+        if len(self.of_prompt) != num_wanted or (self.of_first_token is None) != (sampling.logprobs is None):
+            raise UnavailableError("The prefill worker ended without the log-probabilities of the prompt.")
+        return replace(output, logprobs=self.of_first_token, prompt_logprobs=tuple(self.of_prompt))
 
 
 class DecodeRole:
@@ -46,6 +78,7 @@ class DecodeRole:
         self._channel_to = channel_to
         self._own_address = own_address
         self._prefill_addresses: dict[str, str] = {}
+        self._prefill_logprobs: dict[str, _PrefillLogprobs] = {}  # until the first token was handed out
         self._handoffs: dict[str, _Handoff] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself holds its tasks only weakly
         self._failures = failures
@@ -63,11 +96,14 @@ class DecodeRole:
         stream = self._loop.submit(request)
         if request.remote_prefill:
             self._prefill_addresses[request_id] = prefill_address
+            self._prefill_logprobs[request_id] = _PrefillLogprobs()
         try:
             async for output in stream:
-                yield output
+                awaited = self._prefill_logprobs.pop(request_id, None)
+                yield output if awaited is None else await awaited.join(output)
         finally:
             self._prefill_addresses.pop(request_id, None)
+            self._prefill_logprobs.pop(request_id, None)
             self._end_handoff(request_id)
             self._loop.release(request_id)
 
@@ -114,16 +150,19 @@ class DecodeRole:
         channel = self._channel_to(self._prefill_addresses[request.request_id])
         call = pb_grpc.WorkerStub(channel).Prefill(self._prefill_request(request, lease))
         leases = self._loop.batcher.manager.leases
+        logprobs = self._prefill_logprobs[request.request_id]
         try:
             while True:
                 message = await self._read_before_expiry(call, lease)
-                if message is grpc.aio.EOF:
+                if not isinstance(message, pb.PrefillProgress):  # the end of the stream
                     return
+                logprobs.take(message)
                 if lease.is_open:
                     leases.renew(lease, self._clock())
         except grpc.aio.AioRpcError as error:
             raise error_from_rpc(error) from None
         finally:
+            logprobs.ended.set()
             call.cancel()
 
     async def _read_before_expiry(self, call: grpc.aio.UnaryStreamCall, lease: BlockLease) -> object:
@@ -151,6 +190,7 @@ class DecodeRole:
             epoch=lease.epoch,
             first_block=lease.first_block,
             cache_salt=request.cache_salt,
+            num_delivered_tokens=request.num_delivered_tokens,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import grpc
@@ -16,10 +17,11 @@ from kvcache.errors import (
 )
 from kvcache.transfer.grpc_port import transfer_error_from
 from kvcache.transfer.wire import FAULT_METADATA_KEY
-from scheduler.request import SamplingParams
+from scheduler.request import SamplingParams, TokenLogprobs
 from workers import worker_pb2 as pb
 
 PARAM_METADATA_KEY = "twinpool-param"
+LOGPROBS_IN_MESSAGE = 1024  # a few hundred bytes each
 
 
 def sampling_to_wire(sampling: SamplingParams) -> pb.SamplingParams:
@@ -30,6 +32,16 @@ def sampling_to_wire(sampling: SamplingParams) -> pb.SamplingParams:
         top_k=sampling.top_k,
         seed=sampling.seed,
         stop_token_ids=sampling.stop_token_ids,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=[pb.LogitBias(token_id=token_id, bias=bias) for token_id, bias in sampling.logit_bias],
+        bad_words=[pb.TokenSequence(token_ids=word) for word in sampling.bad_words],
+        allowed_token_ids=sampling.allowed_token_ids,
+        min_tokens=sampling.min_tokens,
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
     )
 
 
@@ -41,7 +53,36 @@ def sampling_from_wire(sampling: pb.SamplingParams) -> SamplingParams:
         top_k=sampling.top_k,
         seed=sampling.seed,
         stop_token_ids=tuple(sampling.stop_token_ids),
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0,
+        logit_bias=tuple((each.token_id, each.bias) for each in sampling.logit_bias),
+        bad_words=tuple(tuple(word.token_ids) for word in sampling.bad_words),
+        allowed_token_ids=tuple(sampling.allowed_token_ids),
+        min_tokens=sampling.min_tokens,
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
     )
+
+
+def logprobs_to_wire(logprobs: TokenLogprobs) -> pb.TokenLogprobs:
+    return pb.TokenLogprobs(
+        logprob=logprobs.logprob,
+        rank=logprobs.rank,
+        top_token_ids=logprobs.top_token_ids,
+        top_logprobs=logprobs.top_logprobs,
+    )
+
+
+def logprobs_from_wire(logprobs: pb.TokenLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(logprobs.logprob, logprobs.rank, tuple(logprobs.top_token_ids), tuple(logprobs.top_logprobs))
+
+
+def prompt_logprobs_to_wire(logprobs: Sequence[TokenLogprobs]) -> Iterator[list[pb.TokenLogprobs]]:
+    """In slices that fit into a message with room to spare."""
+    for first in range(0, len(logprobs), LOGPROBS_IN_MESSAGE):
+        yield [logprobs_to_wire(each) for each in logprobs[first : first + LOGPROBS_IN_MESSAGE]]
 
 
 async def abort_rpc(context: grpc.aio.ServicerContext, error: TwinpoolError) -> NoReturn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 
 import grpc
@@ -14,8 +14,10 @@ from kvcache.lease import BlockLease
 from kvcache.storage import BlockStorage
 from kvcache.transfer.grpc_port import send_kv
 from kvcache.transfer.sender import OutgoingTransfer, PrefillOutcome, TransferTarget
-from scheduler.batching import ScheduledChunk, StepPlan
+from scheduler.batching import SampledToken, ScheduledChunk, StepPlan
 from scheduler.request import Request
+from workers import worker_pb2 as pb
+from workers.messages import logprobs_to_wire, prompt_logprobs_to_wire
 from workers.step_loop import StepLoop
 
 HEARTBEAT_INTERVAL_S = 1.0
@@ -60,11 +62,11 @@ class PrefillRole:
         self._growing: list[_Growing] = []  # what the running step adds to
         loop.kv_listener = self
 
-    async def prefill(self, request: Request, target: TransferTarget) -> AsyncGenerator[int, None]:
+    async def prefill(self, request: Request, target: TransferTarget) -> AsyncGenerator[pb.PrefillProgress, None]:
         """Prefills into a transfer that the decode worker has opened.
 
-        Yields the number of computed tokens at least every ``HEARTBEAT_INTERVAL_S``; ends after the decode
-        worker has acknowledged. Closing the iterator aborts.
+        Yields progress at least every ``HEARTBEAT_INTERVAL_S``, and log-probabilities that were asked for before
+        the KV is sent; ends after the decode worker has acknowledged. Closing the iterator aborts.
 
         Raises:
             RequestError, OverloadedError: not accepted here.
@@ -76,12 +78,20 @@ class PrefillRole:
             raise RequestError(
                 f"first_block is {target.first_block}; the prompt has {num_blocks} blocks", "first_block"
             )
-        work = asyncio.create_task(self._compute_and_send(request, target))
+        outbox: asyncio.Queue[pb.PrefillProgress | None] = asyncio.Queue()
+        work = asyncio.create_task(self._compute_and_send(request, target, outbox))
+        work.add_done_callback(lambda _: outbox.put_nowait(None))
         try:
-            while not (await asyncio.wait({work}, timeout=HEARTBEAT_INTERVAL_S))[0]:
-                yield request.num_computed_tokens
+            while True:
+                try:
+                    message = await asyncio.wait_for(outbox.get(), HEARTBEAT_INTERVAL_S)
+                except TimeoutError:
+                    message = pb.PrefillProgress(num_computed_tokens=request.num_computed_tokens)
+                if message is None:
+                    break
+                yield message
             await work
-            yield request.num_computed_tokens
+            yield pb.PrefillProgress(num_computed_tokens=request.num_computed_tokens)
         finally:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)  # its error was raised above, unless we are closed
@@ -100,11 +110,15 @@ class PrefillRole:
         self.layers_computed(self._storage.spec.num_layers)
         self._growing = []
 
-    async def _compute_and_send(self, request: Request, target: TransferTarget) -> None:
+    async def _compute_and_send(
+        self, request: Request, target: TransferTarget, outbox: asyncio.Queue[pb.PrefillProgress | None]
+    ) -> None:
         stream = self._loop.submit(request)
         self._targets[request.request_id] = target
         try:
             async for first in stream:
+                for message in _logprobs_messages(first):
+                    outbox.put_nowait(message)
                 sending = self._sendings[request.request_id]
                 sending.transfer.complete(PrefillOutcome(first.token_id, request.num_cached_tokens))
                 await sending.task
@@ -163,3 +177,13 @@ class PrefillRole:
             logger.error("Sending the KV of request %s failed unexpectedly.", request_id, exc_info=error)
             error = TwinpoolError(f"{type(error).__name__} while the KV was sent")
         self._loop.fail(request_id, error)
+
+
+def _logprobs_messages(first: SampledToken) -> Iterator[pb.PrefillProgress]:
+    """What was asked for, in bounded messages."""
+    num_computed_tokens = first.request.num_computed_tokens
+    for told in prompt_logprobs_to_wire(first.prompt_logprobs):
+        yield pb.PrefillProgress(num_computed_tokens=num_computed_tokens, prompt_logprobs=told)
+    if first.logprobs is not None:
+        told_first = logprobs_to_wire(first.logprobs)
+        yield pb.PrefillProgress(num_computed_tokens=num_computed_tokens, first_token_logprobs=told_first)

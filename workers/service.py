@@ -15,7 +15,7 @@ from scheduler.request import Request, check_sequence
 from workers import worker_pb2 as pb
 from workers import worker_pb2_grpc as pb_grpc
 from workers.decode import DecodeRole
-from workers.messages import abort_rpc, sampling_from_wire
+from workers.messages import abort_rpc, logprobs_to_wire, prompt_logprobs_to_wire, sampling_from_wire
 from workers.prefill import PrefillRole
 
 MAX_ID_LENGTH = 128
@@ -47,6 +47,8 @@ class WorkerService(pb_grpc.WorkerServicer):
             async with aclosing(self._decode.generate(sequence, request.prefill_address)) as outputs:
                 index = 0
                 async for output in outputs:
+                    for told in prompt_logprobs_to_wire(output.prompt_logprobs):
+                        await context.write(pb.TokenEvent(first_index=index, prompt_logprobs=told))
                     await context.write(_token_event(index, output))
                     index += 1
         except TwinpoolError as error:
@@ -61,8 +63,8 @@ class WorkerService(pb_grpc.WorkerServicer):
             sequence.prefill_only = True
             target = TransferTarget(request.target_address, request.transfer_id, request.epoch, request.first_block)
             async with aclosing(self._prefill.prefill(sequence, target)) as progress:
-                async for num_computed_tokens in progress:
-                    await context.write(pb.PrefillProgress(num_computed_tokens=num_computed_tokens))
+                async for message in progress:
+                    await context.write(message)
         except TwinpoolError as error:
             await abort_rpc(context, error)
 
@@ -75,10 +77,17 @@ class WorkerService(pb_grpc.WorkerServicer):
             sampling,
             max_model_len=self._limits.max_model_len,
             vocab_size=self._limits.vocab_size,
+            num_delivered_tokens=request.num_delivered_tokens,
         )
         if len(request.cache_salt) > MAX_SALT_BYTES:
             raise RequestError(f"cache_salt must have at most {MAX_SALT_BYTES} bytes", "cache_salt")
-        return Request(request.request_id, prompt_token_ids, sampling, cache_salt=request.cache_salt)
+        return Request(
+            request.request_id,
+            prompt_token_ids,
+            sampling,
+            cache_salt=request.cache_salt,
+            num_delivered_tokens=request.num_delivered_tokens,
+        )
 
 
 def _token_event(index: int, output: SampledToken) -> pb.TokenEvent:
@@ -87,6 +96,7 @@ def _token_event(index: int, output: SampledToken) -> pb.TokenEvent:
         token_ids=[output.token_id],
         finish_reason=output.finish_reason or "",
         num_cached_tokens=output.request.num_cached_tokens if index == 0 else 0,
+        logprobs=[logprobs_to_wire(output.logprobs)] if output.logprobs is not None else (),
     )
 
 

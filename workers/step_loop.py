@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections import ChainMap
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvcache.errors import TwinpoolError
-from scheduler.batching import Batcher, SampledToken, StepPlan
+from kvcache.errors import RequestError, TwinpoolError
+from scheduler.batching import Batcher, SampledToken, StepOutput, StepPlan
 from scheduler.request import Request
 from workers.model.runner import ModelRunner
 from workers.step_progress import StepProgress
@@ -24,8 +25,8 @@ class StepFailedError(TwinpoolError):
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    tokens: dict[str, int]
-    failures: dict[str, str]  # request id → what went wrong
+    output: StepOutput
+    failures: dict[str, TwinpoolError]  # request id → what its client is told
 
 
 @dataclass(slots=True, eq=False)
@@ -148,10 +149,10 @@ class StepLoop:
         result = await asyncio.get_running_loop().run_in_executor(self._thread, self._execute, plan, progress)
         if self.kv_listener is not None:
             self.kv_listener.end_step()
-        for output in self.batcher.apply(plan, result.tokens, result.failures):
+        for output in self.batcher.apply(plan, result.output, result.failures):
             self.deliver(output)
-        for request_id, message in result.failures.items():
-            self.fail(request_id, StepFailedError(message))
+        for request_id, error in result.failures.items():
+            self.fail(request_id, error)
         self.prompt_tokens_computed += sum(chunk.num_prompt_tokens for chunk in plan.chunks)
 
     def _tell_layers(self, num_layers: int) -> None:
@@ -165,11 +166,21 @@ class StepLoop:
             return StepResult(self._runner.execute(plan, progress), {})
         except Exception:
             logger.exception("A step of %d sequences failed; running them one by one.", len(plan.chunks))
-        tokens: dict[str, int] = {}
-        failures: dict[str, str] = {}
+        outputs: list[StepOutput] = []
+        failures: dict[str, TwinpoolError] = {}
         for chunk in plan.chunks:
             try:
-                tokens |= self._runner.execute(StepPlan((chunk,)))
+                outputs.append(self._runner.execute(StepPlan((chunk,))))
+            except RequestError as error:
+                failures[chunk.request_id] = error
             except Exception as error:  # noqa: BLE001  a sequence's boundary; its client is told
-                failures[chunk.request_id] = f"{type(error).__name__}: {error}"
-        return StepResult(tokens, failures)
+                failures[chunk.request_id] = StepFailedError(f"{type(error).__name__}: {error}")
+        return StepResult(_merged(outputs), failures)
+
+
+def _merged(outputs: Sequence[StepOutput]) -> StepOutput:
+    return StepOutput(
+        tokens=dict(ChainMap(*(dict(output.tokens) for output in outputs))),
+        logprobs=dict(ChainMap(*(dict(output.logprobs) for output in outputs))),
+        prompt_logprobs=dict(ChainMap(*(dict(output.prompt_logprobs) for output in outputs))),
+    )

@@ -24,23 +24,29 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14workers/worker.proto\x12\x0ftwinpool.worker\"}\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x12\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\"\x9f\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.twinpool.worker.SamplingParams\x12\x17\n\x0fprefill_address\x18\x04 \x01(\t\x12\x12\n\ncache_salt\x18\x05 \x01(\x0c\"f\n\nTokenEvent\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\"\xd6\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.twinpool.worker.SamplingParams\x12\x16\n\x0etarget_address\x18\x04 \x01(\t\x12\x13\n\x0btransfer_id\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x07 \x01(\r\x12\x12\n\ncache_salt\x18\x08 \x01(\x0c\".\n\x0fPrefillProgress\x12\x1b\n\x13num_computed_tokens\x18\x01 \x01(\r2\xa5\x01\n\x06Worker\x12K\n\x08Generate\x12 .twinpool.worker.GenerateRequest\x1a\x1b.twinpool.worker.TokenEvent0\x01\x12N\n\x07Prefill\x12\x1f.twinpool.worker.PrefillRequest\x1a .twinpool.worker.PrefillProgress0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14workers/worker.proto\x12\x0ftwinpool.worker\"\xe1\x03\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x12\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\r\n\x05min_p\x18\x07 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x01H\x00\x88\x01\x01\x12.\n\nlogit_bias\x18\x0b \x03(\x0b\x32\x1a.twinpool.worker.LogitBias\x12\x31\n\tbad_words\x18\x0c \x03(\x0b\x32\x1e.twinpool.worker.TokenSequence\x12\x19\n\x11\x61llowed_token_ids\x18\r \x03(\r\x12\x12\n\nmin_tokens\x18\x0e \x01(\r\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x01\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x10 \x01(\rH\x02\x88\x01\x01\x42\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"+\n\tLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\"\n\rTokenSequence\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"[\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"\xbd\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.twinpool.worker.SamplingParams\x12\x17\n\x0fprefill_address\x18\x04 \x01(\t\x12\x12\n\ncache_salt\x18\x05 \x01(\x0c\x12\x1c\n\x14num_delivered_tokens\x18\x06 \x01(\r\"\xd1\x01\n\nTokenEvent\x12\x13\n\x0b\x66irst_index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x30\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1e.twinpool.worker.TokenLogprobs\x12\x37\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x1e.twinpool.worker.TokenLogprobs\"\xf4\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.twinpool.worker.SamplingParams\x12\x16\n\x0etarget_address\x18\x04 \x01(\t\x12\x13\n\x0btransfer_id\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x07 \x01(\r\x12\x12\n\ncache_salt\x18\x08 \x01(\x0c\x12\x1c\n\x14num_delivered_tokens\x18\t \x01(\r\"\xa5\x01\n\x0fPrefillProgress\x12\x1b\n\x13num_computed_tokens\x18\x01 \x01(\r\x12\x37\n\x0fprompt_logprobs\x18\x02 \x03(\x0b\x32\x1e.twinpool.worker.TokenLogprobs\x12<\n\x14\x66irst_token_logprobs\x18\x03 \x01(\x0b\x32\x1e.twinpool.worker.TokenLogprobs2\xa5\x01\n\x06Worker\x12K\n\x08Generate\x12 .twinpool.worker.GenerateRequest\x1a\x1b.twinpool.worker.TokenEvent0\x01\x12N\n\x07Prefill\x12\x1f.twinpool.worker.PrefillRequest\x1a .twinpool.worker.PrefillProgress0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'workers.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SAMPLINGPARAMS']._serialized_start=41
-  _globals['_SAMPLINGPARAMS']._serialized_end=166
-  _globals['_GENERATEREQUEST']._serialized_start=169
-  _globals['_GENERATEREQUEST']._serialized_end=328
-  _globals['_TOKENEVENT']._serialized_start=330
-  _globals['_TOKENEVENT']._serialized_end=432
-  _globals['_PREFILLREQUEST']._serialized_start=435
-  _globals['_PREFILLREQUEST']._serialized_end=649
-  _globals['_PREFILLPROGRESS']._serialized_start=651
-  _globals['_PREFILLPROGRESS']._serialized_end=697
-  _globals['_WORKER']._serialized_start=700
-  _globals['_WORKER']._serialized_end=865
+  _globals['_SAMPLINGPARAMS']._serialized_start=42
+  _globals['_SAMPLINGPARAMS']._serialized_end=523
+  _globals['_LOGITBIAS']._serialized_start=525
+  _globals['_LOGITBIAS']._serialized_end=568
+  _globals['_TOKENSEQUENCE']._serialized_start=570
+  _globals['_TOKENSEQUENCE']._serialized_end=604
+  _globals['_TOKENLOGPROBS']._serialized_start=606
+  _globals['_TOKENLOGPROBS']._serialized_end=697
+  _globals['_GENERATEREQUEST']._serialized_start=700
+  _globals['_GENERATEREQUEST']._serialized_end=889
+  _globals['_TOKENEVENT']._serialized_start=892
+  _globals['_TOKENEVENT']._serialized_end=1101
+  _globals['_PREFILLREQUEST']._serialized_start=1104
+  _globals['_PREFILLREQUEST']._serialized_end=1348
+  _globals['_PREFILLPROGRESS']._serialized_start=1351
+  _globals['_PREFILLPROGRESS']._serialized_end=1516
+  _globals['_WORKER']._serialized_start=1519
+  _globals['_WORKER']._serialized_end=1684
 # @@protoc_insertion_point(module_scope)

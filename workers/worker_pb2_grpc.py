@@ -58,8 +58,8 @@ class WorkerServicer:
 
     def Prefill(self, request, context):
         """Decode worker to prefill worker: compute the prompt and hand its KV over into the named transfer. A message
-        comes at least once per heartbeat while this goes on. The stream ends well only after the handoff was
-        acknowledged. Cancelling aborts.
+        comes at least once per heartbeat while this goes on; those with log-probabilities come before the KV is sent.
+        The stream ends well only after the handoff was acknowledged. Cancelling aborts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

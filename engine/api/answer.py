@@ -16,7 +16,8 @@ from engine.api.protocol import GenerationRequest, StreamOptions
 from engine.api.replies import JsonReply, PromptTokensDetails, Usage
 from engine.api.serving import Serving
 from engine.api.sse import ClientGoneError, EventStreamReply, frame, while_connected
-from scheduler.request import FinishReason
+from engine.outputs import OutputLogprobs
+from scheduler.request import FinishReason, TokenLogprobs
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; access logs do
 
@@ -43,6 +44,8 @@ class ChoiceText:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    logprobs: list[OutputLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -124,6 +127,8 @@ async def _collect(fanout: Fanout, jobs: Sequence[Job], tally: Tally) -> list[Ch
             choice = choices[piece.index]
             choice.pieces.append(piece.delta.text)
             choice.token_ids += piece.delta.token_ids
+            choice.logprobs += piece.delta.logprobs
+            choice.prompt_logprobs += piece.delta.prompt_logprobs
             choice.finish_reason = piece.delta.finish_reason
             choice.stop_reason = piece.delta.stop_reason
     return choices

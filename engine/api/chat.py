@@ -8,19 +8,36 @@ from fastapi import APIRouter, Request, Response
 
 from engine.api.answer import AnswerHead, ChoiceText, answer
 from engine.api.fanout import ChoiceDelta
+from engine.api.logprobs import chat_logprobs, prompt_logprobs
 from engine.api.middleware import caller_of
 from engine.api.openapi import answer_responses
 from engine.api.protocol import ChatRequest
-from engine.api.replies import ChatChoice, ChatChunk, ChatChunkChoice, ChatDelta, ChatReply, ChatText, Usage
+from engine.api.replies import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    ChatLogprobs,
+    ChatReply,
+    ChatText,
+    PromptLogprobs,
+    Usage,
+)
 from engine.api.serving import Serving, TokenLimit, TokenPrompt, make_jobs
+from engine.outputs import OutputLogprobs
+from engine.tokenizer import Tokenizer
 
 
 class ChatFormat:
     """The ``AnswerFormat`` of chat."""
 
-    def __init__(self, head: AnswerHead, show_token_ids: bool) -> None:
+    def __init__(self, head: AnswerHead, body: ChatRequest, tokenizer: Tokenizer, prompt: TokenPrompt) -> None:
         self._head = head
-        self._show_token_ids = show_token_ids
+        self._show_token_ids = bool(body.return_token_ids)
+        self._show_logprobs = bool(body.logprobs)
+        self._num_prompt_logprobs = body.prompt_logprobs
+        self._tokenizer = tokenizer
+        self._prompt = prompt
 
     def opening(self, num_choices: int) -> Iterable[ChatChunk]:
         """Each choice begins with who speaks."""
@@ -30,7 +47,14 @@ class ChatFormat:
     def chunk(self, piece: ChoiceDelta, usage: Usage | None) -> ChatChunk:
         delta = piece.delta
         token_ids = delta.token_ids if self._show_token_ids else None
-        choice = ChatChunkChoice(piece.index, ChatDelta(delta.text), delta.finish_reason, delta.stop_reason, token_ids)
+        choice = ChatChunkChoice(
+            piece.index,
+            ChatDelta(delta.text),
+            delta.finish_reason,
+            delta.stop_reason,
+            token_ids,
+            self._logprobs(delta.logprobs),
+        )
         return self._chunk((choice,), usage)
 
     def usage_chunk(self, usage: Usage) -> ChatChunk:
@@ -44,10 +68,21 @@ class ChatFormat:
                 one.finish_reason,
                 one.stop_reason,
                 tuple(one.token_ids) if self._show_token_ids else None,
+                self._logprobs(one.logprobs),
             )
             for one in choices
         )
-        return ChatReply(self._head.id, self._head.created, self._head.model, tuple(told), usage)
+        of_prompt = self._prompt_logprobs(choices[0])
+        return ChatReply(self._head.id, self._head.created, self._head.model, tuple(told), usage, of_prompt)
+
+    def _logprobs(self, outputs: Sequence[OutputLogprobs]) -> ChatLogprobs | None:
+        return chat_logprobs(self._tokenizer, outputs) if self._show_logprobs else None
+
+    def _prompt_logprobs(self, one: ChoiceText) -> PromptLogprobs | None:
+        """Of any choice: all have the same prompt."""
+        if self._num_prompt_logprobs is None:
+            return None
+        return prompt_logprobs(self._tokenizer, self._prompt.token_ids, one.prompt_logprobs, self._num_prompt_logprobs)
 
     def _chunk(self, choices: tuple[ChatChunkChoice, ...], usage: Usage | None) -> ChatChunk:
         return ChatChunk(self._head.id, self._head.created, self._head.model, choices, usage)
@@ -64,8 +99,9 @@ def chat_router(serving: Serving) -> APIRouter:
         body.check(serving.unknown_fields)
         model = serving.model_named(body.model)
         token_ids = await serving.render_chat([message.for_template() for message in body.messages])
-        jobs = make_jobs(body, [TokenPrompt(token_ids, "messages")], _limit(body), model, caller_of(request))
-        style = ChatFormat(AnswerHead.make("chatcmpl", model.names[0]), bool(body.return_token_ids))
+        prompt, tokenizer = TokenPrompt(token_ids, "messages"), serving.engine.tokenizer
+        jobs = make_jobs(body, [prompt], _limit(body), model, tokenizer, caller_of(request))
+        style = ChatFormat(AnswerHead.make("chatcmpl", model.names[0]), body, tokenizer, prompt)
         return await answer(serving, body, jobs, style, request, started_s)
 
     return router

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from engine.metrics import Metrics
 from engine.outputs import TextDelta, TextEngine
 from kvcache.errors import InvariantError
-from scheduler.request import SamplingParams
+from scheduler.request import FinishReason, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class Job:
     sampling: SamplingParams
     stop: tuple[str, ...]
     cache_salt: bytes = b""
+    scores_only: bool = False  # the prompt's log-probabilities are wanted, and nothing that is generated
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +80,16 @@ class Fanout:
         stream = self.engine.generate(job.prompt_token_ids, job.sampling, job.stop, job.cache_salt)
         with self.metrics.recorder(len(job.prompt_token_ids), self.started_s) as recorder:
             async with aclosing(stream) as deltas:
-                async for delta in deltas:
+                async for told in deltas:
+                    delta = _only_scores(told) if job.scores_only else told
                     recorder.on_delta(len(delta.token_ids), delta.finish_reason)
                     yield ChoiceDelta(job.index, delta)
                     if delta.finish_reason is not None:
                         return
             raise InvariantError("the engine ended a sequence without a finish reason")
+
+
+def _only_scores(delta: TextDelta) -> TextDelta:
+    """Without what was generated; the limit of no tokens is what ends it."""
+    reason = None if delta.finish_reason is None else FinishReason.LENGTH
+    return TextDelta("", (), reason, prompt_logprobs=delta.prompt_logprobs)

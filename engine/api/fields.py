@@ -9,6 +9,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, StrictBool, Tag
 from pydantic_core import PydanticCustomError
 
+from scheduler.request import MAX_LOGIT_BIAS, MAX_LOGPROBS
+
 MAX_TOKENS_CEILING = 1 << 20
 MAX_PROMPTS = 64
 MAX_CHOICES = 16
@@ -17,6 +19,7 @@ MAX_STOP_LENGTH = 256
 MAX_STOP_TOKEN_IDS = 256
 MAX_NAME_LENGTH = 1024
 MAX_SALT_LENGTH = 256
+MAX_BAD_WORDS = 128  # each may become two sequences of tokens
 INT64_MAX = (1 << 63) - 1
 
 
@@ -47,14 +50,30 @@ def _unicode(value: str) -> str:
     return value
 
 
+def _biases(value: Any) -> Any:
+    """JSON's names are strings: token ids in decimal."""
+    if not isinstance(value, dict):
+        raise PydanticCustomError("dict_type", "Input should be an object")
+    if not all(isinstance(name, str) and name.isascii() and name.isdigit() and len(name) < 11 for name in value):
+        raise PydanticCustomError("bias_token", 'Input should have token ids for names, such as "50256"')
+    return {int(name): bias for name, bias in value.items()}
+
+
 # The order inside Annotated is what makes both hold: the schema shows the bounds, the function runs first.
 PositiveCount = Annotated[int, Field(ge=1, le=MAX_TOKENS_CEILING), BeforeValidator(_integer)]
 ChoiceCount = Annotated[int, Field(ge=1, le=MAX_CHOICES), BeforeValidator(_integer)]
 Seed = Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX), BeforeValidator(_integer)]
+CountOrZero = Annotated[int, Field(ge=0, le=MAX_TOKENS_CEILING), BeforeValidator(_integer)]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), BeforeValidator(_integer)]
 TopK = Annotated[int, Field(ge=-1, le=MAX_TOKENS_CEILING), BeforeValidator(_integer)]
 TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1), BeforeValidator(_integer)]
 Temperature = Annotated[float, Field(ge=0, le=2), BeforeValidator(_number)]
 TopP = Annotated[float, Field(gt=0, le=1), BeforeValidator(_number)]
+Probability = Annotated[float, Field(ge=0, le=1), BeforeValidator(_number)]
+Penalty = Annotated[float, Field(ge=-2, le=2), BeforeValidator(_number)]
+RepetitionPenalty = Annotated[float, Field(ge=0.01, le=100), BeforeValidator(_number)]
+Bias = Annotated[float, Field(ge=-100, le=100), BeforeValidator(_number)]
+LogitBias = Annotated[dict[int, Bias], Field(max_length=MAX_LOGIT_BIAS), BeforeValidator(_biases)]
 Text = Annotated[str, AfterValidator(_unicode)]
 Name = Annotated[str, Field(max_length=MAX_NAME_LENGTH), AfterValidator(_unicode)]
 CacheSalt = Annotated[str, Field(min_length=1, max_length=MAX_SALT_LENGTH), AfterValidator(_unicode)]
@@ -66,6 +85,8 @@ TokenIds = Annotated[
 ]
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH), AfterValidator(_unicode)]
+
+BadWords = Annotated[list[StopString], Field(max_length=MAX_BAD_WORDS)]
 
 UNION_TAGS = frozenset({"as:text", "as:texts", "as:tokens", "as:token_lists", "as:parts"})
 """Branches of the unions below. pydantic puts them into the place of an error, from where they are taken out."""

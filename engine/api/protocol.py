@@ -10,12 +10,19 @@ from pydantic_core import PydanticCustomError
 
 from engine.api.fields import (
     MAX_STOP_TOKEN_IDS,
+    BadWords,
     CacheSalt,
     ChoiceCount,
+    CountOrZero,
+    LogitBias,
     Name,
+    NumLogprobs,
     OptionalBool,
+    Penalty,
     PositiveCount,
+    Probability,
     Prompt,
+    RepetitionPenalty,
     Seed,
     Stop,
     Temperature,
@@ -73,6 +80,15 @@ class GenerationRequest(BaseModel):
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
+    min_p: Probability | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    logit_bias: LogitBias | None = None
+    bad_words: BadWords | None = None
+    allowed_token_ids: TokenIds | None = None
+    min_tokens: CountOrZero | None = None
+    prompt_logprobs: NumLogprobs | None = None  # as in vLLM
     return_token_ids: OptionalBool = None  # as in vLLM: each choice has the token_ids of its text
     cache_salt: CacheSalt | None = None  # as in vLLM: cached KV is shared with requests of the same salt only
     user: Name | None = None  # accepted for the clients that send it; nothing depends on it
@@ -85,6 +101,16 @@ class GenerationRequest(BaseModel):
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """Likeliest tokens to tell beside each generated one; None: no log-probabilities."""
+        raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the tokens of the prompt."""
+        return self.prompt_logprobs
+
     def check_options(self, neutral: dict[str, Neutral], unknown: UnknownFieldLog) -> None:
         """Refuses what is not honoured and logs what is not known.
 
@@ -93,6 +119,8 @@ class GenerationRequest(BaseModel):
         """
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is only allowed with stream: true", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs come in whole answers only, not with stream: true", "prompt_logprobs")
         extras = self.model_extra or {}
         refuse_unsupported(extras, neutral)
         unknown.note(extras, neutral)
@@ -106,6 +134,9 @@ class CompletionRequest(GenerationRequest):
     model_config = _documented(COMPLETION_NEUTRAL)
 
     prompt: Prompt
+    max_tokens: CountOrZero | None = None  # 0, with echo: the prompt's log-probabilities alone
+    echo: OptionalBool = None
+    logprobs: NumLogprobs | None = None
     best_of: ChoiceCount | None = None  # only what n says: nothing ranks the samples yet
 
     def check(self, unknown: UnknownFieldLog) -> None:
@@ -113,6 +144,18 @@ class CompletionRequest(GenerationRequest):
         self.check_options(COMPLETION_NEUTRAL, unknown)
         if self.best_of not in (None, self.num_choices):
             raise RequestError("best_of other than n is not supported yet", "best_of")
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens is 0; without echo it must be at least 1", "max_tokens")
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        if not self.echo or self.logprobs is None:
+            return self.prompt_logprobs
+        return max(self.logprobs, self.prompt_logprobs or 0)
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -178,13 +221,21 @@ class ChatRequest(GenerationRequest):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
     max_completion_tokens: PositiveCount | None = None  # OpenAI's newer name of max_tokens
+    logprobs: OptionalBool = None
+    top_logprobs: NumLogprobs | None = None
 
     def check(self, unknown: UnknownFieldLog) -> None:
         """All that the types alone do not say; see ``check_options``."""
         self.check_options(CHAT_NEUTRAL, unknown)
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise RequestError("max_tokens and max_completion_tokens contradict each other", "max_completion_tokens")
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs is only allowed with logprobs: true", "top_logprobs")
         check_messages(self.messages, unknown)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class TokenizeRequest(BaseModel):

@@ -43,13 +43,58 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class CompletionLogprobs:
+    """OpenAI's shape for completions: four lists of one length, an entry per token of the text."""
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]  # null: the first token of a prompt follows nothing
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTopLogprob:
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTokenLogprob:
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[ChatTopLogprob]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatLogprobs:
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprob:
+    """vLLM's shape: one of the tokens that could have stood at a place of the prompt."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""By token id, as a string; the token of the prompt itself is the first. Null for the prompt's first token."""
+
+
+@dataclass(frozen=True, slots=True)
 class CompletionChoice:
     index: int
     text: str
     finish_reason: FinishReason | None
     stop_reason: str | int | None
     token_ids: tuple[int, ...] | None  # with return_token_ids: those that this text was made from
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +127,7 @@ class ChatChoice:
     finish_reason: FinishReason | None
     stop_reason: str | int | None
     token_ids: tuple[int, ...] | None  # with return_token_ids: those that this text was made from
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +137,7 @@ class ChatChunkChoice:
     finish_reason: FinishReason | None
     stop_reason: str | int | None
     token_ids: tuple[int, ...] | None  # with return_token_ids: those that this text was made from
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +147,7 @@ class ChatReply:
     model: str
     choices: tuple[ChatChoice, ...]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
     object: Literal["chat.completion"] = "chat.completion"
 
 

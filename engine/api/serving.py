@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.api.fanout import Job
 from engine.api.protocol import GenerationRequest
+from engine.api.sampling import make_sampling, seed_of
 from engine.api.unsupported import UnknownFieldLog
 from engine.cache_salt import ANYBODY, make_cache_salt
 from engine.metrics import Metrics
 from engine.outputs import ServedModel, TextEngine
+from engine.tokenizer import Tokenizer
 from kvcache.errors import RequestError, UnknownModelError
-from scheduler.request import SamplingParams
+from scheduler.request import check_sampling
 
 THREAD_FROM_CHARACTERS = 4096
 MAX_SEQUENCES = 128  # of one request: it shares the workers' queues with others
 """Text from this length on is tokenized in a thread: the event loop carries everybody's streams."""
-
-_INT64 = 1 << 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +64,7 @@ class TokenPrompt:
 
     token_ids: Sequence[int]
     param: str
+    text: str | None = None  # None: it came as token ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,7 @@ def make_jobs(
     prompts: Sequence[TokenPrompt],
     limit: TokenLimit,
     model: ServedModel,
+    tokenizer: Tokenizer,
     caller: str = ANYBODY,
 ) -> list[Job]:
     """One job per prompt and choice, ordered as OpenAI indexes choices: all of the first prompt, then the next.
@@ -117,37 +118,24 @@ def make_jobs(
     seed every choice gets one of its own.
 
     Raises:
-        RequestError: a prompt is empty, too long, or has a token id that the model does not know.
+        RequestError: a prompt is empty, too long, or has a token id that the model does not know; or a parameter
+            does not fit the model.
     """
     if len(prompts) * body.num_choices > MAX_SEQUENCES:
         raise RequestError(
             f"{len(prompts)} prompts with n = {body.num_choices} are more than {MAX_SEQUENCES} sequences", "n"
         )
     salt = make_cache_salt(caller, body.cache_salt)
+    shared = make_sampling(body, model, tokenizer)
     jobs: list[Job] = []
     for prompt in prompts:
-        max_tokens = fit_to_context(prompt, limit, model)
+        # Scoring a prompt computes one token, which nobody is told of.
+        max_tokens = fit_to_context(prompt, limit, model) or 1
         if max(prompt.token_ids) >= model.vocab_size:
             raise RequestError(f"{prompt.param}: token ids must be below {model.vocab_size}", prompt.param)
         token_ids = tuple(prompt.token_ids)
         for choice in range(body.num_choices):
-            sampling = _sampling(body, choice, max_tokens, model)
-            jobs.append(Job(len(jobs), token_ids, sampling, body.stop_strings, salt))
+            sampling = replace(shared, max_tokens=max_tokens, seed=seed_of(body, choice))
+            check_sampling(sampling, vocab_size=model.vocab_size)
+            jobs.append(Job(len(jobs), token_ids, sampling, body.stop_strings, salt, scores_only=body.max_tokens == 0))
     return jobs
-
-
-def _sampling(body: GenerationRequest, choice: int, max_tokens: int, model: ServedModel) -> SamplingParams:
-    end_tokens = () if body.ignore_eos else model.eos_token_ids
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(0, body.top_k or 0),
-        seed=secrets.randbits(63) if body.seed is None else _as_int64(body.seed + choice),
-        stop_token_ids=tuple(dict.fromkeys((*end_tokens, *(body.stop_token_ids or ())))),
-    )
-
-
-def _as_int64(value: int) -> int:
-    """Wraps around at the top, so that the largest seed can have neighbours."""
-    return (value + _INT64 // 2) % _INT64 - _INT64 // 2

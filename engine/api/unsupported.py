@@ -17,17 +17,8 @@ logger = logging.getLogger(__name__)
 Neutral = tuple[Any, ...]
 
 _COMMON: dict[str, Neutral] = {
-    "min_p": (None, 0),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
     "length_penalty": (None, 1),
     "use_beam_search": (None, False),
-    "logit_bias": (None, {}),
-    "prompt_logprobs": (None,),
-    "min_tokens": (None, 0),
-    "bad_words": (None, []),
-    "allowed_token_ids": (None, []),
     "response_format": (None, {"type": "text"}),
     "structured_outputs": (None,),
     "guided_json": (None,),
@@ -38,17 +29,14 @@ _COMMON: dict[str, Neutral] = {
     "include_stop_str_in_output": (None, False),
     "skip_special_tokens": (None, True),
     "truncate_prompt_tokens": (None,),
-    "echo": (None, False),
 }
 
 COMPLETION_NEUTRAL: dict[str, Neutral] = _COMMON | {
-    "logprobs": (None,),
     "suffix": (None, ""),
 }
 
 CHAT_NEUTRAL: dict[str, Neutral] = _COMMON | {
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
+    "echo": (None, False),
     "tools": (None, []),
     "tool_choice": (None, "none"),
     "parallel_tool_calls": (None, False, True),  # without tools it says nothing

@@ -47,6 +47,11 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "top_p not a number": ({"top_p": float("nan")}, "top_p"),
     "top_p above one": ({"top_p": 1.01}, "top_p"),
     "top_k beyond the vocabulary": ({"top_k": 2**32 - 1}, "top_k"),
+    "penalty not a number": ({"frequency_penalty": float("nan")}, "frequency_penalty"),
+    "bias beyond the vocabulary": ({"logit_bias": [pb.LogitBias(token_id=2**31, bias=1)]}, "logit_bias"),
+    "allowed token beyond the vocabulary": ({"allowed_token_ids": [2**31]}, "allowed_token_ids"),
+    "too many likeliest": ({"logprobs": 21}, "logprobs"),
+    "more output delivered than there is": ({"num_delivered_tokens": 3}, "prompt"),
 }
 
 
@@ -54,7 +59,8 @@ def fields_with(checkpoint: TinyCheckpoint, changes: dict[str, object]) -> dict[
     fields = VALID | changes
     if fields["prompt_token_ids"] == "vocab_size":
         fields["prompt_token_ids"] = [checkpoint.vocab_size]
-    sampling = {name: fields.pop(name) for name in ("max_tokens", "temperature", "top_p", "top_k")}
+    names = {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
+    sampling = {name: fields.pop(name) for name in names & fields.keys()}
     return fields | {"sampling": pb.SamplingParams(**sampling)}  # type: ignore[arg-type]
 
 

@@ -255,9 +255,7 @@ class FusedDecoder:
 
     def logits(self, plan: StepPlan, storage: PagedStorage, progress: StepProgress | None = None) -> torch.Tensor:
         """See ``StepModel.logits``; in float32, and of a rank only those of its part of the vocabulary."""
-        last_rows = itertools.accumulate(len(chunk.token_ids) for chunk in plan.chunks)
-        sampled = [row - 1 for row, chunk in zip(last_rows, plan.chunks, strict=True) if chunk.sampling is not None]
-        return self.logits_of_rows(plan, storage, sampled, progress)
+        return self.logits_of_rows(plan, storage, plan.logit_rows, progress)
 
     def logits_of_rows(
         self, plan: StepPlan, storage: PagedStorage, rows: list[int], progress: StepProgress | None = None

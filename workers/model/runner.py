@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from kvcache.errors import ModelError, TwinpoolError
+from kvcache.errors import ModelError
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
-from scheduler.batching import ScheduledChunk, StepPlan
-from scheduler.request import SamplingParams
+from scheduler.batching import ScheduledChunk, StepOutput, StepPlan
+from scheduler.request import SamplingParams, TokenHistory, TokenLogprobs
 from workers.model.attention_layers import own_logits
 from workers.model.fused_decoder import FusedDecoder, WeightFormat, find_misfit
-from workers.model.sampler import sample
+from workers.model.logprobs import token_logprobs
+from workers.model.sampler import check_finite, sample
+from workers.model.sequence_state import SequenceState
 from workers.model.transformers_model import TransformersModel, load_model
 from workers.parallel.rank import Rank
 from workers.step_progress import StepProgress
@@ -38,13 +40,10 @@ class StepModel(Protocol):
         """Computes the chunks of ``plan`` and fills their KV in ``storage``, telling ``progress`` of each layer.
 
         Returns:
-            ``[S, vocabulary]``: one row for each chunk that has ``sampling``, in the order of the plan.
+            ``[S, vocabulary]``: for each chunk, in the order of the plan, the logits after the last ``num_logits``
+            of its tokens. They are the caller's.
         """
         ...
-
-
-class NotFiniteError(TwinpoolError):
-    """The model computed no usable logits."""
 
 
 class ModelRunner:
@@ -53,26 +52,82 @@ class ModelRunner:
     def __init__(self, model: StepModel, storage: PagedStorage) -> None:
         self._model = model
         self._storage = storage
+        self._states: dict[str, SequenceState] = {}  # of the last step; others are made again from their tokens
 
-    def execute(self, plan: StepPlan, progress: StepProgress | None = None) -> dict[str, int]:
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan, progress: StepProgress | None = None) -> StepOutput:
         """Computes the chunks of ``plan``, fills their KV, and samples where a chunk has ``sampling``.
 
         ``progress`` hears of every layer whose KV is there, if the model can tell.
 
-        Returns:
-            request id → sampled token, for those chunks.
-
         Raises:
             NotFiniteError: a sequence's logits hold NaN or infinity; no token was sampled for any.
+            NothingLeftError: the same, and a sequence's own parameters forbid every token.
         """
         logits = self._model.logits(plan, self._storage, progress)
-        chunks = [chunk for chunk in plan.chunks if chunk.sampling is not None]
-        if not chunks:
-            return {}
-        _check_finite(logits)
+        prompts, sampled = _rows_of(plan)
+        prompt_logprobs = _prompt_logprobs(logits, prompts)
+        if prompts:
+            logits = logits[[row for row, _ in sampled]]
+        tokens = self._sample(logits, [chunk for _, chunk in sampled])
+        return StepOutput(tokens, _logprobs(logits, [chunk for _, chunk in sampled], tokens), prompt_logprobs)
+
+    def _sample(self, logits: torch.Tensor, chunks: Sequence[ScheduledChunk]) -> dict[str, int]:
+        """One row and one token per chunk."""
+        states = {row: self._state_of(chunk, chunk.history) for row, chunk in enumerate(chunks) if chunk.history}
+        self._states = {chunks[row].request_id: state for row, state in states.items()}
         params = [chunk.sampling for chunk in chunks if chunk.sampling is not None]
-        tokens = sample(logits, params, [chunk.end for chunk in chunks])
+        tokens = sample(logits, params, [chunk.end for chunk in chunks], states) if chunks else []
         return {chunk.request_id: token for chunk, token in zip(chunks, tokens, strict=True)}
+
+    def _state_of(self, chunk: ScheduledChunk, history: TokenHistory) -> SequenceState:
+        state = self._states.get(chunk.request_id)
+        if state is None or not state.is_of(history):
+            assert chunk.sampling is not None, "only a chunk that samples has a history"
+            state = SequenceState(chunk.sampling, history)
+        state.advance(history)
+        return state
+
+
+def _rows_of(plan: StepPlan) -> tuple[list[tuple[int, ScheduledChunk]], list[tuple[int, ScheduledChunk]]]:
+    """Where the logits of prompt targets begin, and where those to sample from are."""
+    prompts, sampled = [], []
+    row = 0
+    for chunk in plan.chunks:
+        if chunk.prompt_targets:
+            prompts.append((row, chunk))
+        row += chunk.num_logits
+        if chunk.sampling is not None:
+            sampled.append((row - 1, chunk))
+    return prompts, sampled
+
+
+def _prompt_logprobs(
+    logits: torch.Tensor, prompts: Sequence[tuple[int, ScheduledChunk]]
+) -> dict[str, tuple[TokenLogprobs, ...]]:
+    told = {}
+    for row, chunk in prompts:
+        targets = chunk.prompt_targets
+        rows = logits[row : row + len(targets)]
+        check_finite(rows)
+        told[chunk.request_id] = tuple(token_logprobs(rows, targets, [chunk.num_prompt_logprobs] * len(targets)))
+    return told
+
+
+def _logprobs(
+    logits: torch.Tensor, chunks: Sequence[ScheduledChunk], tokens: Mapping[str, int]
+) -> dict[str, TokenLogprobs]:
+    """Of the sampled tokens of those chunks that ask."""
+    counts = {
+        row: chunk.sampling.logprobs
+        for row, chunk in enumerate(chunks)
+        if chunk.sampling is not None and chunk.sampling.logprobs is not None
+    }
+    if not counts:
+        return {}
+    names = [chunks[row].request_id for row in counts]
+    told = token_logprobs(logits[list(counts)], [tokens[name] for name in names], list(counts.values()))
+    return dict(zip(names, told, strict=True))
 
 
 def load_step_model(
@@ -200,8 +255,3 @@ def _comparison_plans(block_size: int, vocab_size: int) -> tuple[StepPlan, ...]:
         StepPlan((chunk("short", 1, 2), chunk("long", 13, 21))),
         StepPlan((chunk("long", 21, 22), chunk("short", 2, 3))),
     )
-
-
-def _check_finite(logits: torch.Tensor) -> None:
-    if not torch.isfinite(logits.amax(dim=-1)).all():  # the maximum of a row with a NaN is NaN
-        raise NotFiniteError("the model's logits are not finite")

@@ -1,13 +1,33 @@
-"""Logits to tokens. The draw of a token depends on (seed, position) and its own logits, on nothing else."""
+"""Logits to tokens. The draw of a token depends on (seed, position), its own logits and its own tokens before.
+
+The order is vLLM's (``vllm/v1/sample/sampler.py``): what changes the logits (``workers.model.logit_processors``),
+temperature, min_p, top_k, top_p, draw. Greedy takes the largest logit after the first of these. Rows are computed
+together where that is faster, but each by itself, so that the batch around a sequence changes no bit of it.
+
+- ``min_p`` m (Nguyen et al., ICLR 2025): tokens stay whose probability is at least m times the largest.
+- ``top_k`` (Fan et al., ACL 2018): so many of the likeliest stay.
+- ``top_p`` (Holtzman et al., ICLR 2020): the smallest set of the likeliest stays that reaches it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
+from kvcache.errors import RequestError, TwinpoolError
 from scheduler.request import SamplingParams
+from workers.model.logit_processors import process
+from workers.model.rows import NONE, index_at, largest, likeliest, padded
+from workers.model.sequence_state import SequenceState
 
+ROWS_AT_ONCE = 8  # of a draw: their copies stay in the caches
+TOP_P_CANDIDATES = (64, 1024)  # the set that top_p leaves is looked for among so many, then among all
+NO_STATES: Mapping[int, SequenceState] = MappingProxyType({})
 _MASK = (1 << 64) - 1
 
 
@@ -28,38 +48,139 @@ def _splitmix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def sample(logits: torch.Tensor, sampling: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+class NotFiniteError(TwinpoolError):
+    """The model computed no usable logits."""
+
+
+class NothingLeftError(RequestError):
+    """The request's own parameters forbid every token that could come next."""
+
+
+def sample(
+    logits: torch.Tensor,
+    sampling: Sequence[SamplingParams],
+    positions: Sequence[int],
+    states: Mapping[int, SequenceState] = NO_STATES,
+) -> list[int]:
     """Chooses one token per row.
 
     Args:
-        logits: ``[rows, vocabulary]``, any float dtype.
+        logits: ``[rows, vocabulary]``, any float dtype; not changed.
         sampling: one per row.
         positions: the position in its sequence that the new token of each row will have.
+        states: row → what its sequence has come to, for rows whose parameters alter their logits.
+
+    Raises:
+        NotFiniteError: a row holds NaN or infinity, or -inf alone.
+        NothingLeftError: a row has no token left after its masks.
     """
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    tokens = check_finite(logits)
+    altered: dict[int, torch.Tensor] = {}
+    if states:
+        processed = _processed(logits, states)
+        altered = dict(zip(states, processed, strict=True))
+        for row, token in zip(states, likeliest(processed), strict=True):
+            tokens[row] = token
+        if NONE in tokens:
+            raise NothingLeftError("The request's own parameters forbid every token.", None)
+    groups: dict[tuple[int, bool], list[_Draw]] = defaultdict(list)
     for row, (params, position) in enumerate(zip(sampling, positions, strict=True)):
         if params.temperature > 0:
-            tokens[row] = _draw(logits[row].float(), params, uniform(params.seed, position))
+            draw = _Draw(row, altered.get(row, logits[row]), params, uniform(params.seed, position))
+            groups[params.top_k, params.top_p < 1.0].append(draw)
+    for draws in groups.values():
+        for first in range(0, len(draws), ROWS_AT_ONCE):
+            some = draws[first : first + ROWS_AT_ONCE]
+            for draw, token in zip(some, _draw(some), strict=True):
+                tokens[draw.row] = token
     return tokens
 
 
-def _draw(logits: torch.Tensor, params: SamplingParams, threshold: float) -> int:
-    """Inverse transform sampling over the tokens that top_k and top_p leave, likeliest first."""
+def check_finite(logits: torch.Tensor) -> list[int]:
+    """Returns the likeliest token of each row, which the same pass finds.
+
+    Raises:
+        NotFiniteError: a row holds NaN or infinity, or -inf alone.
+    """
+    tokens = likeliest(logits)
+    if NONE in tokens:
+        raise NotFiniteError("the model's logits are not finite")
+    return tokens
+
+
+def _processed(logits: torch.Tensor, states: Mapping[int, SequenceState]) -> torch.Tensor:
+    """Altered copies of the rows of ``states``, in their order."""
+    rows = logits[list(states)].float()
+    process(rows, list(states.values()))
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    row: int
+    logits: torch.Tensor  # [vocabulary]
+    params: SamplingParams
+    threshold: float
+
+
+def _draw(draws: Sequence[_Draw]) -> list[int]:
+    """Inverse transform sampling: over the vocabulary, or over the tokens that top_k and top_p leave.
+
+    All have the same ``top_k``, and all or none have a ``top_p``: what is computed for one does not depend on others.
+    """
+    params = draws[0].params
+    thresholds = torch.tensor([draw.threshold for draw in draws], dtype=torch.float64)
+    rows = padded(torch.stack([draw.logits for draw in draws]))
+    if params.top_k > 0:
+        kept, token_ids = largest(rows, params.top_k)
+        cumulative = torch.softmax(_scaled(kept, draws), dim=-1).double().cumsum(-1)
+        return token_ids.gather(1, _places(cumulative, cumulative[:, -1:], draws))[:, 0].tolist()
+    weights = torch.softmax(_scaled(rows, draws), dim=-1)
+    if params.top_p >= 1.0:
+        return index_at(weights, thresholds).tolist()
+    return _draw_nuclei(weights, draws)
+
+
+def _scaled(rows: torch.Tensor, draws: Sequence[_Draw]) -> torch.Tensor:
+    """Differences from the largest, over the temperature, without what min_p drops. Changes ``rows``."""
     # Dividing the differences from the maximum cannot overflow, however small the temperature; but one that
     # is 0 in float32 would make 0 / 0 of the maximum itself.
-    scaled = (logits - logits.max()) / max(params.temperature, torch.finfo(torch.float32).tiny)
-    if params.top_k <= 0 and params.top_p >= 1.0:
-        cumulative = torch.softmax(scaled, dim=-1).double().cumsum(-1)
-        return _index_of(cumulative, threshold)
-    count = min(params.top_k, len(logits)) if params.top_k > 0 else len(logits)
-    kept, token_ids = scaled.topk(count)  # sorted, so that top_p keeps a prefix
-    cumulative = torch.softmax(kept, dim=-1).double().cumsum(-1)
-    # The smallest prefix that reaches top_p (Holtzman et al., ICLR 2020).
-    num_kept = 1 + int(torch.searchsorted(cumulative, float(cumulative[-1]) * params.top_p))
-    return int(token_ids[_index_of(cumulative[:num_kept], threshold)])
+    tiny = torch.finfo(torch.float32).tiny
+    temperatures = torch.tensor([max(draw.params.temperature, tiny) for draw in draws], dtype=torch.float32)
+    rows.sub_(rows.amax(dim=-1, keepdim=True)).div_(temperatures.unsqueeze(1))
+    if any(draw.params.min_p > 0 for draw in draws):
+        lowest = [math.log(draw.params.min_p) if draw.params.min_p > 0 else -math.inf for draw in draws]
+        rows.masked_fill_(rows < torch.tensor(lowest, dtype=torch.float32).unsqueeze(1), -torch.inf)
+    return rows
 
 
-def _index_of(cumulative: torch.Tensor, fraction: float) -> int:
-    """The first index whose cumulative weight exceeds ``fraction`` of the total."""
-    index = int(torch.searchsorted(cumulative, float(cumulative[-1]) * fraction, right=True))
-    return min(index, len(cumulative) - 1)
+def _draw_nuclei(weights: torch.Tensor, draws: Sequence[_Draw]) -> list[int]:
+    """For ``padded`` rows that each add up to 1, over the vocabulary."""
+    tokens = [NONE] * len(draws)
+    left = list(range(len(draws)))
+    for count in (*TOP_P_CANDIDATES, weights.shape[1]):
+        is_whole = count >= weights.shape[1]
+        kept, token_ids = largest(weights[left], count)
+        cumulative = kept.double().cumsum(-1)
+        total = cumulative[:, -1:] if is_whole else torch.ones(len(left), 1, dtype=torch.float64)
+        found = token_ids.gather(1, _places(cumulative, total, [draws[i] for i in left]))[:, 0].tolist()
+        reached = cumulative[:, -1].tolist()
+        done = [is_whole or each >= draws[i].params.top_p for i, each in zip(left, reached, strict=True)]
+        for i, token, is_done in zip(left, found, done, strict=True):
+            tokens[i] = token if is_done else NONE
+        left = [i for i, is_done in zip(left, done, strict=True) if not is_done]
+        if not left:
+            break
+    return tokens
+
+
+def _places(cumulative: torch.Tensor, total: torch.Tensor, draws: Sequence[_Draw]) -> torch.Tensor:
+    """Which of the likeliest is drawn out of the smallest prefix of them that reaches top_p of the total: ``[n, 1]``.
+
+    A row of ``cumulative`` may end before its total where it holds that prefix.
+    """
+    top_p = torch.tensor([[draw.params.top_p] for draw in draws], dtype=torch.float64)
+    thresholds = torch.tensor([[draw.threshold] for draw in draws], dtype=torch.float64)
+    last = torch.searchsorted(cumulative[:, :-1].contiguous(), total * top_p)
+    place = torch.searchsorted(cumulative, cumulative.gather(1, last) * thresholds, right=True)
+    return torch.minimum(place, last)

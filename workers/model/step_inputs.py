@@ -52,8 +52,7 @@ class PagedAttentionInputs:
 class StepInputs:
     token_ids: torch.Tensor  # int64 [1, T]
     positions: torch.Tensor  # int64 [1, T]
-    sampled_rows: torch.Tensor  # int64 [S]: rows of the packed row whose logits are needed
-    sampled_chunks: tuple[ScheduledChunk, ...]  # S chunks, in the same order
+    logit_rows: torch.Tensor  # int64 [S]: rows of the packed row whose logits are needed, in the order of the plan
     attention: Mapping[int | None, PagedAttentionInputs]  # by window
 
 
@@ -71,14 +70,16 @@ def build_step_inputs(
     token_ids: list[int] = []
     positions: list[int] = []
     write_blocks: list[int] = []
-    sampled_rows: list[int] = []
+    ends: dict[str, int] = {}
     for chunk in chunks:
         token_ids += chunk.token_ids
         positions += range(chunk.start, chunk.end)
         write_blocks += [chunk.block_table[position // block_size] for position in range(chunk.start, chunk.end)]
-        if chunk.sampling is not None:
-            sampled_rows.append(len(token_ids) - 1)
+        ends[chunk.request_id] = len(token_ids)
 
+    logit_rows = [
+        row for chunk in plan.chunks for row in range(ends[chunk.request_id] - chunk.num_logits, ends[chunk.request_id])
+    ]
     position_row = torch.tensor(positions, device=device)
     block_row = torch.tensor(write_blocks, device=device)
     offsets = position_row % block_size
@@ -96,8 +97,7 @@ def build_step_inputs(
     return StepInputs(
         token_ids=torch.tensor([token_ids], device=device),
         positions=position_row.unsqueeze(0),
-        sampled_rows=torch.tensor(sampled_rows, dtype=torch.long, device=device),
-        sampled_chunks=tuple(chunk for chunk in chunks if chunk.sampling is not None),
+        logit_rows=torch.tensor(logit_rows, dtype=torch.long, device=device),
         attention=attention,
     )
 

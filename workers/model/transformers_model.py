@@ -165,7 +165,7 @@ class TransformersModel:
             input_ids=inputs.token_ids,
             position_ids=inputs.positions,
             use_cache=False,
-            logits_to_keep=inputs.sampled_rows,
+            logits_to_keep=inputs.logit_rows,
             paged_storage=storage,
             paged_inputs=inputs,
             paged_layers=self.layers,
@@ -173,5 +173,4 @@ class TransformersModel:
             paged_progress=listener if self._device == "cpu" else None,
         )
         logits: torch.Tensor = output.logits[0]
-        row_of = {chunk.request_id: row for row, chunk in enumerate(inputs.sampled_chunks)}
-        return logits[[row_of[chunk.request_id] for chunk in plan.chunks if chunk.sampling is not None]]
+        return logits

@@ -25,16 +25,16 @@ class Ready(_message.Message):
     def __init__(self, error: _Optional[str] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("token_ids", "start", "block_table", "is_sampled")
+    __slots__ = ("token_ids", "start", "block_table", "num_logits")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     BLOCK_TABLE_FIELD_NUMBER: _ClassVar[int]
-    IS_SAMPLED_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOGITS_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     start: int
     block_table: _containers.RepeatedScalarFieldContainer[int]
-    is_sampled: bool
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., block_table: _Optional[_Iterable[int]] = ..., is_sampled: _Optional[bool] = ...) -> None: ...
+    num_logits: int
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., start: _Optional[int] = ..., block_table: _Optional[_Iterable[int]] = ..., num_logits: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
     __slots__ = ("chunks",)

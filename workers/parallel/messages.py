@@ -17,7 +17,7 @@ def step_to_wire(plan: StepPlan) -> pb.Command:
                     token_ids=chunk.token_ids,
                     start=chunk.start,
                     block_table=chunk.block_table,
-                    is_sampled=chunk.sampling is not None,
+                    num_logits=chunk.num_logits,
                 )
                 for chunk in plan.chunks
             ]
@@ -35,7 +35,8 @@ def step_from_wire(step: pb.Step) -> StepPlan:
                 chunk.start,
                 0,
                 tuple(chunk.block_table),
-                _IS_SAMPLED if chunk.is_sampled else None,
+                _IS_SAMPLED if chunk.num_logits else None,
+                prompt_targets=(0,) * (chunk.num_logits - 1),  # which tokens they are for is the leader's business
             )
             for index, chunk in enumerate(step.chunks)
         )

@@ -51,19 +51,37 @@ SHARED: list[tuple[dict[str, Any], str]] = [
     ({"stream_options": {"include_usage": 1}, "stream": True}, "stream_options.include_usage"),
     ({"user": "u" * 1025}, "user"),
     ({"model": 5}, "model"),
-    # known, and not honoured yet
-    ({"echo": True}, "echo"),
-    ({"min_p": 0.1}, "min_p"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty"),
+    ({"min_p": -0.1}, "min_p"),
+    ({"min_p": 1.1}, "min_p"),
+    ({"frequency_penalty": 2.1}, "frequency_penalty"),
+    ({"presence_penalty": -2.1}, "presence_penalty"),
     ({"presence_penalty": False}, "presence_penalty"),
-    ({"repetition_penalty": 1.1}, "repetition_penalty"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
-    ({"logprobs": 1}, "logprobs"),
-    ({"logprobs": True}, "logprobs"),
-    ({"prompt_logprobs": 1}, "prompt_logprobs"),
-    ({"min_tokens": 1}, "min_tokens"),
-    ({"bad_words": ["x"]}, "bad_words"),
-    ({"allowed_token_ids": [1]}, "allowed_token_ids"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"repetition_penalty": 101}, "repetition_penalty"),
+    ({"logit_bias": [1]}, "logit_bias"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"logit_bias": {"100000": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias[5]"),
+    ({"logit_bias": {"5": "1"}}, "logit_bias[5]"),
+    ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logprobs": -1}, "logprobs"),
+    ({"logprobs": "1"}, "logprobs"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"prompt_logprobs": True}, "prompt_logprobs"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+    ({"min_tokens": -1}, "min_tokens"),
+    ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+    ({"bad_words": "x"}, "bad_words"),
+    ({"bad_words": ["a", ""]}, "bad_words[1]"),
+    ({"bad_words": ["a", "  "]}, "bad_words[1]"),
+    ({"bad_words": ["a"] * 129}, "bad_words"),
+    ({"allowed_token_ids": []}, "allowed_token_ids"),
+    ({"allowed_token_ids": [-1]}, "allowed_token_ids[0]"),
+    ({"allowed_token_ids": [100_000]}, "allowed_token_ids"),
+    ({"allowed_token_ids": [0], "min_tokens": 1}, "allowed_token_ids"),  # token 0 is the end token
+    # known, and not honoured yet
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ({"priority": 1}, "priority"),
@@ -93,6 +111,9 @@ COMPLETION_ONLY: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [1] * 100}, "prompt"),
     ({"prompt": [[1], [1] * 101]}, "prompt[1]"),
     ({"best_of": 2}, "best_of"),
+    ({"echo": 1}, "echo"),
+    ({"echo": False, "max_tokens": 0}, "max_tokens"),
+    ({"logprobs": True}, "logprobs"),
     ({"suffix": "x"}, "suffix"),
 ]
 
@@ -114,7 +135,10 @@ CHAT_ONLY: list[tuple[dict[str, Any], str]] = [
     ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "auto"}, "tool_choice"),
+    ({"echo": True}, "echo"),
+    ({"logprobs": 1}, "logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
+    ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
     ({"add_generation_prompt": False}, "add_generation_prompt"),
     ({"continue_final_message": True}, "continue_final_message"),
     ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
@@ -150,7 +174,7 @@ def test_a_bad_field_is_a_400_that_names_it(server: Server, path: str, body: dic
 
 
 @pytest.mark.parametrize("number", ["1e400", "-1e400", str(2**70), "1" + "0" * 400, "NaN", "-Infinity"])
-@pytest.mark.parametrize("name", ["max_tokens", "n", "seed", "top_k", "top_p", "temperature"])
+@pytest.mark.parametrize("name", ["max_tokens", "n", "seed", "top_k", "top_p", "temperature", "min_p", "logprobs"])
 def test_a_number_beyond_all_measure_is_a_400_that_names_it(server: Server, name: str, number: str) -> None:
     response = call(server.app, COMPLETIONS, content=f'{{"prompt": "hello", "{name}": {number}}}')
     assert_openai_error(response, 400, name)
@@ -188,6 +212,8 @@ def test_a_body_of_another_type_is_told_what_to_send() -> None:
         (COMPLETIONS, r'{"prompt": "a\ud800"}', "prompt"),
         (COMPLETIONS, r'{"prompt": ["a", "\ud800"]}', "prompt[1]"),
         (COMPLETIONS, r'{"prompt": "a", "stop": "\ud800"}', "stop"),
+        (COMPLETIONS, r'{"prompt": "a", "bad_words": ["\ud800"]}', "bad_words[0]"),
+        (COMPLETIONS, r'{"prompt": "a", "logit_bias": {"\ud800": 1}}', "logit_bias"),
         (COMPLETIONS, r'{"prompt": "a", "model": "\ud800"}', "model"),
         (CHAT, r'{"messages": [{"role": "user", "content": "\ud800"}]}', "messages[0].content"),
         (CHAT, r'{"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}]}',

@@ -29,6 +29,7 @@ def test_an_answer_has_openai_s_shape() -> None:
                 "stop_reason": None,
                 "token_ids": None,
                 "logprobs": None,
+                "prompt_logprobs": None,
             }
         ],
         "usage": {
@@ -84,7 +85,7 @@ def test_ignoring_the_end_token_leaves_the_request_s_own_stop_tokens() -> None:
     assert engine.calls[0].sampling.top_k == 0
 
 
-@pytest.mark.parametrize("neutral", [{"frequency_penalty": 0.0}, {"response_format": {"type": "text"}}, {"best_of": 1}])
+@pytest.mark.parametrize("neutral", [{"cache_salt": None}, {"response_format": {"type": "text"}}, {"best_of": 1}])
 def test_a_neutral_value_of_an_option_not_honoured_is_accepted(neutral: dict[str, Any]) -> None:
     assert call(FakeEngine(), COMPLETIONS, {"prompt": "hello"} | neutral).status_code == 200
 

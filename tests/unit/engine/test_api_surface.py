@@ -143,5 +143,5 @@ def test_openapi_declares_errors_streams_and_the_key() -> None:
         assert responses["200"]["content"]["text/event-stream"]["schema"]["properties"]["data"] == {"type": "string"}
     fields = schema["components"]["schemas"]["CompletionRequest"]["properties"]
     assert fields["best_of"]["anyOf"][0] == {"maximum": 16, "minimum": 1, "type": "integer"}
-    assert fields["frequency_penalty"]["enum"] == [None, 0]
+    assert fields["priority"]["enum"] == [None, 0]
     assert "security" not in schema["paths"]["/health"]["get"]

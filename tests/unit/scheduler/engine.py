@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Container, Sequence
 
 from kvcache.manager import KVCacheManager
-from scheduler.batching import Batcher, BatchLimits, SampledToken, ScheduledChunk, StepPlan
+from scheduler.batching import Batcher, BatchLimits, SampledToken, ScheduledChunk, StepOutput, StepPlan
 from scheduler.request import Request, SamplingParams
 from tests.builders import BLOCK_SIZE, make_manager, make_sampling
 
@@ -145,7 +145,7 @@ class Engine:
             if chunk.request_id in failed:
                 self.runner.spoil(chunk)
         kept = {request_id: token for request_id, token in sampled.items() if request_id not in failed}
-        for output in self.batcher.apply(plan, kept, failed):
+        for output in self.batcher.apply(plan, StepOutput(kept), failed):
             self.outputs[output.request.request_id].append(output)
         self.manager.check_integrity()
 

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 
 from kvcache.errors import InvariantError, RequestError
-from scheduler.request import FinishReason, Request, RequestStatus, SamplingParams, check_sequence
+from scheduler.request import (
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    FinishReason,
+    Request,
+    RequestStatus,
+    SamplingParams,
+    check_sequence,
+)
 from tests.builders import make_sampling
 
 WAITING, WAITING_FOR_KV, RUNNING, HANDING_OVER, FINISHED = RequestStatus
@@ -135,3 +146,62 @@ def test_sampled_tokens_leave_the_prompt_as_it_was() -> None:
     request = make_request(prompt=(1, 2, 3))
     request.append_token(7)
     assert (request.prompt_token_ids, request.num_prompt_tokens) == ((1, 2, 3), 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": float("nan")}, "min_p"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty"),
+        ({"logit_bias": ((VOCAB_SIZE, 1.0),)}, "logit_bias"),
+        ({"logit_bias": ((1, 101.0),)}, "logit_bias"),
+        ({"logit_bias": ((1, float("nan")),)}, "logit_bias"),
+        ({"logit_bias": ((1, 1.0),) * (MAX_LOGIT_BIAS + 1)}, "logit_bias"),
+        ({"bad_words": ((),)}, "bad_words"),
+        ({"bad_words": ((1, VOCAB_SIZE),)}, "bad_words"),
+        ({"bad_words": ((1,) * (MAX_BAD_WORD_TOKENS + 1),)}, "bad_words"),
+        ({"bad_words": ((1,),) * (MAX_BAD_WORDS + 1)}, "bad_words"),
+        ({"allowed_token_ids": (VOCAB_SIZE,)}, "allowed_token_ids"),
+        ({"allowed_token_ids": (1,) * (VOCAB_SIZE + 1)}, "allowed_token_ids"),
+        ({"allowed_token_ids": (1, 2), "bad_words": ((1,), (2,))}, "allowed_token_ids"),
+        ({"allowed_token_ids": (1,), "stop_token_ids": (1,), "min_tokens": 1}, "allowed_token_ids"),
+        ({"min_tokens": 5}, "min_tokens"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"logprobs": MAX_LOGPROBS + 1}, "logprobs"),
+        ({"prompt_logprobs": MAX_LOGPROBS + 1}, "prompt_logprobs"),
+    ],
+    ids=repr,
+)
+def test_a_parameter_out_of_its_range_is_refused_by_name(change: dict[str, Any], param: str) -> None:
+    assert refused_field((1, 2, 3), replace(SAMPLING, **change)) == param
+
+
+def test_the_ends_of_every_range_are_accepted() -> None:
+    last = VOCAB_SIZE - 1
+    for sampling in (
+        replace(SAMPLING, min_p=1.0, presence_penalty=2.0, frequency_penalty=-2.0, repetition_penalty=100.0),
+        replace(SAMPLING, logit_bias=((last, -100.0), (0, 100.0)), bad_words=((last,),), min_tokens=4),
+        replace(SAMPLING, allowed_token_ids=(0, last), logprobs=MAX_LOGPROBS, prompt_logprobs=0),
+    ):
+        check((1, 2, 3), sampling)
+
+
+def test_delivered_tokens_count_for_min_tokens_and_are_fewer_than_the_prompt() -> None:
+    def check_placed_anew(min_tokens: int, num_delivered_tokens: int) -> None:
+        check_sequence(
+            (1, 2, 3),
+            replace(SAMPLING, min_tokens=min_tokens),
+            max_model_len=MAX_MODEL_LEN,
+            vocab_size=VOCAB_SIZE,
+            num_delivered_tokens=num_delivered_tokens,
+        )
+
+    check_placed_anew(min_tokens=6, num_delivered_tokens=2)
+    with pytest.raises(RequestError, match="min_tokens"):
+        check_placed_anew(min_tokens=7, num_delivered_tokens=2)
+    with pytest.raises(RequestError, match="3 of 3"):
+        check_placed_anew(min_tokens=0, num_delivered_tokens=3)

@@ -12,7 +12,8 @@ from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import ScheduledChunk, StepPlan
 from scheduler.request import SamplingParams
-from workers.model.runner import ModelRunner, NotFiniteError
+from workers.model.runner import ModelRunner
+from workers.model.sampler import NotFiniteError
 from workers.model.transformers_model import TransformersModel, load_model
 
 POISON = 7

@@ -9,8 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from scheduler.request import SamplingParams
-from workers.model.sampler import sample, uniform
+from scheduler.request import SamplingParams, TokenHistory
+from tests.unit.workers.reference_sampling import processed
+from workers.model.sampler import TOP_P_CANDIDATES, NothingLeftError, sample, uniform
+from workers.model.sequence_state import SequenceState
 
 LOGITS = [2.0, -1.0, 0.5, 3.0, 0.0, 1.5, -3.0, 2.5]
 NUM_DRAWS = 3000
@@ -43,9 +45,10 @@ def draw(logits: list[float], sampling: SamplingParams, num_draws: int = NUM_DRA
 
 
 def reference_distribution(logits: list[float], sampling: SamplingParams) -> dict[int, float]:
-    """Softmax, then the likeliest ``top_k``, then the smallest set of them that reaches ``top_p``."""
+    """Softmax, ``min_p``, then the likeliest ``top_k``, then the smallest set of them that reaches ``top_p``."""
     weights = [math.exp((logit - max(logits)) / sampling.temperature) for logit in logits]
     order = sorted(range(len(logits)), key=lambda token: -weights[token])
+    order = [token for token in order if weights[token] >= sampling.min_p * max(weights)]
     order = order[: sampling.top_k] if sampling.top_k else order
     total = sum(weights[token] for token in order)
     kept: list[int] = []
@@ -116,6 +119,74 @@ def test_a_row_draws_the_same_alone_and_in_any_batch() -> None:
     assert mixed == [alone[i] for i in order]
 
 
+MANY_KINDS: tuple[dict[str, object], ...] = (
+    {"temperature": 0.0},
+    {},
+    {"temperature": 0.0, "frequency_penalty": 1.5},
+    {"top_k": 20},
+    {"top_p": 0.9, "logit_bias": ((3, 5.0), (70, -4.0))},
+    {"min_p": 0.05, "presence_penalty": 0.7, "repetition_penalty": 1.3},
+    {"temperature": 1.4, "top_k": 7, "top_p": 0.8, "min_p": 0.01},
+    {"allowed_token_ids": tuple(range(5, 400, 3)), "min_tokens": 9, "stop_token_ids": (8, 11)},
+    {"bad_words": ((4,), (9, 10)), "top_p": 0.99},
+    {"temperature": 2.0, "top_p": 0.999},
+)
+
+
+def crowd(size: int) -> tuple[list[SamplingParams], dict[int, SequenceState]]:
+    """All sorts of parameters, each with a history of its own."""
+    rows, states = [], {}
+    for row in range(size):
+        rows.append(SamplingParams(9, seed=row, **MANY_KINDS[row % len(MANY_KINDS)]))  # type: ignore[arg-type]
+        if rows[row].alters_logits:
+            tokens = [(row * 31 + 7 * position) % 500 for position in range(20 + row)]
+            history = TokenHistory(tokens, len(tokens), 10)
+            states[row] = SequenceState(rows[row], history)
+            states[row].advance(history)
+    return rows, states
+
+
+@pytest.mark.parametrize("size", [500, 5003])
+def test_a_request_alone_and_among_31_others_gets_the_same_token(size: int) -> None:
+    logits = torch.randn(32, size, generator=torch.Generator().manual_seed(5)) * 2
+    rows, states = crowd(32)
+    positions = [3 * row for row in range(32)]
+    together = sample(logits, rows, positions, states)
+    for row in range(32):
+        own = {0: states[row]} if row in states else {}
+        assert sample(logits[row : row + 1], [rows[row]], [positions[row]], own) == [together[row]]
+    back = list(reversed(range(32)))
+    turned = {31 - row: state for row, state in states.items()}
+    assert sample(logits[back], [rows[i] for i in back], [positions[i] for i in back], turned) == together[::-1]
+
+
+def test_what_is_asked_for_by_one_row_leaves_the_logits_as_they_were() -> None:
+    logits = torch.randn(32, 500, generator=torch.Generator().manual_seed(6))
+    before = logits.clone()
+    rows, states = crowd(32)
+    sample(logits, rows, range(32), states)
+    assert torch.equal(logits, before)
+
+
+def test_greedy_takes_the_likeliest_after_the_processors() -> None:
+    logits = torch.randn(32, 500, generator=torch.Generator().manual_seed(7))
+    rows, states = crowd(32)
+    rows = [replace(params, temperature=0.0) for params in rows]
+    found = sample(logits, rows, range(32), states)
+    for row, params in enumerate(rows):
+        tokens = [(row * 31 + 7 * position) % 500 for position in range(20 + row)]
+        expected = processed(logits[row].tolist(), params, tokens[:10], tokens[10:])
+        assert found[row] == expected.index(max(expected))
+
+
+def test_masks_that_leave_nothing_are_told_apart_from_a_broken_model() -> None:
+    sampling = SamplingParams(1, allowed_token_ids=(1, 2), bad_words=((3, 1), (3, 2)))
+    history = TokenHistory([5, 3], 2, 1)
+    state = SequenceState(sampling, history)
+    with pytest.raises(NothingLeftError):
+        sample(torch.zeros(1, 9), [sampling], [2], {0: state})
+
+
 @pytest.mark.parametrize("seed", [0, -1, -(2**63), 2**63 - 1])
 def test_a_draw_repeats_for_the_same_seed_and_position(seed: int) -> None:
     rows = torch.zeros(50, 100)
@@ -154,6 +225,11 @@ def test_each_row_needs_its_parameters_and_its_position() -> None:
         params(top_p=0.999999, seed=11),
         params(temperature=1.5, top_k=5, top_p=0.8, seed=-12),
         params(temperature=0.3, top_k=4, top_p=0.99, seed=13),
+        SamplingParams(1, min_p=0.2, seed=14),
+        SamplingParams(1, temperature=1.7, min_p=0.1, seed=15),
+        SamplingParams(1, min_p=1.0, seed=16),
+        SamplingParams(1, min_p=0.05, top_k=4, top_p=0.9, seed=17),
+        SamplingParams(1, min_p=0.3, top_p=0.99, seed=18),
     ],
     ids=repr,
 )
@@ -165,6 +241,15 @@ def test_draws_follow_the_distribution_that_is_left(sampling: SamplingParams) ->
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, num_kept: int) -> None:
     """Four tokens of exactly a quarter each, so that the edge is hit."""
     assert len(draw([0.0] * 4, params(top_p=top_p), num_draws=300)) == num_kept
+
+
+@pytest.mark.parametrize("top_p", [0.005, 0.5, 0.97])
+def test_top_p_holds_where_it_keeps_more_tokens_than_are_looked_at_first(top_p: float) -> None:
+    """10,000 tokens of one probability each: the first so many in the order that ties happen to have."""
+    size = 10_000
+    assert size * 0.005 < TOP_P_CANDIDATES[0] < TOP_P_CANDIDATES[1] < size * 0.5
+    drawn = {sample(torch.zeros(1, size), [params(top_p=top_p, seed=seed)], [0])[0] for seed in range(200)}
+    assert len(drawn) > 0.5 * min(200, size * top_p)  # 200 draws meet some tokens twice
 
 
 def test_a_token_without_probability_is_never_drawn() -> None:

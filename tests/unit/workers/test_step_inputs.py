@@ -39,15 +39,13 @@ def test_each_token_is_written_to_its_place_in_its_own_block() -> None:
 
 
 def test_logits_are_needed_at_the_last_row_of_chunks_that_sample() -> None:
-    inputs = build(FRESH, SHORT, LAST, LONG)
-    assert inputs.sampled_rows.tolist() == [0, 1, 9]
-    assert inputs.sampled_chunks == (SHORT, LONG, LAST)
+    assert build(FRESH, SHORT, LAST, LONG).logit_rows.tolist() == [0, 9, 1]  # in the order of the plan
 
 
 def test_a_step_that_samples_nothing_needs_no_logits() -> None:
     inputs = build(FRESH)
-    assert (inputs.sampled_rows.tolist(), inputs.sampled_chunks) == ([], ())
-    assert inputs.sampled_rows.dtype == torch.int64
+    assert inputs.logit_rows.tolist() == []
+    assert inputs.logit_rows.dtype == torch.int64
 
 
 def test_decode_tables_list_the_used_blocks_and_are_padded_within_their_group() -> None:
@@ -123,7 +121,7 @@ def test_a_prompt_that_fits_its_window_needs_no_mask() -> None:
 def test_indices_are_64_bit_integers() -> None:
     inputs = build(SHORT, FRESH)
     attention = inputs.attention[None]
-    tensors = [inputs.token_ids, inputs.positions, inputs.sampled_rows]
+    tensors = [inputs.token_ids, inputs.positions, inputs.logit_rows]
     tensors += [attention.write_blocks, attention.write_offsets]
     tensors += [group.block_ids for group in attention.decode_groups]
     tensors += [span.block_ids for span in attention.prompt_spans]
