@@ -205,7 +205,8 @@ def _culprit(placement: Placement, error: UnavailableError) -> str:
 def _checked(
     event: pb.TokenEvent, sampling: SamplingParams, num_prompt_tokens: int, prompt_logprobs: Sequence[TokenLogprobs]
 ) -> TokenBatch:
-    """
+    """Tokens with everything that was asked for beside them.
+
     Raises:
         InvariantError: the log-probabilities are not those that were asked for.
     """

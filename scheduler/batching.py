@@ -224,7 +224,7 @@ class Batcher:
         return outputs
 
     def lease_for_handoff(self, request_id: str, transfer_id: str, now: float, first_block: int = 0) -> BlockLease:
-        """Protects a running prefill-only sequence's prompt from ``first_block`` on, while its blocks are sent."""
+        """Protects a running prefill-only sequence's prompt, from ``first_block`` on, while it is sent."""
         spec = self.manager.spec
         end_block = spec.num_blocks_for(self._requests[request_id].num_prompt_tokens)
         block_ids = self.manager.block_table(request_id)[first_block:end_block]

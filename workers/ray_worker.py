@@ -58,9 +58,10 @@ class WorkerActor:
         return self._progress
 
     def _load(self, joins: bool) -> None:
-        started_s = time.monotonic()
         try:
-            self._worker = worker = _build_worker(
+            build_worker = _import_build_worker()
+            started_s = time.monotonic()
+            self._worker = worker = build_worker(
                 self._options,
                 self._start_followers,
                 lambda part: self._report(LoadProgress(part, time.monotonic() - started_s)),
@@ -74,7 +75,7 @@ class WorkerActor:
             if joins:
                 self.join()
             self._report(LoadProgress(1.0, self._progress.load_seconds, is_ready=True))
-        except Exception as error:
+        except Exception as error:  # the thread's top; progress() raises it where it is read
             level = logging.CRITICAL if joins else logging.DEBUG  # of a restarted worker nobody asks for progress
             logger.log(level, "Worker %s could not be loaded.", self._options.worker_id, exc_info=error)
             self._failure = error
@@ -191,18 +192,16 @@ def _prepare_process(options: WorkerOptions) -> None:
     os.environ |= {"OMP_NUM_THREADS": str(options.num_threads), "HF_HUB_OFFLINE": "1"}
 
 
-def _build_worker(
-    options: WorkerOptions,
-    start_followers: Callable[[str], Callable[[], bool]],
-    report: Callable[[float], None],
-) -> Worker:
+def _import_build_worker() -> Callable[
+    [WorkerOptions, Callable[[str], Callable[[], bool]], Callable[[float], None]], Worker
+]:
     """Imports torch and transformers here, not with this module: the launcher and a starting process need not wait."""
     gc.disable()  # a million objects come that stay: looking for garbage among them costs a second
     from workers.worker import build_worker
 
     gc.freeze()
     gc.enable()
-    return build_worker(options, start_followers, report)
+    return build_worker
 
 
 def _was_restarted() -> bool:

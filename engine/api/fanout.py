@@ -82,7 +82,7 @@ class Fanout:
             async with aclosing(stream) as deltas:
                 async for told in deltas:
                     delta = _only_scores(told) if job.scores_only else told
-                    recorder.on_delta(len(delta.token_ids), delta.finish_reason)
+                    recorder.on_delta(len(told.token_ids), delta.finish_reason)  # what was computed
                     yield ChoiceDelta(job.index, delta)
                     if delta.finish_reason is not None:
                         return

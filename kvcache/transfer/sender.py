@@ -62,7 +62,7 @@ class OutgoingTransfer:
         self.is_finished = False  # the commit was taken
 
     def mark_ready(self, num_layers: int, num_blocks: int) -> None:
-        """The prompt's first ``num_blocks`` blocks are complete in the first ``num_layers`` layers and stay so."""
+        """The prompt's first ``num_blocks`` blocks are complete in the first ``num_layers`` layers."""
         for layer in range(num_layers):
             self._ready[layer] = max(self._ready[layer], num_blocks)
         self.changed.set()

@@ -104,6 +104,26 @@ def test_a_prefill_worker_that_never_saw_the_prefix_computes_it_and_sends_only_w
     asyncio.run(scenario())
 
 
+def test_cached_blocks_leave_before_anything_is_computed(checkpoint: TinyCheckpoint) -> None:
+    """On a prefill worker that has the prefix, for a decode worker that has not."""
+
+    async def scenario() -> None:
+        async with local_cluster(checkpoint, prefill=1, decode=2) as cluster:
+            await cluster.check_greedy(continued(checkpoint, 10, seed=1), NUM_TOKENS)
+            gate = cluster.hold_steps("prefill-0", lambda plan: True)
+            second = asyncio.create_task(cluster.check_greedy(continued(checkpoint, 10, seed=2), NUM_TOKENS))
+            await gate.holding()
+            used = [placement.decode.worker_id for placement in cluster.scheduler.placements]
+            assert used == ["decode-0", "decode-1"]
+            transfers = cluster.workers["decode-1"].transfers
+            cached_bytes = SHARED // BLOCK_SIZE * checkpoint.spec.block_bytes
+            await until(lambda: transfers.bytes_under_way == cached_bytes, "the cached blocks")
+            gate.open()
+            assert await second == SHARED
+
+    asyncio.run(scenario())
+
+
 @POOLS
 def test_the_next_turn_of_a_conversation_computes_only_what_is_new(
     checkpoint: TinyCheckpoint, pools: dict[str, int]

@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
+import httpx
 import pytest
 import torch
 
+from engine.api.app import create_app
+from engine.metrics import Metrics
 from kvcache.errors import RequestError
 from scheduler.batching import BatchLimits
 from scheduler.request import SamplingParams, TokenLogprobs
 from tests.cluster import Completion, TinyCheckpoint, greedily, local_cluster
+from tests.fakes import MODEL_NAME
 from tests.unit.workers.reference_sampling import processed
 
 pytestmark = pytest.mark.integration
@@ -172,5 +176,29 @@ def test_a_request_that_forbids_every_token_fails_alone(checkpoint: TinyCheckpoi
             with pytest.raises(RequestError, match="forbid every token"):
                 await cluster.complete(prompt, sampling)
             await other
+
+    asyncio.run(scenario())
+
+
+def test_a_prompt_is_scored_over_http_as_evaluations_do(checkpoint: TinyCheckpoint) -> None:
+    """``echo`` without new tokens: the sum of log-probabilities, and whether each token was the likeliest."""
+    prompt = checkpoint.prompt(30)
+    best = checkpoint.greedy(prompt, 4)
+    text = [*prompt, *best]
+    body = {"prompt": text, "max_tokens": 0, "echo": True, "logprobs": 1}
+
+    async def scenario() -> None:
+        async with local_cluster(checkpoint, prefill=1, decode=1) as cluster:
+            app = create_app(cluster.engine, metrics=Metrics(MODEL_NAME, lambda: cluster.engine.cluster))
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+                reply = (await client.post("/v1/completions", json=body)).json()
+        assert reply["usage"]["completion_tokens"] == 0
+        logprobs = reply["choices"][0]["logprobs"]
+        expected = torch.log_softmax(checkpoint.logits(text).double(), dim=-1)
+        wanted = [float(row[token_id]) for row, token_id in zip(expected, text[1:], strict=False)]
+        assert logprobs["token_logprobs"][0] is None
+        assert logprobs["token_logprobs"][1:] == pytest.approx(wanted, abs=TOLERANCE)
+        likeliest = [max(top.values()) for top in logprobs["top_logprobs"][-4:]]
+        assert likeliest == logprobs["token_logprobs"][-4:]  # the same floats, not only near ones
 
     asyncio.run(scenario())

@@ -82,14 +82,16 @@ AttentionMaskInterface.register(PROBE_NAME, _mask_itself)
 
 
 @torch.inference_mode()
-def read_attention_layers(model: Any, max_model_len: int) -> tuple[LayerAttention, ...]:
+def read_attention_layers(model: Any, max_model_len: int, *, is_cut: bool = False) -> tuple[LayerAttention, ...]:
     """Calls the model on two tokens to learn the attention of each layer, for sequences up to ``max_model_len``.
+
+    Of a model that ``is_cut`` all ranks make this call together, and one that is lost ends it with a RuntimeError.
 
     Raises:
         ModelError: a layer asks for something that paged attention does not do.
     """
     name = type(model).__name__
-    calls = _recorded_calls(model)
+    calls = _recorded_calls(model, is_cut)
     if [call.layer_index for call in calls] != list(range(model.config.num_hidden_layers)):
         raise ModelError(f"{name} does not call attention once in each of its layers, in their order.")
     if len({shape for call in calls for shape in (call.key_shape, call.value_shape)}) > 1:
@@ -110,13 +112,15 @@ def own_logits(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
     return logits
 
 
-def _recorded_calls(model: Any) -> list[_Call]:
+def _recorded_calls(model: Any, is_cut: bool) -> list[_Call]:
     positions = torch.arange(PROBE_TOKENS, device=model.device).unsqueeze(0)
     calls: list[_Call] = []
     with _attention(model, PROBE_NAME):
         try:
             model(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False, attention_calls=calls)
         except (TypeError, AttributeError, ValueError, LookupError, RuntimeError, AssertionError) as error:
+            if is_cut and isinstance(error, RuntimeError):
+                raise
             # A model that computes with its mask, or does not hand its arguments on to attention.
             raise ModelError(f"The attention of {type(model).__name__} cannot be replaced: {error}") from error
     return calls

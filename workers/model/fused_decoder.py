@@ -109,8 +109,9 @@ def _unseen_misfit(model: Any, layers: Collection[LayerAttention]) -> str | None
             return f"its attention has a sliding window of {layer.window} tokens"
         if layer.softcap is not None:
             return "its attention scores are soft-capped"
-    if len({layer.self_attn.scaling for layer in model.model.layers}) > 1:
-        return "its attention is scaled differently from layer to layer"
+    scales = {getattr(layer.self_attn, "scaling", None) for layer in model.model.layers}
+    if len(scales) > 1 or None in scales:
+        return "its layers do not name one scale of attention"
     # Tanh changes small logits by less than rounding does: a few tokens may not show it.
     if getattr(model.config, "final_logit_softcapping", None) is not None:
         return "its logits are soft-capped"
@@ -227,14 +228,15 @@ class FusedDecoder:
         config = model.config
         self._rank = rank
         layer = model.model.layers[0]
+        projections = _projections(layer, spec)
         self.vocab_size = len(model.lm_head.weight)  # of this rank
         shape = Shape(
             num_layers=spec.num_layers,
             hidden_size=config.hidden_size,
-            num_heads=len(layer.self_attn.q_proj.weight) // spec.head_size,
+            num_heads=len(projections[LinearIndex.QUERY].weight) // spec.head_size,
             num_kv_heads=spec.num_kv_heads,
             head_size=spec.head_size,
-            intermediate_size=len(layer.mlp.gate_proj.weight),
+            intermediate_size=len(projections[LinearIndex.GATE].weight),
             vocab_size=self.vocab_size,
             block_size=spec.block_size,
             norm_epsilon=model.model.norm.variance_epsilon,

@@ -176,7 +176,8 @@ def choose_step_model(
     """
     reference = TransformersModel(model, max_model_len=max_model_len, is_cut=rank is not None)
     # Compared are short steps only: windows and the like are what ``find_misfit`` and ``layers`` are for.
-    expected = own_logits(model, _compared_tokens(model.config.vocab_size))
+    vocab_size = int(model.config.vocab_size)  # of all ranks
+    expected = own_logits(model, _compared_tokens(vocab_size))
     misfit = find_misfit(model, spec, reference.layers)
     was_packed = misfit is None
     if misfit is None:
@@ -190,7 +191,7 @@ def choose_step_model(
             drops_packed=reload is not None,
             report=report,
         )
-        difference = _largest(max(relative_differences(expected, fused, spec)), rank)
+        difference = _largest(max(relative_differences(expected, fused, spec, vocab_size)), rank)
         if difference <= MAX_RELATIVE_DIFFERENCE[quantization if quantization != "none" else spec.dtype]:
             return fused
         misfit = f"its logits differ by {difference:.2g} of the largest"
@@ -200,7 +201,7 @@ def choose_step_model(
     if was_packed and reload is not None:
         reference = TransformersModel(reload(), max_model_len=max_model_len, is_cut=rank is not None)
     # The median, for rounding may send a token to another expert, and that token only.
-    difference = _largest(statistics.median(relative_differences(expected, reference, spec)), rank)
+    difference = _largest(statistics.median(relative_differences(expected, reference, spec, vocab_size)), rank)
     if difference > MAX_RELATIVE_DIFFERENCE[spec.dtype]:
         raise ModelError(
             f"{type(model).__name__} does not give its own results with paged attention: its logits differ by"
@@ -216,12 +217,13 @@ def _largest(difference: float, rank: Rank | None) -> float:
     return difference if rank is None else rank.largest(difference)
 
 
-def relative_differences(expected: torch.Tensor, step_model: StepModel, spec: KVCacheSpec) -> list[float]:
+def relative_differences(
+    expected: torch.Tensor, step_model: StepModel, spec: KVCacheSpec, vocab_size: int
+) -> list[float]:
     """Runs a few steps: how far the logits of each token are from ``expected``, over the largest of them.
 
-    ``expected`` holds the logits after each of ``_compared_tokens``.
+    ``expected`` holds the logits after each of ``_compared_tokens``, of a rank its part of them.
     """
-    vocab_size = expected.shape[-1]
     plans = _comparison_plans(spec.block_size, vocab_size)
     storage = PagedStorage(
         spec, 1 + max(block for plan in plans for chunk in plan.chunks for block in chunk.block_table)

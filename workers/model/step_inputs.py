@@ -143,7 +143,7 @@ def _decode_group(
     width = max(len(table) for table in tables)
     # Padded with a block of its own: even a masked read must not see what another sequence computed.
     padded = [table + table[:1] * (width - len(table)) for table in tables]
-    # Places in the gathered blocks: the window of each sequence is [seen_from, seen_to).
+    # Places in the gathered blocks; a sequence's last token is before this one.
     seen_to = torch.tensor(
         [chunk.end - first * block_size for chunk, first in zip(chunks, firsts, strict=True)], device=device
     ).unsqueeze(1)

@@ -151,7 +151,8 @@ class TransformersModel:
         self._model = model
         self._device = device
         self._is_cut = is_cut
-        self.layers = read_attention_layers(model, max_model_len or model.config.max_position_embeddings)
+        longest = max_model_len or model.config.max_position_embeddings
+        self.layers = read_attention_layers(model, longest, is_cut=is_cut)
         self._windows = {layer.window for layer in self.layers}
 
     @torch.inference_mode()

@@ -76,6 +76,9 @@ def _cut(base: nn.Module, name: str, style: str, config: Any, shard: Shard, all_
     part: Any = getattr(target, last)
     if style == COLUMNS and isinstance(part, nn.Linear):
         _keep_columns(part, _columns(part, name, config, shard))
+        if last == "k_proj" and hasattr(target, "num_key_value_groups"):  # how transformers' own attention shares them
+            heads, kv_heads = shard.of(config.num_attention_heads), shard.kv_heads(config.num_key_value_heads)
+            target.num_key_value_groups = len(heads) // len(kv_heads)
     elif style == ROWS and isinstance(part, nn.Linear):
         _keep_rows(part, shard, all_reduce)
     elif style == PACKED_COLUMNS and isinstance(part, nn.Parameter):

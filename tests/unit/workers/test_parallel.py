@@ -30,6 +30,7 @@ from kvcache.storage import PagedStorage
 from scheduler.batching import StepPlan
 from scheduler.request import SamplingParams
 from tests.builders import make_scheduled
+from workers.model.attention_layers import LayerAttention
 from workers.model.fused_decoder import FusedDecoder, find_misfit
 from workers.model.runner import StepModel
 from workers.model.transformers_model import ATTENTION_NAME, TransformersModel
@@ -163,7 +164,7 @@ def test_ranks_of_the_native_decoder_give_the_parts_of_its_logits(name: str, siz
         shard = Shard(rank, size)
         cut_modules(models[rank], shard, lambda partial: partial)
         local = shard.of_spec(spec)
-        assert find_misfit(models[rank], local) is None
+        assert find_misfit(models[rank], local, [LayerAttention()] * local.num_layers) is None
         group = Group(rank, size, 0, 20_000, memory.data_ptr())
         rank_stub: Any = SimpleNamespace(shard=shard, native_group=group)
         return run(FusedDecoder(models[rank], local, 128, 1, rank=rank_stub), local)

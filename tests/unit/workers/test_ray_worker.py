@@ -34,7 +34,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], Wor
     def start_with(build: Callable[..., Any]) -> WorkerActor:
         monkeypatch.setattr(ray_worker, "find_scheduler", lambda: None)
         monkeypatch.setattr(ray_worker, "_was_restarted", lambda: False)
-        monkeypatch.setattr(ray_worker, "_build_worker", build)
+        monkeypatch.setattr(ray_worker, "_import_build_worker", lambda: build)
         return WorkerActor(OPTIONS)
 
     return start_with
@@ -49,7 +49,7 @@ def end_of_loading() -> None:
 def test_progress_answers_while_the_model_loads(start: Callable[[Callable[..., Any]], WorkerActor]) -> None:
     halfway, go_on = threading.Event(), threading.Event()
 
-    def build(_options: WorkerOptions, report: Callable[[float], None]) -> None:
+    def build(_options: WorkerOptions, _followers: object, report: Callable[[float], None]) -> None:
         report(0.5)
         halfway.set()
         go_on.wait(10)
@@ -67,7 +67,7 @@ def test_progress_answers_while_the_model_loads(start: Callable[[Callable[..., A
 def test_progress_raises_why_a_worker_cannot_be_loaded(
     start: Callable[[Callable[..., Any]], WorkerActor], error: Exception
 ) -> None:
-    def build(_options: WorkerOptions, _report: Callable[[float], None]) -> None:
+    def build(_options: WorkerOptions, _followers: object, _report: object) -> None:
         raise error
 
     worker = start(build)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,15 @@ LOGITS = [2.0, -1.0, 0.5, 3.0, 0.0, 1.5, -3.0, 2.5]
 NUM_DRAWS = 3000
 # Below this with probability 0.9999, for 1 to 15 degrees of freedom (any table of the chi-square distribution).
 CHI_SQUARE_9999 = (15.1, 18.4, 21.1, 23.5, 25.7, 27.9, 29.9, 31.8, 33.7, 35.6, 37.4, 39.1, 40.9, 42.6, 44.3)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors: on a busy machine threads wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class SplitMix64:
@@ -243,11 +253,11 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, num_kept: in
     assert len(draw([0.0] * 4, params(top_p=top_p), num_draws=300)) == num_kept
 
 
-@pytest.mark.parametrize("top_p", [0.005, 0.5, 0.97])
+@pytest.mark.parametrize("top_p", [0.02, 0.5, 0.97])
 def test_top_p_holds_where_it_keeps_more_tokens_than_are_looked_at_first(top_p: float) -> None:
-    """10,000 tokens of one probability each: the first so many in the order that ties happen to have."""
-    size = 10_000
-    assert size * 0.005 < TOP_P_CANDIDATES[0] < TOP_P_CANDIDATES[1] < size * 0.5
+    """Tokens of one probability each: the first so many in the order that ties happen to have."""
+    size = 3000
+    assert size * 0.02 < TOP_P_CANDIDATES[0] < TOP_P_CANDIDATES[1] < size * 0.5
     drawn = {sample(torch.zeros(1, size), [params(top_p=top_p, seed=seed)], [0])[0] for seed in range(200)}
     assert len(drawn) > 0.5 * min(200, size * top_p)  # 200 draws meet some tokens twice
 
