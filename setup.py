@@ -54,13 +54,21 @@ NATIVE_BUILDS = {
     "decoder_avx512": ["-march=x86-64-v4"],
     "decoder_avx512_vnni_bf16": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"],
 }
+NATIVE_HEADERS = (
+    "vectors",
+    "linear",
+    "interface",
+    "kv_cache",
+    "decode_attention",
+    "prompt_attention",
+    "attention",
+    "all_reduce",
+)
 EXTENSIONS = [
     Extension(
         f"workers.native.{name}",
         ["workers/native/decoder.cpp"],
-        depends=[
-            f"workers/native/{header}.h" for header in ("vectors", "linear", "interface", "attention", "all_reduce")
-        ],
+        depends=[f"workers/native/{header}.h" for header in NATIVE_HEADERS],
         extra_compile_args=[*NATIVE_FLAGS, *instructions],
         extra_link_args=["-fopenmp"],
         language="c++",

@@ -69,7 +69,7 @@ def measure_all(options: Options) -> tuple[Measurements, Result]:
     checkpoint = describe_checkpoint(prepare_checkpoint(options.model), dtype=options.loaded_dtype, device="cpu")
     check_lengths(options, checkpoint)
     step_model = INT8 if options.dtype == INT8 else options.step_model
-    settings = EngineSettings(checkpoint, options.num_threads, step_model)
+    settings = EngineSettings(checkpoint, options.num_threads, step_model, options.kv_cache_dtype)
     costs = read_costs(checkpoint, settings.spec, options.dtype)
     tqdm.monitor_interval = 0  # no thread of the bar's own
     cases_per_run = len(options.prefill_tokens) + len(options.decode_cases)

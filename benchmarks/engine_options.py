@@ -11,7 +11,7 @@ from typing import NoReturn
 from benchmarks.engine_work import AUTO, DECODE_STEPS, INT8, MAX_BATCHED_TOKENS, STEP_MODELS, WARM_UP_STEPS
 from benchmarks.machine import describe_machine
 from kvcache.errors import ConfigError
-from kvcache.spec import DTYPE_BYTES
+from kvcache.spec import CACHE_DTYPES, DTYPE_BYTES
 from workers.model.checkpoint import DEFAULT_MODEL, CheckpointInfo
 
 DEFAULT_ALIAS = "default"
@@ -42,6 +42,7 @@ class Options:
 
     model: str
     dtype: str
+    kv_cache_dtype: str
     num_threads: int
     step_model: str
     runs: int
@@ -53,7 +54,7 @@ class Options:
 
     @property
     def loaded_dtype(self) -> str:
-        """Of the checkpoint and the KV cache; int8 weights are made of float32."""
+        """Of the checkpoint; int8 weights are made of float32."""
         return "float32" if self.dtype == INT8 else self.dtype
 
     @property
@@ -92,6 +93,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
     return Options(
         model=DEFAULT_MODEL if flags.model == DEFAULT_ALIAS else flags.model,
         dtype=flags.dtype,
+        kv_cache_dtype=flags.kv_cache_dtype,
         num_threads=flags.threads,
         step_model=flags.step_model,
         runs=flags.runs,
@@ -122,7 +124,13 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--model", default=DEFAULT_ALIAS, help="checkpoint folder, hub id, or the default model (%(default)s)")
     add("--threads", type=_count, default=1, metavar="N", help="of the model and of the limits (%(default)s)")
     dtypes = (*DTYPE_BYTES, INT8)
-    add("--dtype", choices=dtypes, default="float32", help="of weights and KV; int8: KV in float32 (%(default)s)")
+    add("--dtype", choices=dtypes, default="float32", help="of the weights (%(default)s)")
+    add(
+        "--kv-cache-dtype",
+        choices=(AUTO, *CACHE_DTYPES),
+        default=AUTO,
+        help="auto: DTYPE, for int8 float32 (%(default)s)",
+    )
     add("--step-model", choices=STEP_MODELS, default=AUTO, help="auto: what a worker would choose (%(default)s)")
     add("--runs", type=_count, default=5, metavar="N", help="figures are medians of so many (%(default)s)")
     add("--prefill-tokens", type=_count, nargs="+", default=[512, 2048], metavar="N", help="prompts (512 2048)")

@@ -37,7 +37,8 @@ def measure_fresh_process(settings: EngineSettings, num_tokens: int) -> FreshPro
         ResourceError: it did not get as far; with the last line that it wrote.
     """
     checkpoint = settings.checkpoint
-    words = (checkpoint.path, checkpoint.dtype, settings.num_threads, settings.step_model, num_tokens)
+    loaded = (checkpoint.path, checkpoint.dtype, settings.num_threads, settings.step_model, settings.kv_cache_dtype)
+    words = (*loaded, num_tokens)
     command = [sys.executable, "-m", "benchmarks.engine_ready", *map(str, words)]
     with tempfile.TemporaryFile("w+") as errors:
         started_s = time.perf_counter()
@@ -81,11 +82,12 @@ def high_water_mark(status: str) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Five words, in the order that ``measure_fresh_process`` gives them."""
-    folder, dtype, num_threads, step_model, num_tokens = arguments
+    """Six words, in the order that ``measure_fresh_process`` gives them."""
+    folder, dtype, num_threads, step_model, kv_cache_dtype, num_tokens = arguments
     try:
         checkpoint = describe_checkpoint(Path(folder), dtype=dtype, device="cpu")
-        asyncio.run(_answer(EngineSettings(checkpoint, int(num_threads), step_model), int(num_tokens)))
+        settings = EngineSettings(checkpoint, int(num_threads), step_model, kv_cache_dtype)
+        asyncio.run(_answer(settings, int(num_tokens)))
     except TwinpoolError as error:
         print(error, file=sys.stderr)
         return 1

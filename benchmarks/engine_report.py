@@ -62,6 +62,7 @@ class Result:
     date: str
     model: str
     dtype: str
+    kv_cache_dtype: str
     threads: int
     step_model: str
     runs: int
@@ -89,6 +90,7 @@ def build_result(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         model=folder.resolve().name if folder.is_dir() else options.model,
         dtype=options.dtype,
+        kv_cache_dtype=options.kv_cache_dtype,
         threads=options.num_threads,
         step_model=measured.step_model,
         runs=options.runs,
@@ -144,8 +146,8 @@ def result_table(result: Result) -> Table:
     """Rates beside the limits; below them what is one number."""
     limits, fractions = result.limits, result.fraction_of_limit
     table = _table(
-        f"{result.model}, {result.dtype}, threads: {result.threads}, through {result.step_model},"
-        f" medians of {result.runs}",
+        f"{result.model}, {result.dtype}, KV: {result.kv_cache_dtype}, threads: {result.threads},"
+        f" through {result.step_model}, medians of {result.runs}",
         ("tok/s", "of GEMM rate", "of read bandwidth"),
     )
     for length, rate in result.prefill_tok_s.items():

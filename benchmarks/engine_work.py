@@ -22,6 +22,7 @@ from torch import nn
 
 from kvcache.errors import ResourceError
 from kvcache.manager import KVCacheManager
+from kvcache.rows import encode_rows
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import Batcher, BatchLimits, SampledToken, StepOutput, StepPlan
@@ -53,11 +54,13 @@ class EngineSettings:
     checkpoint: CheckpointInfo
     num_threads: int
     step_model: str  # of STEP_MODELS, or INT8
+    kv_cache_dtype: str = AUTO  # the model's
 
     @property
     def spec(self) -> KVCacheSpec:
         known = self.checkpoint
-        return KVCacheSpec(known.num_layers, known.num_kv_heads, known.head_size, BLOCK_SIZE, known.dtype)
+        dtype = known.dtype if self.kv_cache_dtype == AUTO else self.kv_cache_dtype
+        return KVCacheSpec(known.num_layers, known.num_kv_heads, known.head_size, BLOCK_SIZE, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,5 +315,6 @@ def allocate_storage(spec: KVCacheSpec, num_blocks: int) -> PagedStorage:
     storage = PagedStorage(spec, num_blocks)
     generator = torch.Generator().manual_seed(SEED)
     for layer in storage.layers:
-        layer.copy_(torch.randn(layer.shape[1:], generator=generator).expand_as(layer))
+        noise = torch.randn((*layer.shape[1:-1], spec.head_size), generator=generator)
+        layer.copy_(encode_rows(noise, layer.dtype).expand_as(layer))
     return storage

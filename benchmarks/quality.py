@@ -1,4 +1,4 @@
-"""What quantization costs: perplexity and greedy agreement with float32, on a text.
+"""What rounding costs, of weights and of the KV cache: perplexity and greedy agreement with float32, on a text.
 
 ``python -m benchmarks.quality [--model MODEL] [--tokens 20992] [--text FILE] [--json FILE]``
 
@@ -34,7 +34,16 @@ from workers.model.transformers_model import load_model
 
 WINDOW = 512
 BLOCK_SIZE = 16
-CACHE_DTYPES = {WeightFormat.BFLOAT16: "bfloat16"}  # the others keep float32 KV
+# Weights and KV; float32 first. What a dtype of the model costs, then what the KV's adds.
+CASES = (
+    (WeightFormat.FLOAT32, "float32"),
+    (WeightFormat.BFLOAT16, "bfloat16"),
+    (WeightFormat.INT8, "float32"),
+    (WeightFormat.FLOAT32, "int8"),
+    (WeightFormat.FLOAT32, "fp8"),
+    (WeightFormat.BFLOAT16, "int8"),
+    (WeightFormat.INT8, "int8"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(model: str, num_tokens: int, text: Path | None) -> dict[str, Quality]:
-    """Every weight format on the same windows of the text, float32 first.
+    """Every case on the same windows of the text, float32 first; by "weights/KV".
 
     Raises:
         ConfigError: the text is too short, or the model does not run natively.
@@ -84,17 +93,17 @@ def measure(model: str, num_tokens: int, text: Path | None) -> dict[str, Quality
     layers = read_attention_layers(loaded, WINDOW)
     results: dict[str, Quality] = {}
     reference: torch.Tensor | None = None
-    for weight_format in WeightFormat:
-        dtype = CACHE_DTYPES.get(weight_format, "float32")
+    for weight_format, dtype in CASES:
+        name = f"{weight_format.name.lower()}/{dtype}"
         spec = KVCacheSpec(info.num_layers, info.num_kv_heads, info.head_size, BLOCK_SIZE, dtype)
         if (misfit := find_misfit(loaded, spec, layers)) is not None:
             raise ConfigError(f"{model} does not run natively: {misfit}.")
         decoder = FusedDecoder(loaded, spec, WINDOW, 1, weight_format)
-        perplexity, likeliest = _perplexity(decoder, spec, windows, weight_format.name.lower())
+        perplexity, likeliest = _perplexity(decoder, spec, windows, name)
         reference = likeliest if reference is None else reference
         first = next(iter(results.values())).perplexity if results else perplexity
         agreement = float((likeliest == reference).float().mean())
-        results[weight_format.name.lower()] = Quality(perplexity, perplexity / first, agreement)
+        results[name] = Quality(perplexity, perplexity / first, agreement)
     return results
 
 
@@ -114,7 +123,7 @@ def _perplexity(
 
 
 def _show(result: dict[str, Quality]) -> None:
-    table = Table("weights", title="perplexity and agreement with float32")
+    table = Table("weights/KV", title="perplexity and agreement with float32")
     for column in ("perplexity", "over float32", "greedy agreement"):
         table.add_column(column, justify="right")
     for name, quality in result.items():

@@ -65,9 +65,8 @@ def _title(cluster: ClusterSnapshot) -> str:
     if not cluster.workers:
         return "no workers"
     info = cluster.workers[0].info
-    return (
-        f"{info.model} ({info.spec.dtype}), context {info.max_model_len}, KV in blocks of {info.spec.block_size} tokens"
-    )
+    spec = info.spec
+    return f"{info.model}, context {info.max_model_len}, KV in {spec.dtype}, blocks of {spec.block_size} tokens"
 
 
 def _row(worker: WorkerSnapshot) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ class ServeConfig(BaseSettings):
     model: str = _option(DEFAULT_MODEL, "Model", "checkpoint folder, GGUF file, hub id, or the default model", "MODEL")
     served_model_name: str | None = _option(None, "Model", "name clients use (default: MODEL)", "NAME", min_length=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
-        "auto", "Model", "dtype of weights and KV; auto is float32 on a CPU", "DTYPE"
+        "auto", "Model", "dtype of the model; auto is float32 on a CPU", "DTYPE"
     )
     quantization: Literal["none", "int8"] = _option(
         "none", "Model", "int8: weights and activations of linear layers in 8 bits (CPU)", "METHOD"
@@ -68,6 +68,9 @@ class ServeConfig(BaseSettings):
     block_size: int = _option(16, "KV cache and batching", "tokens per KV block", ge=1, le=1024)
     kv_cache_memory_bytes: ByteSize = _option(
         ByteSize(1 << 30), "KV cache and batching", "KV cache of each worker, e.g. 512MiB (default: 1GiB)", "SIZE"
+    )
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"] = _option(
+        "auto", "KV cache and batching", "dtype of keys and values; auto is the model's", "DTYPE"
     )
     max_num_seqs: int = _option(64, "KV cache and batching", "sequences in a worker's batch", ge=1, le=4096)
     max_num_batched_tokens: int = _option(

@@ -150,9 +150,10 @@ def _log_loaded(plan: StartupPlan, loaded: dict[str, LoadProgress]) -> None:
         max(state.load_seconds for state in loaded.values()),
     )
     logger.info(
-        "KV cache per worker: %d blocks of %d tokens; maximum concurrency for %d tokens: %.1f",
+        "KV cache per worker: %d blocks of %d tokens in %s; maximum concurrency for %d tokens: %.1f",
         options.num_blocks,
         options.spec.block_size,
+        options.spec.dtype,
         plan.max_model_len,
         options.num_blocks * options.spec.block_size / plan.max_model_len,
     )

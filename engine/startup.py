@@ -92,7 +92,11 @@ def make_plan(config: ServeConfig, path: Path) -> StartupPlan:
     checkpoint = describe_checkpoint(path, dtype=config.dtype, device="cpu")
     max_model_len = _max_model_len(config, checkpoint)
     spec = KVCacheSpec(
-        checkpoint.num_layers, checkpoint.num_kv_heads, checkpoint.head_size, config.block_size, checkpoint.dtype
+        checkpoint.num_layers,
+        checkpoint.num_kv_heads,
+        checkpoint.head_size,
+        config.block_size,
+        checkpoint.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
     )
     if config.quantization != "none" and load_library() is None:
         raise ConfigError(f"--quantization {config.quantization} needs the native decoder, which was not built here.")
@@ -113,6 +117,7 @@ def make_plan(config: ServeConfig, path: Path) -> StartupPlan:
             num_blocks=_num_blocks(config, spec, max_model_len, config.tensor_parallel_size_of(role)),
             max_model_len=max_model_len,
             vocab_size=checkpoint.vocab_size,
+            dtype=checkpoint.dtype,
             limits=BatchLimits(config.max_num_seqs, config.max_num_batched_tokens),
             num_threads=_threads_per_rank(config, role),
             tensor_parallel_size=config.tensor_parallel_size_of(role),

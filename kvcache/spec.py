@@ -7,16 +7,25 @@ from dataclasses import dataclass
 from kvcache.errors import ConfigError
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Rounded with a scale for every token and head: int8 symmetric, fp8 as e4m3 without infinities.
+SCALED_DTYPE_BYTES: dict[str, int] = {"int8": 1, "fp8": 1}
+SCALE_BYTES = 4  # a float32
+CACHE_DTYPES = (*DTYPE_BYTES, *SCALED_DTYPE_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
 class KVCacheSpec:
     """What one worker's paged KV cache looks like. Two equal specs can exchange blocks byte for byte.
 
-    One block of one layer is contiguous, keys before values, head by head::
+    One block of one layer is contiguous, keys before values, head by head; a row is one token in one head::
 
-        layer l:  [num_blocks][2: K, V][num_kv_heads][block_size][head_size]
-                               └──────────── layer_block_bytes ───────────┘
+        layer l:  [num_blocks][2: K, V][num_kv_heads][block_size][row]
+                               └───────── layer_block_bytes ─────────┘
+        row:      head_size numbers of float32, bfloat16 or float16
+                  head_size bytes of int8 or fp8, then their scale as a float32
+
+    A scale is written with its token and never again, so that a block fills token by token without loss, and it
+    travels inside the block.
     """
 
     num_layers: int
@@ -29,13 +38,25 @@ class KVCacheSpec:
         for name in ("num_layers", "num_kv_heads", "head_size", "block_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"KV cache {name} must be at least 1, not {getattr(self, name)}.")
-        if self.dtype not in DTYPE_BYTES:
-            raise ConfigError(f"KV cache dtype must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype!r}.")
+        if self.dtype not in CACHE_DTYPES:
+            raise ConfigError(f"KV cache dtype must be one of {', '.join(CACHE_DTYPES)}, not {self.dtype!r}.")
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether every row carries a scale."""
+        return self.dtype in SCALED_DTYPE_BYTES
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token in one head of one layer, keys or values."""
+        if self.is_scaled:
+            return self.head_size * SCALED_DTYPE_BYTES[self.dtype] + SCALE_BYTES
+        return self.head_size * DTYPE_BYTES[self.dtype]
 
     @property
     def layer_block_bytes(self) -> int:
         """Bytes of one block in one layer."""
-        return 2 * self.num_kv_heads * self.block_size * self.head_size * DTYPE_BYTES[self.dtype]
+        return 2 * self.num_kv_heads * self.block_size * self.row_bytes
 
     @property
     def block_bytes(self) -> int:

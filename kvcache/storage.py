@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import torch
 
-from kvcache.errors import InvariantError
+from kvcache.errors import InvariantError, ResourceError
 from kvcache.spec import KVCacheSpec
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -15,6 +18,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_CACHE_DTYPES = {**TORCH_DTYPES, "int8": torch.int8, "fp8": torch.uint8}
+LARGE_PAGE_BYTES = 2 << 20
 
 
 class BlockStorage(Protocol):
@@ -34,9 +39,9 @@ class BlockStorage(Protocol):
 class PagedStorage:
     """KV of all blocks of one worker: one tensor per layer.
 
-    ``layers[l]`` has shape ``[num_blocks, 2, num_kv_heads, block_size, head_size]``: keys at index 0 of the
-    second dimension, values at 1. It starts as zeros, so that a masked read of a block never written
-    gives 0 and not NaN. This class does not know who owns a block; ``KVCacheManager`` does.
+    ``layers[l]`` has shape ``[num_blocks, 2, num_kv_heads, block_size, row size]``: keys at index 0 of the
+    second dimension, values at 1; ``kvcache.rows`` reads and writes rows. It starts as zeros, so that a masked read
+    of a block never written gives 0 and not NaN. This class does not know who owns a block; ``KVCacheManager`` does.
     """
 
     def __init__(
@@ -45,10 +50,10 @@ class PagedStorage:
         """``memory``: uint8, all zeros, ``bytes_of(spec, num_blocks)`` long; by default allocated here."""
         self.spec = spec
         self.num_blocks = num_blocks
-        shape = (num_blocks, 2, spec.num_kv_heads, spec.block_size, spec.head_size)
-        dtype = TORCH_DTYPES[spec.dtype]
+        dtype = _CACHE_DTYPES[spec.dtype]
+        shape = (num_blocks, 2, spec.num_kv_heads, spec.block_size, spec.row_bytes // dtype.itemsize)
         if memory is None:
-            self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
+            self.layers = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
         else:
             self.layers = [layer.view(dtype).view(shape) for layer in memory.chunk(spec.num_layers)]
 
@@ -71,3 +76,19 @@ class PagedStorage:
         source = torch.frombuffer(bytearray(payload), dtype=target.dtype).view(len(block_ids), *target.shape[1:])
         index = torch.tensor(block_ids, dtype=torch.long, device=target.device)
         target.index_copy_(0, index, source.to(target.device))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """On a CPU in large pages where the system gives them: blocks are read in any order, and small pages cost a
+    look-up for each."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if device != "cpu" or num_bytes < LARGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    try:
+        # Zeros; given back with the last tensor over it.
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise ResourceError(f"There is no memory for {num_bytes >> 20} MiB of KV cache: {error.strerror}.") from error
+    with suppress(OSError):  # a kernel without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from kvcache.manager import KVCacheManager
+from kvcache.rows import encode_rows
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import ScheduledChunk
@@ -39,7 +40,8 @@ def make_sampling(max_tokens: int = 8, stop_token_ids: tuple[int, ...] = ()) -> 
 def fill_with_noise(storage: PagedStorage, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for layer in storage.layers:
-        layer.copy_(torch.randn(layer.shape, generator=generator))
+        noise = torch.randn((*layer.shape[:-1], storage.spec.head_size), generator=generator)
+        layer.copy_(encode_rows(noise, layer.dtype))
 
 
 def make_worker(

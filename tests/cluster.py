@@ -367,6 +367,7 @@ def _options(
         num_blocks=num_blocks,
         max_model_len=checkpoint.max_model_len,
         vocab_size=checkpoint.vocab_size,
+        dtype="float32",
         limits=limits,
         lease_ttl_s=lease_ttl_s,
     )

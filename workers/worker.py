@@ -92,7 +92,7 @@ class Worker:
 
     def measure(self) -> DeviceProfile:
         """What the worker's device can do, with all its ranks at once. Not on the event loop."""
-        dtype = self.options.spec.dtype
+        dtype = self.options.dtype
         return self.group.measure(dtype) if self.group is not None else probe_device(dtype)
 
     def info(self, incarnation: int, device: DeviceProfile) -> WorkerInfo:

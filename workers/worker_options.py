@@ -21,6 +21,7 @@ class WorkerOptions:
     num_blocks: int
     max_model_len: int
     vocab_size: int
+    dtype: str  # of the model; the spec has that of the KV
     limits: BatchLimits
     host: str = "127.0.0.1"
     num_threads: int = 1  # of each rank

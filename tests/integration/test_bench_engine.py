@@ -103,7 +103,7 @@ def test_a_fresh_process_says_in_one_line_why_it_cannot_load(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    assert fresh_process([str(tmp_path), "float32", "1", "auto", "8"]) == 1
+    assert fresh_process([str(tmp_path), "float32", "1", "auto", "auto", "8"]) == 1
     captured = capsys.readouterr()
     assert "no weights" in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
 
 import pytest
 
@@ -70,6 +72,24 @@ def test_exactly_the_kv_of_the_prompts_moves(checkpoint: TinyCheckpoint) -> None
             assert load.transfer_failures == ()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_a_rounded_cache_moves_with_its_scales(checkpoint: TinyCheckpoint, dtype: str) -> None:
+    """Two pools give what one worker gives with the same KV."""
+    rounded = copy(checkpoint)
+    rounded.spec = replace(checkpoint.spec, dtype=dtype)
+    prompts = many_prompts(checkpoint, 8)
+
+    async def answers(**pools: int) -> list[tuple[int, ...]]:
+        async with local_cluster(rounded, **pools) as cluster:
+            completions = await asyncio.gather(*(cluster.complete(prompt, greedily(NUM_TOKENS)) for prompt in prompts))
+            if "decode" in pools:
+                moved = sum(rounded.spec.handoff_bytes(len(prompt)) for prompt in prompts)
+                assert cluster.load("decode-0").transfer_bytes == moved
+            return [completion.token_ids for completion in completions]
+
+    assert asyncio.run(answers(prefill=1, decode=1)) == asyncio.run(answers(colocated=1))
 
 
 def test_thirty_two_at_once_over_four_workers_give_the_reference(checkpoint: TinyCheckpoint) -> None:

@@ -62,7 +62,22 @@ class VectorIndex(IntEnum):
     FINAL_NORM = 4
 
 
-CACHE_FORMATS = {"float32": WeightFormat.FLOAT32, "bfloat16": WeightFormat.BFLOAT16}
+class CacheFormat(IntEnum):
+    """``TwinpoolCacheFormat``."""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    INT8 = 2
+    FP8 = 3
+
+
+CACHE_FORMATS = {
+    "float32": CacheFormat.FLOAT32,
+    "bfloat16": CacheFormat.BFLOAT16,
+    "int8": CacheFormat.INT8,
+    "fp8": CacheFormat.FP8,
+}
+WEIGHT_FORMATS = {torch.float32: WeightFormat.FLOAT32, torch.bfloat16: WeightFormat.BFLOAT16}
 
 # A loaded model is typed Any here: whether it has the parts that are read below is what find_misfit finds out.
 
@@ -76,7 +91,7 @@ def find_misfit(model: Any, spec: KVCacheSpec, layers: Collection[LayerAttention
     if load_library() is None:
         return "there is no native build for this processor"
     if spec.dtype not in CACHE_FORMATS:
-        return f"the native decoder's KV is float32 or bfloat16, not {spec.dtype}"
+        return f"the native decoder's KV is {', '.join(CACHE_FORMATS)}, not {spec.dtype}"
     if spec.head_size % HEAD_SIZE_MULTIPLE:
         return f"the head size {spec.head_size} is no multiple of {HEAD_SIZE_MULTIPLE}"
     body: Any = getattr(model, "model", None)
@@ -86,6 +101,8 @@ def find_misfit(model: Any, spec: KVCacheSpec, layers: Collection[LayerAttention
         return "the model has parts beside embedding, layers, norm and rotary embedding"
     if not isinstance(getattr(model, "lm_head", None), nn.Linear) or model.lm_head.bias is not None:
         return "there is no output head without bias"
+    if model.lm_head.weight.dtype not in WEIGHT_FORMATS:
+        return f"the native decoder's weights are float32 or bfloat16, not {model.lm_head.weight.dtype}"
     problems = (_layer_misfit(layer) for layer in body.layers)
     return next(filter(None, problems), None) or _rotary_misfit(body, spec) or _unseen_misfit(model, layers)
 
@@ -214,7 +231,7 @@ class FusedDecoder:
         drops_packed: bool = False,
         report: Callable[[float], None] = lambda _part: None,
     ) -> None:
-        """Packs the weights, by default in the dtype of the KV cache.
+        """Packs the weights, by default in their own dtype.
 
         With a ``rank``, ``model`` and ``spec`` are cut to its share, and every rank calls the same. With
         ``drops_packed`` each layer of ``model`` gives its memory back as soon as it is packed, and the model is of no
@@ -224,7 +241,7 @@ class FusedDecoder:
         assert library is not None, "find_misfit was not asked"
         self._library = library
         self._num_threads = num_threads
-        self._format = weight_format if weight_format is not None else CACHE_FORMATS[spec.dtype]
+        self.weight_format = weight_format if weight_format is not None else WEIGHT_FORMATS[model.lm_head.weight.dtype]
         config = model.config
         self._rank = rank
         layer = model.model.layers[0]
@@ -241,7 +258,7 @@ class FusedDecoder:
             block_size=spec.block_size,
             norm_epsilon=model.model.norm.variance_epsilon,
             attention_scale=layer.self_attn.scaling,
-            weight_format=self._format,
+            weight_format=self.weight_format,
             cache_format=CACHE_FORMATS[spec.dtype],
             first_token=rank.shard.of(config.vocab_size).start if rank is not None else 0,
         )
@@ -318,7 +335,7 @@ class FusedDecoder:
         head, embedding = model.lm_head.weight, body.embed_tokens.weight
         self._set_linear(0, LinearIndex.HEAD, head, None)
         # A tied embedding is read out of the packed head, where that holds it without loss.
-        if head.data_ptr() != embedding.data_ptr() or self._format is not WeightFormat.FLOAT32:
+        if head.data_ptr() != embedding.data_ptr() or self.weight_format is not WeightFormat.FLOAT32:
             self._set_linear(0, LinearIndex.EMBEDDING, embedding, None)
         if drops_packed:
             _drop_weights(model)

@@ -26,9 +26,9 @@ from workers.parallel.rank import Rank
 from workers.step_progress import StepProgress
 from workers.worker_options import WorkerOptions
 
-# Of two implementations' logits: rounding gives some 1e-6 in float32, 1e-3 in float16, 1e-2 in bfloat16, 1e-1 in
-# int8; an error in the structure gives 1.
-MAX_RELATIVE_DIFFERENCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "int8": 3e-1}
+# Of two implementations' logits, by what weights and KV are rounded to: rounding gives some 1e-6 in float32, 1e-3 in
+# float16, 1e-2 in bfloat16, 1e-1 in int8 and fp8; an error in the structure gives 1.
+MAX_RELATIVE_DIFFERENCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "int8": 3e-1, "fp8": 3e-1}
 COMPARED_TOKENS = 24
 logger = logging.getLogger(__name__)
 
@@ -143,13 +143,13 @@ def load_step_model(
     spec = options.spec if rank is None else rank.shard.of_spec(options.spec)
     path = Path(options.model_path)
     return choose_step_model(
-        load_model(path, spec.dtype, rank=rank, report=lambda part: report(part / 2)),
+        load_model(path, options.dtype, rank=rank, report=lambda part: report(part / 2)),
         spec,
         options.max_model_len,
         options.num_threads,
         options.quantization,
         rank,
-        reload=lambda: load_model(path, spec.dtype, rank=rank),
+        reload=lambda: load_model(path, options.dtype, rank=rank),
         report=lambda part: report((1 + part) / 2),
     )
 
@@ -192,7 +192,7 @@ def choose_step_model(
             report=report,
         )
         difference = _largest(max(relative_differences(expected, fused, spec, vocab_size)), rank)
-        if difference <= MAX_RELATIVE_DIFFERENCE[quantization if quantization != "none" else spec.dtype]:
+        if difference <= _allowed_difference(fused.weight_format.name.lower(), spec.dtype):
             return fused
         misfit = f"its logits differ by {difference:.2g} of the largest"
         del fused  # before the model is loaded again
@@ -202,7 +202,7 @@ def choose_step_model(
         reference = TransformersModel(reload(), max_model_len=max_model_len, is_cut=rank is not None)
     # The median, for rounding may send a token to another expert, and that token only.
     difference = _largest(statistics.median(relative_differences(expected, reference, spec, vocab_size)), rank)
-    if difference > MAX_RELATIVE_DIFFERENCE[spec.dtype]:
+    if difference > _allowed_difference(str(model.dtype).removeprefix("torch."), spec.dtype):
         raise ModelError(
             f"{type(model).__name__} does not give its own results with paged attention: its logits differ by"
             f" {difference:.2g} of the largest."
@@ -210,6 +210,11 @@ def choose_step_model(
     logger.warning("This model runs through transformers: %s.", misfit)
     report(1.0)
     return reference
+
+
+def _allowed_difference(*dtypes: str) -> float:
+    """``dtypes``: what weights and KV are rounded to."""
+    return max(MAX_RELATIVE_DIFFERENCE[dtype] for dtype in dtypes)
 
 
 def _largest(difference: float, rank: Rank | None) -> float:

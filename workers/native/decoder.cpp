@@ -4,7 +4,8 @@
 // run time. Vectors are GCC vector extensions, so the same source gives AVX2, AVX-512 or NEON code.
 //
 //     vectors.h   vectors, bfloat16, exp         linear.h   packed weights and their products
-//     interface.h what callers hand over         attention.h   the paged KV cache
+//     interface.h what callers hand over         kv_cache.h    the paged KV cache
+//     attention.h the work of a step, split; decode_attention.h, prompt_attention.h   the two kinds of it
 //     all_reduce.h  sums over tensor-parallel ranks
 
 #include "all_reduce.h"
@@ -48,7 +49,7 @@ struct Decoder {
   Linear head;
   std::vector<float> embedding;  // empty when tied to the head
   std::vector<float> final_norm;
-  Scratch<> hidden, normed, query, key, value, attended, gated_rows, partial;
+  Scratch<> hidden, normed, query, key, value, attended, gated_rows, rank_sum, partials;
   Converter converter;
   std::vector<Scratch<>> per_thread;
 };
@@ -91,7 +92,7 @@ bool add_linear(Decoder& m, const TwinpoolStep& step, const Linear& layer, const
     linear<true>(layer, input, step.num_rows, x, num_threads);
     return true;
   }
-  float* partial = m.partial.get(step.num_rows * layer.columns);
+  float* partial = m.rank_sum.get(step.num_rows * layer.columns);
   linear<false>(layer, input, step.num_rows, partial, num_threads);
   return AllReduce(*step.group).add(partial, step.num_rows * layer.columns, x);
 }
@@ -99,7 +100,7 @@ bool add_linear(Decoder& m, const TwinpoolStep& step, const Linear& layer, const
 // x = the tokens' rows of the embedding, of which every rank holds a range. False when a rank is lost.
 bool embed(Decoder& m, const TwinpoolStep& step, float* x) {
   const int64_t size = m.shape.hidden_size, count = step.num_rows * size;
-  float* rows = step.group == nullptr ? x : m.partial.get(count);
+  float* rows = step.group == nullptr ? x : m.rank_sum.get(count);
   for (int64_t row = 0; row < step.num_rows; ++row) {
     const int64_t token = step.token_ids[row] - m.shape.first_token;
     float* to = rows + row * size;
@@ -115,8 +116,8 @@ bool embed(Decoder& m, const TwinpoolStep& step, float* x) {
   return AllReduce(*step.group).add(rows, count, x);
 }
 
-// False when a rank is lost.
-template <typename KV>
+// Number: what attention multiplies prompts in, see attend(). False when a rank is lost.
+template <typename Number, typename KV>
 bool run(Decoder& m, const TwinpoolStep& step, int num_threads) {
   const TwinpoolShape& d = m.shape;
   const int64_t rows = step.num_rows, size = d.hidden_size;
@@ -127,7 +128,8 @@ bool run(Decoder& m, const TwinpoolStep& step, int num_threads) {
   float *key = m.key.get(rows * kv_size), *value = m.value.get(rows * kv_size);
   float* gated_rows = m.gated_rows.get(rows * d.intermediate_size);
   if (static_cast<int>(m.per_thread.size()) < num_threads) m.per_thread.resize(num_threads);
-  const std::vector<Work> items = split_attention(d, step);
+  const AttentionPlan plan = split_attention(d, step);
+  float* partials = m.partials.get(plan.num_parts * partial_size(d));
   const Format format = static_cast<Format>(d.weight_format);
 
   if (!embed(m, step, x)) return false;
@@ -140,9 +142,9 @@ bool run(Decoder& m, const TwinpoolStep& step, int num_threads) {
     linear<false>(layer.linears[kKey], input, rows, key, num_threads);
     linear<false>(layer.linears[kValue], input, rows, value, num_threads);
     prepare_heads(layer, d, step, query, key, num_threads);
-    for (int64_t i = 0; i < step.num_sequences; ++i) write_cache(d, cache, step.sequences[i], key, value);
+    write_cache(d, cache, step, key, value, num_threads);
     if (step.group == nullptr) tell_layers_done(step, index + 1);
-    attend(d, step, items, cache, query, attended, m.per_thread, num_threads);
+    attend<Number>(d, step, plan, cache, query, attended, partials, m.per_thread, num_threads);
     input = m.converter.convert(attended, rows, query_size, format, num_threads);
     if (!add_linear(m, step, layer.linears[kOutput], input, x, num_threads)) return false;
     if (step.group != nullptr) tell_layers_done(step, index + 1);  // the other ranks' KV is written too
@@ -159,12 +161,21 @@ bool run(Decoder& m, const TwinpoolStep& step, int num_threads) {
   return true;
 }
 
+// Where weights and activations are rounded, prompts' attention rounds as bfloat16 does, if there are instructions.
+template <typename KV>
+bool run_with(Decoder& m, const TwinpoolStep& step, int num_threads) {
+  if constexpr (kHasPairProducts) {
+    if (m.shape.weight_format != kFloat32) return run<uint16_t, KV>(m, step, num_threads);
+  }
+  return run<float, KV>(m, step, num_threads);
+}
+
 }  // namespace
 
 extern "C" {
 
 // Compared with library.py's number: another one means that the library was built from another version of this file.
-int twinpool_interface() { return 4; }
+int twinpool_interface() { return 5; }
 
 // Shared memory that a tensor-parallel group of `size` ranks needs.
 int64_t twinpool_group_bytes(int size) { return group_bytes(size); }
@@ -210,8 +221,20 @@ void twinpool_set_vector(void* decoder, int layer, int which, const float* value
 int twinpool_step(void* decoder, const TwinpoolStep* step, int num_threads) {
   try {
     Decoder& m = *static_cast<Decoder*>(decoder);
-    const bool is_whole = m.shape.cache_format == kBfloat16 ? run<uint16_t>(m, *step, num_threads)
-                                                            : run<float>(m, *step, num_threads);
+    bool is_whole = false;
+    switch (m.shape.cache_format) {
+      case kCacheFloat32:
+        is_whole = run_with<float>(m, *step, num_threads);
+        break;
+      case kCacheBfloat16:
+        is_whole = run_with<uint16_t>(m, *step, num_threads);
+        break;
+      case kCacheInt8:
+        is_whole = run_with<Int8>(m, *step, num_threads);
+        break;
+      default:
+        is_whole = run_with<Fp8>(m, *step, num_threads);
+    }
     return is_whole ? 0 : 2;
   } catch (const std::bad_alloc&) {
     return 1;

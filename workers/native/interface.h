@@ -9,7 +9,7 @@ struct TwinpoolShape {
   int32_t num_layers, hidden_size, num_heads, num_kv_heads, head_size, intermediate_size, vocab_size, block_size;
   float norm_epsilon, attention_scale;
   int32_t weight_format;  // Format of every linear layer
-  int32_t cache_format;   // kFloat32 or kBfloat16
+  int32_t cache_format;   // TwinpoolCacheFormat
   int32_t first_token;    // the first of the vocab_size rows of head and embedding that are here
 };
 
@@ -34,13 +34,15 @@ struct TwinpoolStep {
   const float* sine;                 // [num_rows][head_size]
   const TwinpoolSequence* sequences;
   const int64_t* sampled_rows;       // [num_sampled]
-  void* const* cache_layers;         // per layer: [num_blocks][2][num_kv_heads][block_size][head_size]
+  void* const* cache_layers;         // per layer: [num_blocks][2][num_kv_heads][block_size] rows
   float* logits;                     // [num_sampled][vocab_size]
   int64_t* layers_done;              // or null: counts the layers whose KV is in the cache
   int64_t wake_fd;                   // where a byte is written each time that it has grown
   TwinpoolGroup* group;              // null: one rank does it all
 };
 
+// What a row of the cache is, one token in one head: head_size numbers, and behind those of one byte their float scale.
+enum TwinpoolCacheFormat { kCacheFloat32 = 0, kCacheBfloat16, kCacheInt8, kCacheFp8 };
 enum TwinpoolLinear { kQuery = 0, kKey, kValue, kOutput, kGate, kUp, kDown, kHead, kEmbedding };
 enum TwinpoolVector { kInputNorm = 0, kPostNorm, kQueryNorm, kKeyNorm, kFinalNorm };
 }

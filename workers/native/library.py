@@ -10,7 +10,7 @@ from pathlib import Path
 from kvcache.errors import ResourceError
 from workers.native.processor import processor_flags
 
-INTERFACE = 4  # grows with every change of what decoder.cpp and this file agree on
+INTERFACE = 5  # grows with every change of what decoder.cpp and this file agree on
 
 # Best first: name of the build (see setup.py) and the processor flags that it needs.
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})

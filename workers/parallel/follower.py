@@ -83,6 +83,6 @@ def _serve(options: WorkerOptions, channel: Channel, model: StepModel, storage: 
             logits = model.logits(step_from_wire(command.step), storage).float().contiguous()
             channel.send(memoryview(logits.numpy().data).cast("B") if logits.numel() else b"")
         elif command.HasField("measure"):
-            device = probe_device(options.spec.dtype)
+            device = probe_device(options.dtype)
             rates = pb.Rates(gemm_gflop_s=device.gemm_gflop_s, read_gb_s=device.read_gb_s)
             channel.send(rates.SerializeToString())

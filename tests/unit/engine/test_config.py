@@ -112,6 +112,7 @@ def test_a_key_that_cannot_work_is_refused_and_not_repeated(keys: str, monkeypat
         ({"decode_tensor_parallel_size": "4", "threads_per_worker": "2"}, "a decode worker has 4 ranks"),
         ({"tensor_parallel_size": "0"}, "--tensor-parallel-size is '0'"),
         ({"dtype": "int3"}, "--dtype is 'int3'"),
+        ({"kv_cache_dtype": "fp4"}, "--kv-cache-dtype is 'fp4'"),
     ],
 )
 def test_a_bad_value_is_named(flags: dict[str, str], words: str) -> None:

@@ -19,6 +19,9 @@ SPEC = KVCacheSpec(num_layers=5, num_kv_heads=3, head_size=64, block_size=16, dt
         ("float32", 24_576, 122_880, 7_680),
         ("bfloat16", 12_288, 61_440, 3_840),
         ("float16", 12_288, 61_440, 3_840),
+        # a byte each, and 4 for each of 2 * 3 * 16 = 96 rows
+        ("int8", 6_528, 32_640, 2_040),
+        ("fp8", 6_528, 32_640, 2_040),
     ],
 )
 def test_sizes_follow_from_the_shape(dtype: str, layer_block_bytes: int, block_bytes: int, token_bytes: int) -> None:
@@ -60,7 +63,7 @@ def test_a_size_below_one_is_refused_by_name(field: str, value: int) -> None:
         replace(SPEC, **{field: value})
 
 
-@pytest.mark.parametrize("dtype", ["float64", "int8", "", "Float32"])
+@pytest.mark.parametrize("dtype", ["float64", "fp16", "", "Float32"])
 def test_an_unknown_dtype_is_refused_by_name(dtype: str) -> None:
     with pytest.raises(ConfigError, match=f"dtype must be one of .*, not {dtype!r}"):
         replace(SPEC, dtype=dtype)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from kvcache.errors import InvariantError
+from kvcache.spec import CACHE_DTYPES
 from kvcache.storage import PagedStorage
 from tests.builders import fill_with_noise, make_spec
 
-DTYPES = ["float32", "bfloat16", "float16"]
+DTYPES = list(CACHE_DTYPES)
 NUM_BLOCKS = 5
 
 
@@ -23,8 +24,8 @@ def make_storage(dtype: str, seed: int) -> PagedStorage:
 
 def raw_bytes(block: torch.Tensor) -> bytes:
     """Number by number, so that no stride and no view can hide anything."""
-    integers = block.view({4: torch.int32, 2: torch.int16}[block.element_size()]).flatten().tolist()
-    return b"".join(struct.pack({4: "<i", 2: "<h"}[block.element_size()], number) for number in integers)
+    integers = block.view({4: torch.int32, 2: torch.int16, 1: torch.int8}[block.element_size()]).flatten().tolist()
+    return b"".join(struct.pack({4: "<i", 2: "<h", 1: "<b"}[block.element_size()], number) for number in integers)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

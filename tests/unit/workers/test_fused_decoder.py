@@ -50,7 +50,7 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 1024,
     "initializer_range": 0.2,
     "bos_token_id": None,
     "eos_token_id": None,
@@ -211,6 +211,57 @@ def test_any_block_size_and_two_threads_give_the_same(tmp_path: Path, build: str
     assert_same_logits(make_model(tmp_path, config), spec_of(config, block_size=block_size), num_threads=2)
 
 
+LONG = 600  # several parts of a decoding sequence's keys, several blocks of a prompt's
+
+
+def long_steps(block_size: int, with_neighbour: bool = True) -> list[StepPlan]:
+    """A long prompt, a chunk that goes on at an odd place, then decoding; beside it another sequence."""
+    width = -(-LONG // block_size)
+    tables = [tuple(2 * block + which for block in reversed(range(width))) for which in range(2)]
+    greedy = SamplingParams(max_tokens=1, temperature=0.0)
+
+    def chunk(which: int, start: int, end: int) -> ScheduledChunk:
+        token_ids = tuple((5 * which + 13 * position + position * position) % 131 for position in range(start, end))
+        return ScheduledChunk(str(which), token_ids, start, end - start, tables[which], greedy)
+
+    spans = [((0, 0, 301), (1, 0, 7)), ((1, 7, 8), (0, 301, 598)), ((1, 8, 263), (0, 598, 599)), ((0, 599, 600),)]
+    return [StepPlan(tuple(chunk(*span) for span in step if with_neighbour or span[0] == 0)) for step in spans]
+
+
+@pytest.mark.parametrize("block_size", [16, 24])
+def test_long_sequences_equal_the_model_s(tmp_path: Path, build: str, block_size: int) -> None:
+    config = CONFIGS["qwen3, q and k norms"]()
+    model = make_model(tmp_path, config)
+    spec = spec_of(config, block_size=block_size)
+    reference, fused = TransformersModel(model), FusedDecoder(model, spec, LONG, 1)
+    storages = [PagedStorage(spec, 2 * -(-LONG // block_size)) for _ in range(2)]
+    for plan in long_steps(block_size):
+        expected, found = reference.logits(plan, storages[0]), fused.logits(plan, storages[1])
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("weight_format", WeightFormat)
+def test_neither_threads_nor_neighbours_change_a_bit_of_a_long_sequence(
+    tmp_path: Path, build: str, weight_format: WeightFormat
+) -> None:
+    config = CONFIGS["llama"]()
+    model = make_model(tmp_path, config)
+    spec = spec_of(config)
+
+    def logits(num_threads: int, with_neighbour: bool) -> torch.Tensor:
+        fused = FusedDecoder(model, spec, LONG, num_threads, weight_format)
+        storage = PagedStorage(spec, 2 * -(-LONG // spec.block_size))
+        rows = []
+        for plan in long_steps(spec.block_size, with_neighbour):
+            found = fused.logits(plan, storage)
+            rows += [row for row, chunk in zip(found, plan.chunks, strict=True) if chunk.request_id == "0"]
+        return torch.stack(rows)
+
+    expected = logits(1, with_neighbour=False)
+    assert torch.equal(logits(2, with_neighbour=False), expected)
+    assert torch.equal(logits(2, with_neighbour=True), expected)
+
+
 def test_what_a_sequence_computes_does_not_depend_on_its_neighbours(tmp_path: Path, build: str) -> None:
     config = CONFIGS["llama"]()
     spec = spec_of(config)
@@ -259,23 +310,90 @@ ROUNDINGS: dict[WeightFormat, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+def decoding_steps() -> list[StepPlan]:
+    """Many sequences, a token each at a time."""
+    greedy = SamplingParams(max_tokens=1, temperature=0.0)
+    return [
+        StepPlan(
+            tuple(
+                ScheduledChunk(str(which), ((7 * which + 13 * at) % 131,), at, 1, (which,), greedy)
+                for which in range(29)
+            )
+        )
+        for at in range(6)
+    ]
+
+
+def errors_of_rounding(
+    folder: Path, config: PreTrainedConfig, weight_format: WeightFormat, plans: list[StepPlan]
+) -> Iterator[tuple[float, float]]:
+    """Of each plan's logits: how far they are from the model with rounded linears, and that from the exact model."""
+    spec = spec_of(config)  # float32 KV
+    fused = FusedDecoder(make_model(folder, config), spec, SEQUENCE_LENGTH, 1, weight_format)
+    reference = TransformersModel(round_linears(load_model(folder, "float32"), ROUNDINGS[weight_format]))
+    exact = TransformersModel(load_model(folder, "float32"))
+    storages = [PagedStorage(spec, 60) for _ in range(3)]
+    for plan in plans:
+        found, expected = fused.logits(plan, storages[0]), reference.logits(plan, storages[1])
+        cost_of_rounding = root_mean_square(expected - exact.logits(plan, storages[2]))
+        yield root_mean_square(found - expected), cost_of_rounding
+
+
 @pytest.mark.parametrize("weight_format", ROUNDINGS)
 @pytest.mark.parametrize("make_config", [LlamaConfig, Qwen2Config])
 def test_rounded_weights_give_what_rounded_linears_give(
     tmp_path: Path, build: str, make_config: Callable[..., PreTrainedConfig], weight_format: WeightFormat
 ) -> None:
     config = make_config(**SHAPE | CALM | {"num_hidden_layers": 1})
-    spec = spec_of(config)  # float32 KV: only the linear layers differ
-    fused = FusedDecoder(make_model(tmp_path, config), spec, SEQUENCE_LENGTH, 1, weight_format)
-    reference = TransformersModel(round_linears(load_model(tmp_path, "float32"), ROUNDINGS[weight_format]))
-    exact = TransformersModel(load_model(tmp_path, "float32"))
-    storages = [PagedStorage(spec, 60) for _ in range(3)]
-    for plan in steps(spec.block_size):
-        found, expected = fused.logits(plan, storages[0]), reference.logits(plan, storages[1])
-        cost_of_rounding = root_mean_square(expected - exact.logits(plan, storages[2]))
+    for error, cost_of_rounding in errors_of_rounding(tmp_path, config, weight_format, decoding_steps()):
         # A value at the edge of two roundings may fall to either side, for whatever comes after it. In one layer that
         # is far less than rounding costs; in two, the reference differs from itself by half as much.
+        assert error < 0.1 * cost_of_rounding
+
+
+@pytest.mark.parametrize("weight_format", ROUNDINGS)
+def test_rounding_in_a_prompt_s_attention_costs_no_more_than_that_of_weights(
+    tmp_path: Path, build: str, weight_format: WeightFormat
+) -> None:
+    """The build with products of bfloat16 uses them for prompts wherever weights are rounded."""
+    config = LlamaConfig(**SHAPE | CALM | {"num_hidden_layers": 1})
+    for error, cost_of_rounding in errors_of_rounding(tmp_path, config, weight_format, steps(16)):
+        assert error < cost_of_rounding
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "fp8"])
+@pytest.mark.parametrize("block_size", [1, 16, 24])
+def test_rounded_kv_gives_what_the_model_gives_with_it(tmp_path: Path, build: str, dtype: str, block_size: int) -> None:
+    config = LlamaConfig(**SHAPE | CALM)
+    model = make_model(tmp_path, config)
+    spec = spec_of(config, dtype, block_size)
+    exact_spec = spec_of(config, "float32", block_size)
+    fused, reference = FusedDecoder(model, spec, SEQUENCE_LENGTH, 1), TransformersModel(model)
+    num_blocks = 3 * -(-SEQUENCE_LENGTH // block_size)
+    storages = [PagedStorage(spec, num_blocks), PagedStorage(spec, num_blocks), PagedStorage(exact_spec, num_blocks)]
+    for plan in steps(block_size):
+        found, expected = fused.logits(plan, storages[0]), reference.logits(plan, storages[1])
+        cost_of_rounding = root_mean_square(expected - reference.logits(plan, storages[2]))
+        # A value at the edge of two roundings may fall to either side.
         assert root_mean_square(found - expected) < 0.1 * cost_of_rounding
+    for ours, theirs in zip(storages[0].layers, storages[1].layers, strict=True):
+        numbers = slice(None, config.head_dim)  # of a row; scales are floats, equal to rounding
+        assert (ours[..., numbers] == theirs[..., numbers]).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("weight_format", WeightFormat)
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "fp8"])
+def test_any_weights_go_with_any_kv(tmp_path: Path, build: str, dtype: str, weight_format: WeightFormat) -> None:
+    config = LlamaConfig(**SHAPE | CALM)
+    model = make_model(tmp_path, config)
+    found, expected = [], []
+    for rows, kv in ((found, dtype), (expected, "float32")):
+        spec = spec_of(config, kv)
+        fused = FusedDecoder(model, spec, SEQUENCE_LENGTH, 1, weight_format)
+        storage = PagedStorage(spec, 60)
+        rows += [fused.logits(plan, storage) for plan in steps(spec.block_size)]
+    difference = root_mean_square(torch.cat(found) - torch.cat(expected))
+    assert 0 < difference < 0.05 * root_mean_square(torch.cat(expected))
 
 
 def test_bfloat16_kv_is_rounded_to_nearest(tmp_path: Path, build: str) -> None:
@@ -292,11 +410,31 @@ def test_bfloat16_kv_is_rounded_to_nearest(tmp_path: Path, build: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "quantization"), [("bfloat16", "none"), ("float32", "int8"), ("bfloat16", "int8")])
-def test_rounding_is_not_taken_for_another_structure(tmp_path: Path, build: str, dtype: str, quantization: str) -> None:
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8", "fp8"])
+def test_rounding_is_not_taken_for_another_structure(
+    tmp_path: Path, build: str, dtype: str, quantization: str, kv_dtype: str
+) -> None:
     config = LlamaConfig(**SHAPE | CALM)
     make_model(tmp_path, config)
     model = load_model(tmp_path, dtype)
-    assert isinstance(choose_step_model(model, spec_of(config, dtype), 64, 1, quantization), FusedDecoder)
+    assert isinstance(choose_step_model(model, spec_of(config, kv_dtype), 64, 1, quantization), FusedDecoder)
+
+
+def test_kv_that_the_native_decoder_does_not_have_runs_through_transformers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = CONFIGS["llama"]()
+    model = make_model(tmp_path, config)
+    spec, exact = spec_of(config, "float16"), spec_of(config)
+    step_model = choose_step_model(model, spec, 64, 1)
+    assert isinstance(step_model, TransformersModel)
+    if BUILDS:
+        assert "not float16" in caplog.text
+    plan = steps(spec.block_size)[0]
+    expected = step_model.logits(plan, PagedStorage(exact, 60))
+    torch.testing.assert_close(
+        step_model.logits(plan, PagedStorage(spec, 60)), expected, rtol=0, atol=0.02 * float(expected.abs().max())
+    )
 
 
 def test_a_model_that_does_not_fit_cannot_be_quantized(tmp_path: Path) -> None:
@@ -323,7 +461,8 @@ def test_nan_goes_on_to_the_logits_in_every_format(tmp_path: Path, build: str) -
 
 MISFITS: dict[str, tuple[Callable[[], PreTrainedConfig], str, str]] = {
     "gelu": (lambda: LlamaConfig(**SHAPE | {"num_attention_heads": 4}, hidden_act="gelu"), "float32", "SiLU"),
-    "dtype": (lambda: LlamaConfig(**SHAPE | {"num_attention_heads": 4}), "float16", "float16"),
+    "KV dtype": (lambda: LlamaConfig(**SHAPE | {"num_attention_heads": 4}), "float16", "KV is"),
+    "dtype": (lambda: LlamaConfig(**SHAPE | {"num_attention_heads": 4, "dtype": "float16"}), "int8", "weights are"),
     "norm": (lambda: GemmaConfig(**SHAPE | {"num_attention_heads": 4}), "float32", "GemmaRMSNorm"),
     "part of each head turned": (
         lambda: Phi3Config(

@@ -25,6 +25,7 @@ OPTIONS = WorkerOptions(
     num_blocks=4,
     max_model_len=64,
     vocab_size=100,
+    dtype="float32",
     limits=BatchLimits(1, 16),
 )
 

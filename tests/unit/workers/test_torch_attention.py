@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from kvcache.rows import decode_rows, encode_rows
 from scheduler.batching import ScheduledChunk, StepPlan
 from tests.builders import BLOCK_SIZE, make_scheduled
 from workers.model.attention import torch_backend
@@ -162,6 +163,16 @@ def test_blocks_before_the_window_are_not_read(softcap: float | None) -> None:
             dirty.cache[dirty.chunks[sequence].block_table[block]] = math.nan
     assert dirty.cache.isnan().any()
     assert torch.equal(clean.run(), dirty.run())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_rounded_cache_gives_attention_over_rounded_keys_and_values(name: str, dtype: torch.dtype) -> None:
+    step = make_step(STEPS[name])
+    step.cache = encode_rows(step.cache, dtype)
+    output = step.run()
+    step.keys, step.values = (decode_rows(encode_rows(x, dtype), torch.float32) for x in (step.keys, step.values))
+    check_against_reference(step, output)
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (3, 3), (6, 2), (9, 3), (8, 1)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvcache.rows import decode_rows, encode_rows
 from workers.model.step_inputs import DecodeGroup, PagedAttentionInputs, PromptSpan
 
 MAX_SCORES = 1 << 24  # held at once where scores must be written out: 64 MiB of float32
@@ -28,7 +29,7 @@ def paged_attention(
     Args:
         query: ``[T, num_heads, head_size]``.
         key, value: ``[T, num_kv_heads, head_size]``; ``num_heads`` is a multiple of ``num_kv_heads``.
-        cache: ``[num_blocks, 2, num_kv_heads, block_size, head_size]``, changed in place.
+        cache: ``[num_blocks, 2, num_kv_heads, block_size, row size]``, a layer of ``PagedStorage``, changed in place.
         inputs: for the window of this layer.
         scale: multiplies query-key products.
         softcap: bounds them then: ``softcap * tanh(score / softcap)``.
@@ -37,8 +38,8 @@ def paged_attention(
         ``[T, num_heads, head_size]``.
     """
     cache[inputs.new_blocks] = 0
-    cache[inputs.write_blocks, 0, :, inputs.write_offsets] = key
-    cache[inputs.write_blocks, 1, :, inputs.write_offsets] = value
+    cache[inputs.write_blocks, 0, :, inputs.write_offsets] = encode_rows(key, cache.dtype)
+    cache[inputs.write_blocks, 1, :, inputs.write_offsets] = encode_rows(value, cache.dtype)
     output = torch.empty_like(query)
     for group in inputs.decode_groups:
         rows = slice(group.first_row, group.first_row + len(group.block_ids))
@@ -56,7 +57,7 @@ def _decode(
     num_seqs, num_heads, head_size = query.shape
     num_kv_heads = cache.shape[2]
     # [B, N, 2, kv_heads, block_size, head_size] -> 2 x [B, kv_heads, N * block_size, head_size]
-    gathered = cache[group.block_ids].permute(2, 0, 3, 1, 4, 5)
+    gathered = decode_rows(cache[group.block_ids], query.dtype).permute(2, 0, 3, 1, 4, 5)
     keys, values = gathered.reshape(2, num_seqs, num_kv_heads, -1, head_size)
     grouped = query.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_size)
     if softcap is not None:
@@ -70,9 +71,10 @@ def _prompt(
     query: torch.Tensor, cache: torch.Tensor, span: PromptSpan, scale: float, softcap: float | None
 ) -> torch.Tensor:
     """The chunk's queries against everything of the sequence that is in their window, up to and including the chunk."""
-    num_kv_heads, head_size = cache.shape[2], cache.shape[4]
+    num_kv_heads, head_size = cache.shape[2], query.shape[-1]
     # [N, 2, kv_heads, block_size, head_size] -> 2 x [kv_heads, 1, tokens, head_size]
-    gathered = cache[span.block_ids].permute(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, head_size)
+    blocks = decode_rows(cache[span.block_ids], query.dtype)
+    gathered = blocks.permute(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, head_size)
     keys, values = gathered[:, :, : span.num_keys].unsqueeze(2)
     if softcap is not None:
         grouped = query.view(span.num_rows, num_kv_heads, -1, head_size).permute(1, 2, 0, 3)
