@@ -14,7 +14,7 @@ MODEL := $(VENV)/.model
 CONSTRAINTS_VENV := .venv-constraints
 ARGS ?=
 
-.PHONY: help setup serve test test-unit test-slow check format proto bench constraints clean
+.PHONY: help setup serve test test-unit test-slow test-gpu check format proto bench constraints clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +32,9 @@ test-unit: $(INSTALLED) ## unit tests only: no model, no Ray, no sockets
 
 test-slow: setup ## the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: setup ## the tests that need a CUDA GPU; each says why when it is skipped
+	$(BIN)/python -m pytest -m gpu -rs tests/gpu $(ARGS)
 
 check: $(INSTALLED) ## lint, format, types, import direction, fresh stubs
 	$(BIN)/ruff check

@@ -46,6 +46,10 @@ DEV_REQUIRES = [
     "pre-commit>=4",
 ]
 
+# CUDA kernels of paged attention, for an ordinary (CUDA) build of torch. 0.7.2 is what the code was written against; it
+# compiles what it needs on first use, with the CUDA toolkit's nvcc. Without it a GPU runs the portable attention.
+GPU_REQUIRES = ["flashinfer-python>=0.7.2,<0.8"]
+
 # One build of the native decoder per instruction set; workers/native/library.py chooses at run time. Where there is
 # no compiler, or not this kind of processor, the build is skipped and the portable code serves.
 NATIVE_FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast"]
@@ -87,6 +91,6 @@ setup(
     package_data={"": ["*.proto", "*.pyi", "*.h"]},
     ext_modules=EXTENSIONS,
     install_requires=INSTALL_REQUIRES,
-    extras_require={"dev": DEV_REQUIRES},
+    extras_require={"dev": DEV_REQUIRES, "gpu": GPU_REQUIRES},
     entry_points={"console_scripts": ["twinpool = engine.cli:main"]},
 )

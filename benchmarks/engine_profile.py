@@ -15,7 +15,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.engine_work import WARM_UP_STEPS, Engine, wrapped
-from workers.model import transformers_model
+from workers.model.attention import torch_backend
 
 WHOLE = "model"
 PARTS = ("embedding", "attention", "linears", "norms")
@@ -37,7 +37,7 @@ async def split_model(engine: Engine, num_tokens: int, batch: int, context: int)
     with ExitStack() as stack:
         stack.enter_context(wrapped(engine.module, "forward", partial(record_function, WHOLE)))
         # Paged attention itself; the projections around it are linears.
-        stack.enter_context(wrapped(transformers_model, "paged_attention", partial(record_function, "attention")))
+        stack.enter_context(wrapped(torch_backend, "paged_attention", partial(record_function, "attention")))
         for module in engine.module.modules():
             part = part_of(module)
             if part is not None:

@@ -52,6 +52,9 @@ class ServeConfig(BaseSettings):
     prefill_workers: int | None = _option(None, "Pools", "workers that compute prompts (default: 1)", ge=0, le=256)
     decode_workers: int | None = _option(None, "Pools", "workers that generate tokens (default: 1)", ge=0, le=256)
     colocated: int = _option(0, "Pools", "workers that do both phases, instead of or beside two pools", ge=0, le=256)
+    device: Literal["auto", "cpu", "cuda"] = _option(
+        "auto", "Pools", "what workers compute on; auto is cuda, a GPU for each, where torch finds one", "DEVICE"
+    )
     threads_per_worker: int | None = _option(
         None, "Pools", "CPU threads of each worker, shared out to its ranks (default: cores shared out)", ge=1, le=1024
     )
@@ -66,8 +69,19 @@ class ServeConfig(BaseSettings):
     )
 
     block_size: int = _option(16, "KV cache and batching", "tokens per KV block", ge=1, le=1024)
-    kv_cache_memory_bytes: ByteSize = _option(
-        ByteSize(1 << 30), "KV cache and batching", "KV cache of each worker, e.g. 512MiB (default: 1GiB)", "SIZE"
+    kv_cache_memory_bytes: ByteSize | None = _option(
+        None,
+        "KV cache and batching",
+        "KV cache of each worker, e.g. 512MiB (default: 1GiB; on a GPU what --gpu-memory-utilization leaves)",
+        "SIZE",
+    )
+    gpu_memory_utilization: float | None = _option(
+        None,
+        "KV cache and batching",
+        "part of its GPU's memory that a worker uses in all (default: 0.9)",
+        "FRACTION",
+        gt=0,
+        le=1,
     )
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"] = _option(
         "auto", "KV cache and batching", "dtype of keys and values; auto is the model's", "DTYPE"
@@ -129,6 +143,12 @@ class ServeConfig(BaseSettings):
                     f"threads_per_worker is {self.threads_per_worker} and a {role.value} worker has {size} ranks:"
                     " each rank must get the same number of threads"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_memory(self) -> Self:
+        if self.kv_cache_memory_bytes is not None and self.gpu_memory_utilization is not None:
+            raise ValueError("kv_cache_memory_bytes and gpu_memory_utilization both set the size of the KV cache")
         return self
 
     @property

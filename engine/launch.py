@@ -24,11 +24,13 @@ from engine.ray_session import check_interrupted, interrupt_on_signals, ray_sess
 from engine.start_progress import StartProgress, start_progress
 from engine.startup import StartupPlan, bind_server_socket, check_installation, make_plan
 from kvcache.errors import ResourceError, TwinpoolError
+from kvcache.spec import KVCacheSpec
 from scheduler.ray_actor import ActorHandle, start_scheduler
 from scheduler.types import WorkerInfo
 from workers.load_progress import LoadProgress
 from workers.model.checkpoint import prepare_checkpoint
 from workers.ray_worker import start_worker
+from workers.worker_options import WorkerOptions
 
 START_TIMEOUT_S = 900.0  # to load all workers; Ray restarts one that crashes, so a crash alone does not end the wait
 POLL_INTERVAL_S = 0.1
@@ -54,6 +56,7 @@ def serve(config: ServeConfig) -> None:
             planning = beside.submit(make_plan, config, path)
             cluster.enter_context(ray_session(1 + config.num_workers))  # with the scheduler
             plan = planning.result()
+            _check_gpus(plan)
             _log_model(plan)
             preparing = beside.submit(_prepare_http, plan)
             scheduler = cluster.enter_context(_running_cluster(plan, config.shutdown_timeout, progress))
@@ -64,6 +67,13 @@ def serve(config: ServeConfig) -> None:
             asyncio.run(serve_http(config, plan, scheduler, server_socket))
         finally:
             interrupt_on_signals()  # the event loop has taken its own handlers away
+
+
+def _check_gpus(plan: StartupPlan) -> None:
+    """A worker that Ray has no GPU for would never start."""
+    found = int(ray.cluster_resources().get("GPU", 0)) if plan.num_gpus else 0
+    if plan.num_gpus > found:
+        raise ResourceError(f"The workers need {plan.num_gpus} GPUs and Ray finds {found}; start fewer workers.")
 
 
 def _prepare_http(plan: StartupPlan) -> Any:
@@ -92,8 +102,8 @@ def _await_workers(plan: StartupPlan, workers: dict[str, ActorHandle], progress:
     try:
         loaded = _await_loaded(workers, progress)
         _log_loaded(plan, loaded)
-        for worker in workers.values():  # one after the other: they share the machine that they measure
-            _log_worker(ray.get(worker.join.remote()))
+        for options in plan.workers:  # one after the other: they share the machine that they measure
+            _log_worker(ray.get(workers[options.worker_id].join.remote()), options)
     except RayTaskError as error:
         if isinstance(error.cause, TwinpoolError):
             raise ResourceError(f"A worker could not start: {error.cause}") from None
@@ -149,24 +159,29 @@ def _log_loaded(plan: StartupPlan, loaded: dict[str, LoadProgress]) -> None:
         plan.checkpoint.weight_bytes / (1 << 20),
         max(state.load_seconds for state in loaded.values()),
     )
-    logger.info(
-        "KV cache per worker: %d blocks of %d tokens in %s; maximum concurrency for %d tokens: %.1f",
-        options.num_blocks,
-        options.spec.block_size,
-        options.spec.dtype,
-        plan.max_model_len,
-        options.num_blocks * options.spec.block_size / plan.max_model_len,
+    if options.num_blocks is not None:
+        logger.info("KV cache per worker: %s", _kv_cache(options.num_blocks, options.spec, plan.max_model_len))
+
+
+def _kv_cache(num_blocks: int, spec: KVCacheSpec, max_model_len: int) -> str:
+    concurrency = num_blocks * spec.block_size / max_model_len
+    return (
+        f"{num_blocks} blocks of {spec.block_size} tokens in {spec.dtype};"
+        f" maximum concurrency for {max_model_len} tokens: {concurrency:.1f}"
     )
 
 
-def _log_worker(info: WorkerInfo) -> None:
+def _log_worker(info: WorkerInfo, options: WorkerOptions) -> None:
+    device = info.device
     ranks = f"{info.tensor_parallel_size} ranks, " if info.tensor_parallel_size > 1 else ""
     logger.info(
-        "%s on %s: %s%.0f GFLOP/s, %.1f GB/s with %d threads",
+        "%s on %s: %s%.0f GFLOP/s, %.1f GB/s %s",
         info.worker_id,
         info.address,
         ranks,
-        info.device.gemm_gflop_s,
-        info.device.read_gb_s,
-        info.device.num_threads,
+        device.gemm_gflop_s,
+        device.read_gb_s,
+        f"on {device.name}" if options.device == "cuda" else f"with {device.num_threads} threads",
     )
+    if options.num_blocks is None:
+        logger.info("%s: KV cache of %s", info.worker_id, _kv_cache(info.num_blocks, info.spec, info.max_model_len))

@@ -18,11 +18,14 @@ from kvcache.spec import KVCacheSpec
 from kvcache.transfer.wire import MAX_BLOCK_BYTES
 from scheduler.batching import BatchLimits
 from scheduler.types import WorkerRole
+from workers.device import Device, choose_device, count_gpus
 from workers.model.checkpoint import CheckpointInfo, describe_checkpoint
 from workers.native.library import load_library
 from workers.worker_options import WorkerOptions
 
 PACKAGES = ("kvcache", "scheduler", "workers", "engine")
+CPU_KV_CACHE_BYTES = 1 << 30
+GPU_MEMORY_UTILIZATION = 0.9
 PROCESS_BYTES = 500 << 20  # what each rank of a worker needs beside weights and KV: interpreter, torch, activations
 
 
@@ -33,6 +36,11 @@ class StartupPlan:
     checkpoint: CheckpointInfo
     max_model_len: int
     workers: tuple[WorkerOptions, ...]
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that the workers take."""
+        return sum(options.device == "cuda" for options in self.workers)
 
 
 def check_installation() -> None:
@@ -89,7 +97,9 @@ def make_plan(config: ServeConfig, path: Path) -> StartupPlan:
         ModelError: the checkpoint is damaged or cannot run.
         ConfigError, ResourceError: the options do not fit the model or the machine.
     """
-    checkpoint = describe_checkpoint(path, dtype=config.dtype, device="cpu")
+    device = choose_device(config.device)
+    _check_device(config, device)
+    checkpoint = describe_checkpoint(path, dtype=config.dtype, device=device)
     max_model_len = _max_model_len(config, checkpoint)
     spec = KVCacheSpec(
         checkpoint.num_layers,
@@ -106,7 +116,8 @@ def make_plan(config: ServeConfig, path: Path) -> StartupPlan:
             f" {_mebibytes(spec.layer_block_bytes)}; a message of the handoff holds {_mebibytes(MAX_BLOCK_BYTES)}."
         )
     _check_ranks(config, checkpoint)
-    _check_memory(config, checkpoint)
+    _check_memory(config, checkpoint, device)
+    is_left_to_gpu = device == "cuda" and config.kv_cache_memory_bytes is None
     workers = tuple(
         WorkerOptions(
             worker_id=worker_id,
@@ -114,13 +125,17 @@ def make_plan(config: ServeConfig, path: Path) -> StartupPlan:
             model_path=str(path),
             model_name=config.served_name,
             spec=spec,
-            num_blocks=_num_blocks(config, spec, max_model_len, config.tensor_parallel_size_of(role)),
+            num_blocks=None
+            if is_left_to_gpu
+            else _num_blocks(config, spec, max_model_len, config.tensor_parallel_size_of(role)),
             max_model_len=max_model_len,
             vocab_size=checkpoint.vocab_size,
             dtype=checkpoint.dtype,
             limits=BatchLimits(config.max_num_seqs, config.max_num_batched_tokens),
             num_threads=_threads_per_rank(config, role),
             tensor_parallel_size=config.tensor_parallel_size_of(role),
+            device=device,
+            gpu_memory_utilization=config.gpu_memory_utilization or GPU_MEMORY_UTILIZATION,
             quantization=config.quantization,
             prefix_caching=config.enable_prefix_caching,
             log_level=config.log_level,
@@ -138,6 +153,26 @@ def _threads_per_rank(config: ServeConfig, role: WorkerRole) -> int:
     if config.threads_per_worker is not None:
         return config.threads_per_worker // config.tensor_parallel_size_of(role)
     return max(1, usable_cores() // config.num_ranks)
+
+
+def _check_device(config: ServeConfig, device: Device) -> None:
+    if device == "cpu":
+        if config.gpu_memory_utilization is not None:
+            raise ConfigError("--gpu-memory-utilization is for GPUs, and the workers will compute on the CPU.")
+        return
+    if config.quantization != "none":
+        raise ConfigError(f"--quantization {config.quantization} is for CPUs; add --device cpu or leave it out.")
+    for role in WorkerRole:
+        size = config.tensor_parallel_size_of(role)
+        if config.num_workers_of(role) and size > 1:
+            option = config.tensor_parallel_option(role)
+            raise ConfigError(f"{option} is {size}: tensor parallelism is not run on a GPU yet; add --device cpu.")
+    num_gpus = count_gpus()
+    if config.num_workers > num_gpus:
+        raise ResourceError(
+            f"{config.num_workers} workers need a GPU each and {num_gpus} can be used here; start fewer"
+            " (--colocated 1 does both phases on one), or add --device cpu."
+        )
 
 
 def _check_ranks(config: ServeConfig, checkpoint: CheckpointInfo) -> None:
@@ -161,29 +196,40 @@ def _max_model_len(config: ServeConfig, checkpoint: CheckpointInfo) -> int:
 
 
 def _num_blocks(config: ServeConfig, spec: KVCacheSpec, max_model_len: int, tensor_parallel_size: int) -> int:
+    kv_cache_bytes = _kv_cache_bytes(config)
     # Of all ranks together: with more of them than KV heads, a head is held more than once.
     block_bytes = tensor_parallel_size * Shard(0, tensor_parallel_size).of_spec(spec).block_bytes
-    num_blocks = int(config.kv_cache_memory_bytes) // block_bytes
+    num_blocks = kv_cache_bytes // block_bytes
     needed = spec.num_blocks_for(max_model_len)
     if num_blocks < needed:
         raise ResourceError(
             f"Too little memory for the KV cache: one sequence of {max_model_len} tokens needs"
             f" {_mebibytes(needed * block_bytes)} and --kv-cache-memory-bytes is"
-            f" {_mebibytes(config.kv_cache_memory_bytes)}; raise it or lower --max-model-len."
+            f" {_mebibytes(kv_cache_bytes)}; raise it or lower --max-model-len."
         )
     return num_blocks
 
 
-def _check_memory(config: ServeConfig, checkpoint: CheckpointInfo) -> None:
-    # Twice the weights: while they are packed and compared, a worker holds them as loaded and as packed.
-    per_worker = 2 * checkpoint.weight_bytes + int(config.kv_cache_memory_bytes)
+def _kv_cache_bytes(config: ServeConfig) -> int:
+    given = config.kv_cache_memory_bytes
+    return int(given) if given is not None else CPU_KV_CACHE_BYTES
+
+
+def _check_memory(config: ServeConfig, checkpoint: CheckpointInfo, device: Device) -> None:
+    """Of the host. What a GPU holds is checked by the worker that has it."""
+    if device == "cuda":
+        per_worker = checkpoint.weight_bytes  # they pass through
+        purpose = "each need"
+    else:
+        # Twice the weights: while they are packed and compared, a worker holds them as loaded and as packed.
+        per_worker = 2 * checkpoint.weight_bytes + _kv_cache_bytes(config)
+        purpose = f"and {_mebibytes(_kv_cache_bytes(config))} of KV cache each need"
     needed = per_worker * config.num_workers + PROCESS_BYTES * config.num_ranks
     available = available_memory_bytes()
     if needed > available:
         raise ResourceError(
-            f"Too little memory: {config.num_workers} workers with {_mebibytes(checkpoint.weight_bytes)} of weights and"
-            f" {_mebibytes(config.kv_cache_memory_bytes)} of KV cache each need {_mebibytes(needed)};"
-            f" {_mebibytes(available)} are available."
+            f"Too little memory: {config.num_workers} workers with {_mebibytes(checkpoint.weight_bytes)} of weights"
+            f" {purpose} {_mebibytes(needed)}; {_mebibytes(available)} are available."
         )
 
 

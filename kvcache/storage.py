@@ -12,6 +12,7 @@ import torch
 
 from kvcache.errors import InvariantError, ResourceError
 from kvcache.spec import KVCacheSpec
+from kvcache.staging import CudaCopyStream, StagedCopies
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -26,6 +27,7 @@ class BlockStorage(Protocol):
     """What a handoff needs of a cache: blocks of all KV heads, as bytes in the layout of ``spec``."""
 
     spec: KVCacheSpec
+    num_blocks: int
 
     def read_blocks(self, layer: int, block_ids: Sequence[int]) -> memoryview:
         """A copy of the blocks' bytes, in the given order, ``len(block_ids) * spec.layer_block_bytes`` long."""
@@ -45,17 +47,42 @@ class PagedStorage:
     """
 
     def __init__(
-        self, spec: KVCacheSpec, num_blocks: int, device: str = "cpu", memory: torch.Tensor | None = None
+        self,
+        spec: KVCacheSpec,
+        num_blocks: int,
+        device: str = "cpu",
+        memory: torch.Tensor | None = None,
+        *,
+        with_scratch_block: bool = False,
     ) -> None:
-        """``memory``: uint8, all zeros, ``bytes_of(spec, num_blocks)`` long; by default allocated here."""
+        """
+        Args:
+            memory: uint8, all zeros, ``bytes_of(spec, num_blocks)`` long; by default allocated here.
+            with_scratch_block: adds one block after ``num_blocks`` that no sequence will ever own; not with ``memory``.
+        """
         self.spec = spec
         self.num_blocks = num_blocks
+        self._has_scratch_block = with_scratch_block
         dtype = _CACHE_DTYPES[spec.dtype]
-        shape = (num_blocks, 2, spec.num_kv_heads, spec.block_size, spec.row_bytes // dtype.itemsize)
+        row_size = spec.row_bytes // dtype.itemsize
+        shape = (num_blocks + with_scratch_block, 2, spec.num_kv_heads, spec.block_size, row_size)
         if memory is None:
             self.layers = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
         else:
             self.layers = [layer.view(dtype).view(shape) for layer in memory.chunk(spec.num_layers)]
+        self._device = self.layers[0].device
+        self._copies = StagedCopies(CudaCopyStream(self._device)) if self._device.type == "cuda" else None
+
+    @property
+    def scratch_block(self) -> int:
+        """A block to write to what nobody will read."""
+        assert self._has_scratch_block, "this storage was made without one"
+        return self.num_blocks
+
+    def synchronize(self) -> None:
+        """Waits until the device has done what this thread asked of it; on a CPU it always has."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     @staticmethod
     def bytes_of(spec: KVCacheSpec, num_blocks: int) -> int:
@@ -63,8 +90,9 @@ class PagedStorage:
 
     def read_blocks(self, layer: int, block_ids: Sequence[int]) -> memoryview:
         """See ``BlockStorage``."""
-        index = torch.tensor(block_ids, dtype=torch.long, device=self.layers[layer].device)
-        blocks = self.layers[layer].index_select(0, index).cpu()
+        if self._copies is not None:
+            return self._copies.read(self.layers[layer], block_ids)
+        blocks = self.layers[layer].index_select(0, torch.tensor(block_ids, dtype=torch.long))
         return memoryview(blocks.view(torch.uint8).numpy().data).cast("B")
 
     def write_blocks(self, layer: int, block_ids: Sequence[int], payload: bytes | memoryview) -> None:
@@ -72,10 +100,12 @@ class PagedStorage:
         if len(payload) != len(block_ids) * self.spec.layer_block_bytes:
             raise InvariantError(f"{len(payload)} bytes do not fill {len(block_ids)} blocks of one layer")
         target = self.layers[layer]
+        if self._copies is not None:
+            self._copies.write(target, block_ids, payload)
+            return
         # frombuffer refuses read-only memory with a warning; one copy of at most a chunk is the price.
         source = torch.frombuffer(bytearray(payload), dtype=target.dtype).view(len(block_ids), *target.shape[1:])
-        index = torch.tensor(block_ids, dtype=torch.long, device=target.device)
-        target.index_copy_(0, index, source.to(target.device))
+        target.index_copy_(0, torch.tensor(block_ids, dtype=torch.long), source)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:

@@ -382,7 +382,7 @@ async def _start_worker(cluster: LocalCluster, options: WorkerOptions) -> None:
         group.await_ready()
         worker = Worker(options, runner, group.storage, group)
     else:
-        storage = PagedStorage(options.spec, options.num_blocks)
+        storage = PagedStorage(options.spec, options.given_num_blocks)
         runner = HookedRunner(load_step_model(options), storage)
         worker = Worker(options, runner, storage)
     await worker.start()

@@ -214,4 +214,10 @@ def start_worker(options: WorkerOptions) -> ActorHandle:
     """Starts the process of one worker and returns at once."""
     actor_class: ActorHandle = ray.remote(WorkerActor)
     # No runtime environment: it would keep Ray from taking one of the processes that it has started already.
-    return actor_class.options(name=options.worker_id, num_cpus=0, max_restarts=-1).remote(options)
+    placed = actor_class.options(
+        name=options.worker_id,
+        num_cpus=0,
+        num_gpus=int(options.device == "cuda"),  # its own, and the only one it sees
+        max_restarts=-1,
+    )
+    return placed.remote(options)

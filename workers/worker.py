@@ -7,6 +7,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import grpc
 import torch
@@ -21,7 +23,9 @@ from scheduler.types import DeviceProfile, Phase, WorkerInfo, WorkerLoad
 from workers import worker_pb2_grpc
 from workers.channels import SERVER_OPTIONS, ChannelPool
 from workers.decode import DecodeRole
+from workers.model.cuda_model import choose_cuda_model, kv_cache_bytes, largest_step, record_decode
 from workers.model.runner import ModelRunner, StepModel, load_step_model
+from workers.model.transformers_model import load_model
 from workers.parallel.leader import GroupModel, LeaderGroup, StartFollowers
 from workers.parallel.rank import RankLostError
 from workers.prefill import PrefillRole
@@ -41,7 +45,7 @@ class Worker:
         self.options = options
         self.group = group
         self.manager = KVCacheManager(
-            options.spec, options.num_blocks, options.lease_ttl_s, prefix_caching=options.prefix_caching
+            options.spec, storage.num_blocks, options.lease_ttl_s, prefix_caching=options.prefix_caching
         )
         self.step_loop = StepLoop(Batcher(self.manager, options.limits), runner)
         self.address = ""
@@ -93,7 +97,9 @@ class Worker:
     def measure(self) -> DeviceProfile:
         """What the worker's device can do, with all its ranks at once. Not on the event loop."""
         dtype = self.options.dtype
-        return self.group.measure(dtype) if self.group is not None else probe_device(dtype)
+        if self.group is not None:
+            return self.group.measure(dtype)
+        return probe_device(dtype, self.options.device)
 
     def info(self, incarnation: int, device: DeviceProfile) -> WorkerInfo:
         options = self.options
@@ -107,7 +113,7 @@ class Worker:
             options.model_name,
             options.max_model_len,
             options.spec,
-            options.num_blocks,
+            self.manager.num_blocks,
             options.tensor_parallel_size,
         )
 
@@ -157,12 +163,50 @@ def build_worker(
     if options.tensor_parallel_size > 1:
         assert start_followers is not None, "a tensor-parallel worker has other ranks"
         return _build_leader(options, start_followers, report)
-    step_model = load_step_model(options, report=report)
-    try:
-        storage = PagedStorage(options.spec, options.num_blocks)
-    except RuntimeError as error:  # torch's allocator
-        raise ResourceError(f"No memory for {options.num_blocks} KV blocks: {error}") from error
+    if options.device == "cuda":
+        model = load_model(Path(options.model_path), options.dtype, options.device, report=report)
+        step_model, storage = run_on_gpu(options, model)
+    else:
+        step_model = load_step_model(options, report=report)
+        storage = _take_storage(options, options.given_num_blocks)
     return Worker(options, ModelRunner(step_model, storage), storage)
+
+
+def run_on_gpu(options: WorkerOptions, model: Any) -> tuple[StepModel, PagedStorage]:
+    """The best way to run a loaded model on its GPU, and a KV cache that may get what memory is left.
+
+    Raises:
+        ModelError: the model does not give its own results here.
+        ResourceError: not enough memory for the KV cache.
+    """
+    step_model = choose_cuda_model(model, options.spec, options.max_model_len, options.device)
+    num_blocks = options.num_blocks if options.num_blocks is not None else _fitting_blocks(options, step_model)
+    storage = _take_storage(options, num_blocks, with_scratch_block=True)
+    if not options.role.takes(Phase.DECODE):
+        return step_model, storage
+    return record_decode(step_model, storage, options.limits, options.max_model_len), storage
+
+
+def _fitting_blocks(options: WorkerOptions, step_model: StepModel) -> int:
+    spec, max_model_len = options.spec, options.max_model_len
+    largest_plan = largest_step(options.limits, max_model_len, spec.block_size)
+    available = kv_cache_bytes(step_model, spec, largest_plan, options.gpu_memory_utilization, options.device)
+    num_blocks = available // spec.block_bytes - 1  # the scratch block
+    needed = spec.num_blocks_for(max_model_len)
+    if num_blocks < needed:
+        raise ResourceError(
+            f"Too little GPU memory: {available >> 20} MiB are left for the KV cache, and one sequence of"
+            f" {max_model_len} tokens needs {needed * spec.block_bytes >> 20} MiB;"
+            " lower --max-model-len or raise --gpu-memory-utilization."
+        )
+    return num_blocks
+
+
+def _take_storage(options: WorkerOptions, num_blocks: int, *, with_scratch_block: bool = False) -> PagedStorage:
+    try:
+        return PagedStorage(options.spec, num_blocks, options.device, with_scratch_block=with_scratch_block)
+    except RuntimeError as error:  # torch's allocator
+        raise ResourceError(f"No memory for {num_blocks} KV blocks: {error}") from error
 
 
 def _build_leader(options: WorkerOptions, start_followers: StartFollowers, report: Callable[[float], None]) -> Worker:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from kvcache.spec import KVCacheSpec
 from scheduler.batching import BatchLimits
 from scheduler.types import WorkerRole
+from workers.device import Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,7 @@ class WorkerOptions:
     model_path: str
     model_name: str
     spec: KVCacheSpec
-    num_blocks: int
+    num_blocks: int | None  # None on a GPU: as many as ``gpu_memory_utilization`` leaves room for
     max_model_len: int
     vocab_size: int
     dtype: str  # of the model; the spec has that of the KV
@@ -27,6 +28,14 @@ class WorkerOptions:
     num_threads: int = 1  # of each rank
     tensor_parallel_size: int = 1  # ranks that compute the model together; ``spec`` has the heads of all
     lease_ttl_s: float = 10.0
+    device: Device = "cpu"
+    gpu_memory_utilization: float = 0.9
     prefix_caching: bool = True
     quantization: str = "none"  # or "int8"
     log_level: str = "info"
+
+    @property
+    def given_num_blocks(self) -> int:
+        """``num_blocks`` of a worker that is told how many."""
+        assert self.num_blocks is not None, "only a worker on a GPU works it out"
+        return self.num_blocks

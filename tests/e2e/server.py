@@ -96,7 +96,7 @@ def serving(*arguments: str, expected_workers: int) -> Iterator[RunningServer]:
             [sys.executable, "-m", "engine.cli", "serve", "--port", str(port), *arguments],
             stdout=sink,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "TWINPOOL_DEVICE": "cpu"},
             start_new_session=True,  # the test run's own Ctrl-C is not the server's
         )
     server = RunningServer(f"http://127.0.0.1:{port}", process, output, expected_workers)

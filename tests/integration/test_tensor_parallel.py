@@ -40,6 +40,7 @@ def options_of(checkpoint: TinyCheckpoint, size: int) -> WorkerOptions:
         num_blocks=64,
         max_model_len=MAX_MODEL_LEN,
         vocab_size=checkpoint.vocab_size,
+        dtype="float32",
         limits=ROOMY,
         tensor_parallel_size=size,
     )

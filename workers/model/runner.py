@@ -58,13 +58,20 @@ class ModelRunner:
     def execute(self, plan: StepPlan, progress: StepProgress | None = None) -> StepOutput:
         """Computes the chunks of ``plan``, fills their KV, and samples where a chunk has ``sampling``.
 
-        ``progress`` hears of every layer whose KV is there, if the model can tell.
+        ``progress`` hears of every layer whose KV is there, if the model can tell. However the call ends, the device no
+        longer works on the plan's blocks when it does.
 
         Raises:
             NotFiniteError: a sequence's logits hold NaN or infinity; no token was sampled for any.
             NothingLeftError: the same, and a sequence's own parameters forbid every token.
         """
-        logits = self._model.logits(plan, self._storage, progress)
+        try:
+            return self._execute(plan, progress)
+        finally:
+            self._storage.synchronize()
+
+    def _execute(self, plan: StepPlan, progress: StepProgress | None) -> StepOutput:
+        logits = self._model.logits(plan, self._storage, progress).cpu()  # tokens are chosen there
         prompts, sampled = _rows_of(plan)
         prompt_logprobs = _prompt_logprobs(logits, prompts)
         if prompts:
@@ -177,7 +184,7 @@ def choose_step_model(
     reference = TransformersModel(model, max_model_len=max_model_len, is_cut=rank is not None)
     # Compared are short steps only: windows and the like are what ``find_misfit`` and ``layers`` are for.
     vocab_size = int(model.config.vocab_size)  # of all ranks
-    expected = own_logits(model, _compared_tokens(vocab_size))
+    expected = compared_logits(model)
     misfit = find_misfit(model, spec, reference.layers)
     was_packed = misfit is None
     if misfit is None:
@@ -200,16 +207,35 @@ def choose_step_model(
         raise ModelError(f"This model cannot be quantized to {quantization}: {misfit}.")
     if was_packed and reload is not None:
         reference = TransformersModel(reload(), max_model_len=max_model_len, is_cut=rank is not None)
-    # The median, for rounding may send a token to another expert, and that token only.
-    difference = _largest(statistics.median(relative_differences(expected, reference, spec, vocab_size)), rank)
-    if difference > _allowed_difference(str(model.dtype).removeprefix("torch."), spec.dtype):
-        raise ModelError(
-            f"{type(model).__name__} does not give its own results with paged attention: its logits differ by"
-            f" {difference:.2g} of the largest."
-        )
+    excess = find_difference(model, reference, expected, spec, rank)
+    if excess is not None:
+        raise not_its_own_results(model, excess)
     logger.warning("This model runs through transformers: %s.", misfit)
     report(1.0)
     return reference
+
+
+def compared_logits(model: Any) -> torch.Tensor:
+    """What ``model`` gives by itself after each of the tokens that ``find_difference`` compares."""
+    return own_logits(model, _compared_tokens(int(model.config.vocab_size)))
+
+
+def find_difference(
+    model: Any, step_model: StepModel, expected: torch.Tensor, spec: KVCacheSpec, rank: Rank | None = None
+) -> float | None:
+    """How far a way to run ``model`` is from its ``compared_logits``, if that is more than rounding explains."""
+    # The median, for rounding may send a token to another expert, and that token only.
+    differences = relative_differences(expected, step_model, spec, int(model.config.vocab_size))
+    difference = _largest(statistics.median(differences), rank)
+    allowed = _allowed_difference(str(model.dtype).removeprefix("torch."), spec.dtype)
+    return difference if difference > allowed else None
+
+
+def not_its_own_results(model: Any, difference: float) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} does not give its own results with paged attention: its logits differ by"
+        f" {difference:.2g} of the largest."
+    )
 
 
 def _allowed_difference(*dtypes: str) -> float:
@@ -227,12 +253,12 @@ def relative_differences(
 ) -> list[float]:
     """Runs a few steps: how far the logits of each token are from ``expected``, over the largest of them.
 
-    ``expected`` holds the logits after each of ``_compared_tokens``, of a rank its part of them.
+    ``expected`` holds the logits after each of ``_compared_tokens``, of a rank its part of them. They are where the
+    model computes.
     """
     plans = _comparison_plans(spec.block_size, vocab_size)
-    storage = PagedStorage(
-        spec, 1 + max(block for plan in plans for chunk in plan.chunks for block in chunk.block_table)
-    )
+    num_blocks = 1 + max(block for plan in plans for chunk in plan.chunks for block in chunk.block_table)
+    storage = PagedStorage(spec, num_blocks, str(expected.device))
     largest = float(expected.abs().max())
     differences = []
     for plan in plans:

@@ -56,15 +56,21 @@ class StepInputs:
     attention: Mapping[int | None, PagedAttentionInputs]  # by window
 
 
+def packed_chunks(plan: StepPlan) -> tuple[list[ScheduledChunk], list[ScheduledChunk]]:
+    """The order of the packed row: single-token chunks, shortest sequence first; then the prompts, in plan order."""
+    decode = sorted((chunk for chunk in plan.chunks if len(chunk.token_ids) == 1), key=lambda chunk: chunk.end)
+    return decode, [chunk for chunk in plan.chunks if len(chunk.token_ids) > 1]
+
+
 def build_step_inputs(
     plan: StepPlan, block_size: int, device: str = "cpu", windows: Collection[int | None] = (None,)
 ) -> StepInputs:
-    """Packs a plan. Single-token chunks come first in the row, shortest first; then the prompts, in plan order.
+    """Packs a plan in the order of ``packed_chunks``.
 
-    ``windows`` are those of the model's layers: how many tokens a query sees, itself included; None for all.
+    ``windows`` are those of the model's layers: how many tokens a query sees, itself included; None for all. With no
+    window at all the result has no ``attention``.
     """
-    decode = sorted((chunk for chunk in plan.chunks if len(chunk.token_ids) == 1), key=lambda chunk: chunk.end)
-    prompts = [chunk for chunk in plan.chunks if len(chunk.token_ids) > 1]
+    decode, prompts = packed_chunks(plan)
     chunks = decode + prompts
 
     token_ids: list[int] = []

@@ -16,11 +16,11 @@ from transformers.utils.logging import disable_progress_bar
 from kvcache.errors import ModelError
 from kvcache.storage import TORCH_DTYPES, PagedStorage
 from scheduler.batching import StepPlan
-from workers.model.attention.torch_backend import paged_attention
+from workers.model.attention.interface import AttentionBackend, StepAttention
+from workers.model.attention.torch_backend import TorchAttention
 from workers.model.attention_layers import LayerAttention, read_attention_layers
 from workers.model.gguf_names import SUFFIX
 from workers.model.gguf_weights import load_gguf_model
-from workers.model.step_inputs import StepInputs, build_step_inputs
 from workers.parallel.modules import cut_modules
 from workers.parallel.rank import Rank
 from workers.step_progress import StepProgress
@@ -36,7 +36,7 @@ def _attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     paged_storage: PagedStorage | None = None,
-    paged_inputs: StepInputs | None = None,
+    paged_attention: StepAttention | None = None,
     paged_layers: Sequence[LayerAttention] = (),
     paged_progress: LayerListener | None = None,
     **_kwargs: object,
@@ -45,17 +45,15 @@ def _attention_forward(
 
     ``query``, ``key`` and ``value`` are ``[1, heads, T, head_size]``; the result is ``[1, T, heads, head_size]``.
     """
-    assert paged_storage is not None and paged_inputs is not None, "the model was called without a step's inputs"
+    assert paged_storage is not None and paged_attention is not None, "the model was called without a step's inputs"
     index: int = module.layer_idx  # type: ignore[assignment]
-    layer = paged_layers[index]
-    attended = paged_attention(
+    attended = paged_attention.attend(
+        paged_storage.layers[index],
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        paged_storage.layers[index],
-        paged_inputs.attention[layer.window],
+        paged_layers[index],
         scaling if scaling is not None else query.shape[-1] ** -0.5,
-        layer.softcap,
     )
     if paged_progress is not None:
         paged_progress.layer_done(index)
@@ -140,10 +138,17 @@ class TransformersModel:
     """
 
     def __init__(
-        self, model: Any, device: str = "cpu", max_model_len: int | None = None, *, is_cut: bool = False
+        self,
+        model: Any,
+        device: str = "cpu",
+        max_model_len: int | None = None,
+        *,
+        is_cut: bool = False,
+        attention: AttentionBackend | None = None,
     ) -> None:
         """``max_model_len`` is by default what the model was made for. ``is_cut``: ``model`` is one rank's share, and
-        the other ranks write the rest of the KV.
+        the other ranks write the rest of the KV. ``attention`` computes on ``device``, where the model is; it is
+        portable torch if not given.
 
         Raises:
             ModelError: a layer's attention is none that paged attention does.
@@ -154,21 +159,35 @@ class TransformersModel:
         longest = max_model_len or model.config.max_position_embeddings
         self.layers = read_attention_layers(model, longest, is_cut=is_cut)
         self._windows = {layer.window for layer in self.layers}
+        self.attention = attention if attention is not None else TorchAttention(device)
 
-    @torch.inference_mode()
     def logits(self, plan: StepPlan, storage: PagedStorage, progress: StepProgress | None = None) -> torch.Tensor:
         """See ``StepModel.logits``."""
-        inputs = build_step_inputs(plan, storage.spec.block_size, self._device, self._windows)
+        step = self.attention.plan(plan, storage.spec, self._windows)
+        inputs = step.inputs
+        return self.forward(inputs.token_ids, inputs.positions, step, storage, inputs.logit_rows, progress)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: StepAttention,
+        storage: PagedStorage,
+        rows: torch.Tensor | None = None,
+        progress: StepProgress | None = None,
+    ) -> torch.Tensor:
+        """Logits of ``rows`` of a packed row, by default of all: ``[rows, vocabulary]``. Both inputs are ``[1, T]``."""
         listener: LayerListener | None = progress
         if progress is not None and self._is_cut:
             listener = _WhenSummed(progress)
         output = self._model(
-            input_ids=inputs.token_ids,
-            position_ids=inputs.positions,
+            input_ids=token_ids,
+            position_ids=positions,
             use_cache=False,
-            logits_to_keep=inputs.logit_rows,
+            logits_to_keep=rows if rows is not None else 0,
             paged_storage=storage,
-            paged_inputs=inputs,
+            paged_attention=attention,
             paged_layers=self.layers,
             # A layer on a GPU is only queued when its attention returns; there the step's end tells.
             paged_progress=listener if self._device == "cpu" else None,

@@ -55,7 +55,7 @@ class LeaderGroup:
         self._vocab_size = options.vocab_size
         self._timeout_s = timeout_s
         self._lock = threading.Lock()  # commands come from the step's thread and from the one that measures
-        rank_bytes = rank_kv_bytes(options.spec, options.num_blocks, size)
+        rank_bytes = rank_kv_bytes(options.spec, options.given_num_blocks, size)
         descriptors = [
             create_shared_memory("twinpool-kv", rank_bytes * size),
             create_shared_memory("twinpool-sums", reduce_bytes(size)),
@@ -199,9 +199,9 @@ def map_rank_storage(options: WorkerOptions, rank: int, descriptor: int) -> Page
     """One rank's KV in the memory that the group shares."""
     shard = Shard(rank, options.tensor_parallel_size)
     spec = shard.of_spec(options.spec)
-    stride = rank_kv_bytes(options.spec, options.num_blocks, shard.size)
-    num_bytes = PagedStorage.bytes_of(spec, options.num_blocks)
-    return PagedStorage(spec, options.num_blocks, memory=map_shared_memory(descriptor, num_bytes, rank * stride))
+    stride = rank_kv_bytes(options.spec, options.given_num_blocks, shard.size)
+    num_bytes = PagedStorage.bytes_of(spec, options.given_num_blocks)
+    return PagedStorage(spec, options.given_num_blocks, memory=map_shared_memory(descriptor, num_bytes, rank * stride))
 
 
 def _gather(size: int, start_followers: StartFollowers) -> list[Channel]:

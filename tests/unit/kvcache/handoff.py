@@ -37,10 +37,10 @@ def noisy_storage(seed: int) -> PagedStorage:
 class Side:
     """One worker's cache."""
 
-    def __init__(self, seed: int, bystander_blocks: int) -> None:
+    def __init__(self, seed: int, bystander_blocks: int, device: str) -> None:
         """The bystander's blocks come first, so the request's blocks have other numbers on each side."""
         self.manager = KVCacheManager(SPEC, NUM_BLOCKS, LEASE_TTL_S)
-        self.storage = PagedStorage(SPEC, NUM_BLOCKS)
+        self.storage = PagedStorage(SPEC, NUM_BLOCKS, device)
         for layer, noise in zip(self.storage.layers, noisy_storage(seed).layers, strict=True):
             layer.copy_(noise)
         self.manager.extend(BYSTANDER, bystander_blocks * SPEC.block_size)
@@ -58,10 +58,10 @@ class Handoff:
     The target holds the first ``num_held`` blocks of the prompt already.
     """
 
-    def __init__(self, num_held: int = 0) -> None:
+    def __init__(self, num_held: int = 0, source_device: str = "cpu", target_device: str = "cpu") -> None:
         self.num_held = num_held
-        self.source = Side(seed=1, bystander_blocks=1)
-        self.target = Side(seed=2, bystander_blocks=2)
+        self.source = Side(seed=1, bystander_blocks=1, device=source_device)
+        self.target = Side(seed=2, bystander_blocks=2, device=target_device)
         self.expected = self.source.read(REQUEST_ID)
         self.bystander_before = self.target.read(BYSTANDER)
         self.source_lease = self._open_lease(self.source)

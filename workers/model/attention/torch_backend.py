@@ -6,13 +6,48 @@ window, the blocks before it are not read.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvcache.rows import decode_rows, encode_rows
-from workers.model.step_inputs import DecodeGroup, PagedAttentionInputs, PromptSpan
+from kvcache.spec import KVCacheSpec
+from scheduler.batching import StepPlan
+from workers.model.attention_layers import LayerAttention
+from workers.model.step_inputs import DecodeGroup, PagedAttentionInputs, PromptSpan, StepInputs, build_step_inputs
 
 MAX_SCORES = 1 << 24  # held at once where scores must be written out: 64 MiB of float32
+
+
+class TorchAttention:
+    """The ``AttentionBackend`` that runs anywhere."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
+
+    def plan(self, plan: StepPlan, spec: KVCacheSpec, windows: Collection[int | None] = (None,)) -> TorchStep:
+        """See ``AttentionBackend.plan``."""
+        return TorchStep(build_step_inputs(plan, spec.block_size, self._device, windows))
+
+
+class TorchStep:
+    """One step of it."""
+
+    def __init__(self, inputs: StepInputs) -> None:
+        self.inputs = inputs
+
+    def attend(
+        self,
+        cache: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layer: LayerAttention,
+        scale: float,
+    ) -> torch.Tensor:
+        """See ``StepAttention.attend``."""
+        return paged_attention(query, key, value, cache, self.inputs.attention[layer.window], scale, layer.softcap)
 
 
 def paged_attention(
