@@ -65,8 +65,9 @@ def _title(cluster: ClusterSnapshot) -> str:
     if not cluster.workers:
         return "no workers"
     info = cluster.workers[0].info
-    spec = info.spec
-    return f"{info.model}, context {info.max_model_len}, KV in {spec.dtype}, blocks of {spec.block_size} tokens"
+    specs = dict.fromkeys((worker.info.spec.dtype, worker.info.spec.block_size) for worker in cluster.workers)
+    kv = " and ".join(f"{dtype}, blocks of {block_size} tokens" for dtype, block_size in specs)
+    return f"{info.model}, context {info.max_model_len}, KV in {kv}"
 
 
 def _row(worker: WorkerSnapshot) -> tuple[str, ...]:

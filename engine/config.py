@@ -34,6 +34,11 @@ def _option(
     return Field(default, description=help_text, json_schema_extra=extra, **limits)
 
 
+KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
+# Options of which a pool may have its own: prefill_NAME and decode_NAME beside NAME.
+POOL_OPTIONS = ("tensor_parallel_size", "block_size", "kv_cache_dtype")
+
+
 class ServeConfig(BaseSettings):
     """Everything that `twinpool serve` can be told."""
 
@@ -69,6 +74,12 @@ class ServeConfig(BaseSettings):
     )
 
     block_size: int = _option(16, "KV cache and batching", "tokens per KV block", ge=1, le=1024)
+    prefill_block_size: int | None = _option(
+        None, "KV cache and batching", "the same for prefill workers alone (default: --block-size)", ge=1, le=1024
+    )
+    decode_block_size: int | None = _option(
+        None, "KV cache and batching", "the same for decode workers alone (default: --block-size)", ge=1, le=1024
+    )
     kv_cache_memory_bytes: ByteSize | None = _option(
         None,
         "KV cache and batching",
@@ -83,8 +94,14 @@ class ServeConfig(BaseSettings):
         gt=0,
         le=1,
     )
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"] = _option(
+    kv_cache_dtype: KVCacheDtype = _option(
         "auto", "KV cache and batching", "dtype of keys and values; auto is the model's", "DTYPE"
+    )
+    prefill_kv_cache_dtype: KVCacheDtype | None = _option(
+        None, "KV cache and batching", "the same for prefill workers alone (default: --kv-cache-dtype)", "DTYPE"
+    )
+    decode_kv_cache_dtype: KVCacheDtype | None = _option(
+        None, "KV cache and batching", "the same for decode workers alone (default: --kv-cache-dtype)", "DTYPE"
     )
     max_num_seqs: int = _option(64, "KV cache and batching", "sequences in a worker's batch", ge=1, le=4096)
     max_num_batched_tokens: int = _option(
@@ -130,8 +147,9 @@ class ServeConfig(BaseSettings):
                 f"prefill_workers is {prefill} and decode_workers {decode}; two pools need at least 1 of each,"
                 " and colocated needs neither"
             )
-        if not prefill and (self.prefill_tensor_parallel_size or self.decode_tensor_parallel_size):
-            raise ValueError("there are no two pools whose tensor_parallel_size could differ: colocated has one")
+        for name in POOL_OPTIONS:
+            if not prefill and any(getattr(self, f"{pool}_{name}") is not None for pool in ("prefill", "decode")):
+                raise ValueError(f"there are no two pools whose {name} could differ: colocated has one")
         return self
 
     @model_validator(mode="after")
@@ -181,16 +199,18 @@ class ServeConfig(BaseSettings):
         }[role]
 
     def tensor_parallel_size_of(self, role: WorkerRole) -> int:
-        return {
-            WorkerRole.PREFILL: self.prefill_tensor_parallel_size,
-            WorkerRole.DECODE: self.decode_tensor_parallel_size,
-            WorkerRole.COLOCATED: None,
-        }[role] or self.tensor_parallel_size
+        return int(getattr(self, self.option_of(role, "tensor_parallel_size")))
 
-    def tensor_parallel_option(self, role: WorkerRole) -> str:
-        """The flag that decides the size of this role's groups."""
-        own = f"{role.value}_tensor_parallel_size"
-        return flag_of(own if getattr(self, own, None) is not None else "tensor_parallel_size")
+    def block_size_of(self, role: WorkerRole) -> int:
+        return int(getattr(self, self.option_of(role, "block_size")))
+
+    def kv_cache_dtype_of(self, role: WorkerRole) -> str:
+        return str(getattr(self, self.option_of(role, "kv_cache_dtype")))
+
+    def option_of(self, role: WorkerRole, name: str) -> str:
+        """Which option decides ``name`` (of POOL_OPTIONS) for workers of this role: the pool's own, if it is set."""
+        own = f"{role.value}_{name}"
+        return own if getattr(self, own, None) is not None else name
 
     def _default_pool(self, count: int | None) -> int:
         return count if count is not None else int(self.colocated == 0)

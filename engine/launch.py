@@ -153,14 +153,15 @@ def _log_model(plan: StartupPlan) -> None:
 
 
 def _log_loaded(plan: StartupPlan, loaded: dict[str, LoadProgress]) -> None:
-    options = plan.workers[0]
     logger.info(
         "Weights loaded: %.0f MiB per worker in %.1f s",
         plan.checkpoint.weight_bytes / (1 << 20),
         max(state.load_seconds for state in loaded.values()),
     )
-    if options.num_blocks is not None:
-        logger.info("KV cache per worker: %s", _kv_cache(options.num_blocks, options.spec, plan.max_model_len))
+    for options in {worker.role: worker for worker in plan.workers}.values():
+        if options.num_blocks is not None:
+            kv_cache = _kv_cache(options.num_blocks, options.spec, plan.max_model_len)
+            logger.info("KV cache per %s worker: %s", options.role.value, kv_cache)
 
 
 def _kv_cache(num_blocks: int, spec: KVCacheSpec, max_model_len: int) -> str:

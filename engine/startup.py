@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 
-from engine.config import ServeConfig
+from engine.config import ServeConfig, flag_of
 from engine.machine_limits import available_memory_bytes, usable_cores
 from kvcache.errors import ConfigError, ResourceError
 from kvcache.heads import Shard, check_size
@@ -101,20 +101,9 @@ def make_plan(config: ServeConfig, path: Path) -> StartupPlan:
     _check_device(config, device)
     checkpoint = describe_checkpoint(path, dtype=config.dtype, device=device)
     max_model_len = _max_model_len(config, checkpoint)
-    spec = KVCacheSpec(
-        checkpoint.num_layers,
-        checkpoint.num_kv_heads,
-        checkpoint.head_size,
-        config.block_size,
-        checkpoint.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
-    )
     if config.quantization != "none" and load_library() is None:
         raise ConfigError(f"--quantization {config.quantization} needs the native decoder, which was not built here.")
-    if spec.layer_block_bytes > MAX_BLOCK_BYTES:
-        raise ConfigError(
-            f"--block-size is {config.block_size}: one block of one layer would have"
-            f" {_mebibytes(spec.layer_block_bytes)}; a message of the handoff holds {_mebibytes(MAX_BLOCK_BYTES)}."
-        )
+    specs = {role: _spec(config, checkpoint, role) for _, role in _roles(config)}
     _check_ranks(config, checkpoint)
     _check_memory(config, checkpoint, device)
     is_left_to_gpu = device == "cuda" and config.kv_cache_memory_bytes is None
@@ -124,10 +113,10 @@ def make_plan(config: ServeConfig, path: Path) -> StartupPlan:
             role=role,
             model_path=str(path),
             model_name=config.served_name,
-            spec=spec,
+            spec=specs[role],
             num_blocks=None
             if is_left_to_gpu
-            else _num_blocks(config, spec, max_model_len, config.tensor_parallel_size_of(role)),
+            else _num_blocks(config, specs[role], max_model_len, config.tensor_parallel_size_of(role)),
             max_model_len=max_model_len,
             vocab_size=checkpoint.vocab_size,
             dtype=checkpoint.dtype,
@@ -143,6 +132,24 @@ def make_plan(config: ServeConfig, path: Path) -> StartupPlan:
         for worker_id, role in _roles(config)
     )
     return StartupPlan(checkpoint, max_model_len, workers)
+
+
+def _spec(config: ServeConfig, checkpoint: CheckpointInfo, role: WorkerRole) -> KVCacheSpec:
+    """Pools may differ in block size and dtype: the handoff converts."""
+    dtype = config.kv_cache_dtype_of(role)
+    spec = KVCacheSpec(
+        checkpoint.num_layers,
+        checkpoint.num_kv_heads,
+        checkpoint.head_size,
+        config.block_size_of(role),
+        checkpoint.dtype if dtype == "auto" else dtype,
+    )
+    if spec.layer_block_bytes > MAX_BLOCK_BYTES:
+        raise ConfigError(
+            f"{flag_of(config.option_of(role, 'block_size'))} is {spec.block_size}: one block of one layer would have"
+            f" {_mebibytes(spec.layer_block_bytes)}; a message of the handoff holds {_mebibytes(MAX_BLOCK_BYTES)}."
+        )
+    return spec
 
 
 def _roles(config: ServeConfig) -> list[tuple[str, WorkerRole]]:
@@ -165,7 +172,7 @@ def _check_device(config: ServeConfig, device: Device) -> None:
     for role in WorkerRole:
         size = config.tensor_parallel_size_of(role)
         if config.num_workers_of(role) and size > 1:
-            option = config.tensor_parallel_option(role)
+            option = flag_of(config.option_of(role, "tensor_parallel_size"))
             raise ConfigError(f"{option} is {size}: tensor parallelism is not run on a GPU yet; add --device cpu.")
     num_gpus = count_gpus()
     if config.num_workers > num_gpus:
@@ -180,7 +187,7 @@ def _check_ranks(config: ServeConfig, checkpoint: CheckpointInfo) -> None:
         size = config.tensor_parallel_size_of(role)
         if size == 1 or not config.num_workers_of(role):
             continue
-        option = config.tensor_parallel_option(role)
+        option = flag_of(config.option_of(role, "tensor_parallel_size"))
         if checkpoint.cutting_problem is not None:
             raise ConfigError(f"{option} is {size}: this model cannot be cut, {checkpoint.cutting_problem}.")
         check_size(option, size, checkpoint.num_attention_heads, checkpoint.num_kv_heads)

@@ -53,6 +53,7 @@ class BlockLease:
     expires_at_s: float
     state: LeaseState = LeaseState.RESERVED
     first_block: int = 0
+    num_tokens: int = 0  # of the prompt whose KV the blocks take, on the decode side
 
     @property
     def is_open(self) -> bool:
@@ -90,12 +91,21 @@ class LeaseTable:
         now: float,
         epoch: int = 1,
         first_block: int = 0,
+        num_tokens: int = 0,
     ) -> BlockLease:
         """Starts a lease on blocks that are in use; adds a reference to each."""
         if transfer_id in self._open:
             raise InvariantError(f"transfer {transfer_id} already has a lease")
         self._pool.retain(block_ids)
-        lease = BlockLease(transfer_id, epoch, request_id, tuple(block_ids), now + self._ttl_s, first_block=first_block)
+        lease = BlockLease(
+            transfer_id,
+            epoch,
+            request_id,
+            tuple(block_ids),
+            now + self._ttl_s,
+            first_block=first_block,
+            num_tokens=num_tokens,
+        )
         self._open[transfer_id] = lease
         return lease
 

@@ -76,9 +76,12 @@ class KVCacheSpec:
         """KV payload bytes that a handoff of a ``num_tokens`` prompt moves, without headers."""
         return self.num_blocks_for(num_tokens) * self.block_bytes
 
-    def difference(self, other: KVCacheSpec) -> str | None:
-        """Names the first field in which two specs differ, or None when blocks can be exchanged as they are."""
-        for name in self.__dataclass_fields__:
+    def obstacle(self, other: KVCacheSpec) -> str | None:
+        """Names the first field that keeps KV from being exchanged; None when it can be, converted if need be.
+
+        Block sizes and dtypes may differ: ``kvcache.transfer.convert`` repacks.
+        """
+        for name in ("num_layers", "num_kv_heads", "head_size"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
                 return f"{name} is {ours} here and {theirs} there"

@@ -19,7 +19,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-_CACHE_DTYPES = {**TORCH_DTYPES, "int8": torch.int8, "fp8": torch.uint8}
+ROW_DTYPES: dict[str, torch.dtype] = {**TORCH_DTYPES, "int8": torch.int8, "fp8": torch.uint8}
 LARGE_PAGE_BYTES = 2 << 20
 
 
@@ -63,7 +63,7 @@ class PagedStorage:
         self.spec = spec
         self.num_blocks = num_blocks
         self._has_scratch_block = with_scratch_block
-        dtype = _CACHE_DTYPES[spec.dtype]
+        dtype = ROW_DTYPES[spec.dtype]
         row_size = spec.row_bytes // dtype.itemsize
         shape = (num_blocks + with_scratch_block, 2, spec.num_kv_heads, spec.block_size, row_size)
         if memory is None:

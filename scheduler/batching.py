@@ -164,10 +164,13 @@ class Batcher:
 
     def lease_for_arrival(self, request_id: str, transfer_id: str, now: float) -> BlockLease:
         """Decode side: reserves the blocks of the prompt that are not cached here for the handoff to write to."""
-        first_block = self._requests[request_id].num_computed_tokens // self.manager.spec.block_size
+        request = self._requests[request_id]
+        first_block = request.num_computed_tokens // self.manager.spec.block_size
         block_ids = self.manager.block_table(request_id)[first_block:]
         self.manager.check_writable(request_id, first_block, first_block + len(block_ids))
-        return self.manager.leases.open(transfer_id, request_id, block_ids, now, first_block=first_block)
+        return self.manager.leases.open(
+            transfer_id, request_id, block_ids, now, first_block=first_block, num_tokens=request.num_prompt_tokens
+        )
 
     def attach(self, request_id: str, first_token_id: int, num_cached_tokens: int = 0) -> SampledToken:
         """A handoff was committed: the prompt's KV is in the sequence's blocks, and its first token is known.

@@ -224,10 +224,10 @@ class ClusterController:
             name = other.info.worker_id
             if other.info.model != info.model:
                 return f"{info.worker_id} serves model {info.model!r} and {name} serves {other.info.model!r}"
-            difference = info.spec.difference(other.info.spec)
+            obstacle = info.spec.obstacle(other.info.spec)
             exchanges_kv = WorkerRole.COLOCATED not in (info.role, other.info.role)
-            if exchanges_kv and difference is not None:
-                return f"KV of {info.worker_id} and {name} cannot be exchanged: {difference}"
+            if exchanges_kv and obstacle is not None:
+                return f"KV of {info.worker_id} and {name} cannot be exchanged: {obstacle}"
         return None
 
     def _report(self, event: WorkerReported, now: float) -> list[Command]:

@@ -322,6 +322,7 @@ async def local_cluster(
     lease_ttl_s: float = 30.0,
     tensor_parallel_sizes: Mapping[WorkerRole, int] | None = None,
     prefix_caching: bool = True,
+    specs: Mapping[WorkerRole, KVCacheSpec] | None = None,
 ) -> AsyncIterator[LocalCluster]:
     """Starts workers named ``prefill-0``, ``decode-0`` and so on; at the end nothing may be left on a live one."""
     scheduler = InProcessScheduler()
@@ -336,7 +337,9 @@ async def local_cluster(
             worker_id = f"{role.value}-{sum(name.startswith(role.value) for name in cluster.workers)}"
             options = _options(checkpoint, worker_id, role, num_blocks, limits, lease_ttl_s)
             size = (tensor_parallel_sizes or {}).get(role, 1)
-            await _start_worker(cluster, replace(options, tensor_parallel_size=size, prefix_caching=prefix_caching))
+            spec = (specs or {}).get(role, options.spec)
+            own = replace(options, tensor_parallel_size=size, prefix_caching=prefix_caching, spec=spec)
+            await _start_worker(cluster, own)
         await client.start()
         yield cluster
         await check_no_leaks(cluster.workers.values())

@@ -188,7 +188,7 @@ class DecodeRole:
             target_address=self._own_address(),
             transfer_id=lease.transfer_id,
             epoch=lease.epoch,
-            first_block=lease.first_block,
+            num_held_tokens=lease.first_block * self._loop.batcher.manager.spec.block_size,
             cache_salt=request.cache_salt,
             num_delivered_tokens=request.num_delivered_tokens,
         )

@@ -73,10 +73,10 @@ class PrefillRole:
             TransferError: the handoff was refused or broken.
             TwinpoolError: the prompt could not be computed.
         """
-        num_blocks = self._storage.spec.num_blocks_for(request.num_prompt_tokens)
-        if target.first_block >= num_blocks:
+        if target.num_held_tokens >= request.num_prompt_tokens:
             raise RequestError(
-                f"first_block is {target.first_block}; the prompt has {num_blocks} blocks", "first_block"
+                f"num_held_tokens is {target.num_held_tokens}; the prompt has {request.num_prompt_tokens} tokens",
+                "num_held_tokens",
             )
         outbox: asyncio.Queue[pb.PrefillProgress | None] = asyncio.Queue()
         work = asyncio.create_task(self._compute_and_send(request, target, outbox))
@@ -159,7 +159,8 @@ class PrefillRole:
         request_id = chunk.request_id
         target = self._targets[request_id]
         batcher = self._loop.batcher
-        lease = batcher.lease_for_handoff(request_id, target.transfer_id, self._clock(), target.first_block)
+        first_block = target.num_held_tokens // self._storage.spec.block_size
+        lease = batcher.lease_for_handoff(request_id, target.transfer_id, self._clock(), first_block)
         batcher.manager.leases.start_sending(lease)
         transfer = OutgoingTransfer(self._storage, lease, target)
         spec = self._storage.spec

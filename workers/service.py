@@ -61,7 +61,7 @@ class WorkerService(pb_grpc.WorkerServicer):
             _check_id("transfer_id", request.transfer_id)
             sequence = self._sequence(request)
             sequence.prefill_only = True
-            target = TransferTarget(request.target_address, request.transfer_id, request.epoch, request.first_block)
+            target = TransferTarget(request.target_address, request.transfer_id, request.epoch, request.num_held_tokens)
             async with aclosing(self._prefill.prefill(sequence, target)) as progress:
                 async for message in progress:
                     await context.write(message)

@@ -101,14 +101,14 @@ class TokenEvent(_message.Message):
     def __init__(self, first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., num_cached_tokens: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "target_address", "transfer_id", "epoch", "first_block", "cache_salt", "num_delivered_tokens")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "target_address", "transfer_id", "epoch", "num_held_tokens", "cache_salt", "num_delivered_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TARGET_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
-    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    NUM_HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     NUM_DELIVERED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
@@ -117,10 +117,10 @@ class PrefillRequest(_message.Message):
     target_address: str
     transfer_id: str
     epoch: int
-    first_block: int
+    num_held_tokens: int
     cache_salt: bytes
     num_delivered_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., target_address: _Optional[str] = ..., transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., first_block: _Optional[int] = ..., cache_salt: _Optional[bytes] = ..., num_delivered_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., target_address: _Optional[str] = ..., transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_held_tokens: _Optional[int] = ..., cache_salt: _Optional[bytes] = ..., num_delivered_tokens: _Optional[int] = ...) -> None: ...
 
 class PrefillProgress(_message.Message):
     __slots__ = ("num_computed_tokens", "prompt_logprobs", "first_token_logprobs")

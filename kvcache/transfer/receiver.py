@@ -9,8 +9,10 @@ import numpy as np
 from kvcache.errors import ConfigError, TransferError, TransferFault
 from kvcache.lease import BlockLease, LeaseState
 from kvcache.manager import KVCacheManager
+from kvcache.spec import KVCacheSpec
 from kvcache.storage import BlockStorage
 from kvcache.transfer import kv_transfer_pb2 as pb
+from kvcache.transfer.convert import make_writer
 from kvcache.transfer.wire import ChunkRange, chunk_checksum, commit_checksum, spec_from_wire
 
 
@@ -35,12 +37,13 @@ class IncomingTransfer:
 
     def __init__(self, manager: KVCacheManager, storage: BlockStorage, opening: pb.TransferOpen, now: float) -> None:
         self._manager = manager
-        self._storage = storage
         self.lease: BlockLease = manager.leases.find(opening.transfer_id, opening.epoch, now)
-        self._check_spec(opening)
+        self._source = self._check_spec(opening)
         if self.lease.state is not LeaseState.RESERVED:
             raise TransferError(TransferFault.REPEATED, f"transfer {opening.transfer_id} has been opened before")
-        self._written = np.zeros((manager.spec.num_layers, len(self.lease.block_ids)), dtype=bool)
+        self._first_block, self._end_block = self._sender_blocks(self._source)
+        self._written = np.zeros((self._source.num_layers, self._end_block - self._first_block), dtype=bool)
+        self._writer = make_writer(storage, self.lease, self._source)
         self._num_chunks = 0
         self.payload_bytes = 0
         # Last, so that a refused opening changes nothing.
@@ -55,11 +58,11 @@ class IncomingTransfer:
         self._check_bounds(where, len(chunk.payload))
         if chunk_checksum(chunk.transfer_id, chunk.epoch, where, chunk.payload) != chunk.checksum:
             raise TransferError(TransferFault.BAD_CHECKSUM, f"{where} of transfer {chunk.transfer_id}")
-        start = where.first_block - self.lease.first_block
+        start = where.first_block - self._first_block
         span = slice(start, start + where.num_blocks)
         if self._written[where.layer, span].any():
             raise TransferError(TransferFault.REPEATED, f"{where} of transfer {chunk.transfer_id}")
-        self._storage.write_blocks(where.layer, self.lease.block_ids[span], chunk.payload)
+        self._writer.write(where, chunk.payload)
         self._written[where.layer, span] = True
         self._num_chunks += 1
         self.payload_bytes += len(chunk.payload)
@@ -91,29 +94,42 @@ class IncomingTransfer:
         if self._manager.leases.find(transfer_id, epoch, now) is not self.lease:
             raise TransferError(TransferFault.UNKNOWN_TRANSFER, f"transfer {transfer_id} is not this stream's")
 
-    def _check_spec(self, opening: pb.TransferOpen) -> None:
+    def _check_spec(self, opening: pb.TransferOpen) -> KVCacheSpec:
+        """The sender's spec, if its blocks can become ours and are those that are missing here."""
+        problem: str | None = None
         try:
-            difference = self._manager.spec.difference(spec_from_wire(opening.spec))
+            source = spec_from_wire(opening.spec)
+            problem = self._manager.spec.obstacle(source)
         except ConfigError as error:
-            difference = str(error)
-        if difference is None and opening.num_blocks != len(self.lease.block_ids):
-            difference = f"num_blocks is {len(self.lease.block_ids)} here and {opening.num_blocks} there"
-        if difference is None and opening.first_block != self.lease.first_block:
-            difference = f"first_block is {self.lease.first_block} here and {opening.first_block} there"
-        if difference is not None:
-            raise TransferError(TransferFault.INCOMPATIBLE, f"transfer {opening.transfer_id}: {difference}")
+            problem = str(error)
+        if problem is None:
+            first_block, end_block = self._sender_blocks(source)
+            if opening.num_blocks != end_block - first_block:
+                problem = f"num_blocks is {end_block - first_block} here and {opening.num_blocks} there"
+            elif opening.first_block != first_block:
+                problem = f"first_block is {first_block} here and {opening.first_block} there"
+        if problem is not None:
+            raise TransferError(TransferFault.INCOMPATIBLE, f"transfer {opening.transfer_id}: {problem}")
+        return source
+
+    def _sender_blocks(self, source: KVCacheSpec) -> tuple[int, int]:
+        """The first of the sender's blocks that holds anything of what is missing here, and the end of them."""
+        spec, lease = self._manager.spec, self.lease
+        if source.block_size == spec.block_size:
+            return lease.first_block, lease.first_block + len(lease.block_ids)
+        return lease.first_block * spec.block_size // source.block_size, source.num_blocks_for(lease.num_tokens)
 
     def _check_bounds(self, where: ChunkRange, payload_bytes: int) -> None:
-        spec, first_block = self._manager.spec, self.lease.first_block
-        end_block = first_block + len(self.lease.block_ids)
-        is_inside = first_block <= where.first_block and where.first_block + where.num_blocks <= end_block
-        if where.layer >= spec.num_layers or where.num_blocks < 1 or not is_inside:
+        source = self._source
+        is_inside = self._first_block <= where.first_block and where.first_block + where.num_blocks <= self._end_block
+        if where.layer >= source.num_layers or where.num_blocks < 1 or not is_inside:
             raise TransferError(
                 TransferFault.OUT_OF_BOUNDS,
-                f"{where}; the transfer has {spec.num_layers} layers, blocks {first_block} to {end_block - 1}",
+                f"{where}; the transfer has {source.num_layers} layers,"
+                f" blocks {self._first_block} to {self._end_block - 1}",
             )
-        if payload_bytes != where.num_blocks * spec.layer_block_bytes:
+        if payload_bytes != where.num_blocks * source.layer_block_bytes:
             raise TransferError(
                 TransferFault.BAD_LENGTH,
-                f"{where} has {payload_bytes} bytes, not {where.num_blocks * spec.layer_block_bytes}",
+                f"{where} has {payload_bytes} bytes, not {where.num_blocks * source.layer_block_bytes}",
             )

@@ -19,7 +19,7 @@ class TransferTarget:
     address: str  # host:port of its KVTransfer service
     transfer_id: str
     epoch: int
-    first_block: int = 0  # the other side holds the blocks of the prompt before it
+    num_held_tokens: int = 0  # the other side holds the KV of the prompt before it
 
 
 @dataclass(frozen=True, slots=True)

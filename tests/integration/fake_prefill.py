@@ -55,7 +55,8 @@ class Handoff:
 
     def missing(self, spec: KVCacheSpec) -> range:
         """The logical blocks that the decode worker wants."""
-        return range(self.request.first_block, spec.num_blocks_for(len(self.request.prompt_token_ids)))
+        first_block = self.request.num_held_tokens // spec.block_size
+        return range(first_block, spec.num_blocks_for(len(self.request.prompt_token_ids)))
 
     def opening(self, spec: KVCacheSpec) -> kv_pb.TransferMessage:
         opening = kv_pb.TransferOpen(
@@ -63,7 +64,7 @@ class Handoff:
             epoch=self.request.epoch,
             spec=spec_to_wire(spec),
             num_blocks=len(self.missing(spec)),
-            first_block=self.request.first_block,
+            first_block=self.missing(spec).start,
         )
         return kv_pb.TransferMessage(open=opening)
 

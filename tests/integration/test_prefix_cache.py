@@ -266,7 +266,7 @@ def test_a_sender_cannot_write_to_blocks_that_are_held_already(checkpoint: TinyC
             await cluster.check_greedy(prompt, NUM_TOKENS)
             call = GenerateCall(cluster, "decode-0", "victim", prompt, greedily(1), fake.address)
             handoff = await fake.handoffs.get()
-            assert handoff.request.first_block == 4
+            assert handoff.request.num_held_tokens == 4 * checkpoint.spec.block_size
             bad = handoff.chunk(where, bytes(where.num_blocks * checkpoint.spec.layer_block_bytes))
             with pytest.raises(grpc.aio.AioRpcError) as refusal:
                 await send(cluster.channel("decode-0"), [handoff.opening(checkpoint.spec), bad])

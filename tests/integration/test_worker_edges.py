@@ -115,9 +115,9 @@ def test_a_prefill_from_beyond_the_end_of_the_prompt_is_refused(checkpoint: Tiny
 
     async def scenario() -> None:
         async with local_cluster(checkpoint, prefill=1, decode=1) as cluster:
-            request = pb.PrefillRequest(**fields, transfer_id="t", epoch=1, first_block=1)  # type: ignore[arg-type]
+            request = pb.PrefillRequest(**fields, transfer_id="t", epoch=1, num_held_tokens=10_000)  # type: ignore[arg-type]
             error = await refusal_of(cluster.stub("prefill-0").Prefill(request))
-            assert (error.code(), param_in(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "first_block")
+            assert (error.code(), param_in(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "num_held_tokens")
 
     asyncio.run(scenario())
 

@@ -56,9 +56,24 @@ def test_the_degree_has_a_short_flag(flag: str) -> None:
 
 def test_the_option_that_decided_a_degree_is_named() -> None:
     config = load_config({"tensor_parallel_size": "2", "decode_tensor_parallel_size": "4"})
-    assert config.tensor_parallel_option(WorkerRole.PREFILL) == "--tensor-parallel-size"
-    assert config.tensor_parallel_option(WorkerRole.DECODE) == "--decode-tensor-parallel-size"
-    assert config.tensor_parallel_option(WorkerRole.COLOCATED) == "--tensor-parallel-size"
+    options = {role: config.option_of(role, "tensor_parallel_size") for role in WorkerRole}
+    assert options == {
+        WorkerRole.PREFILL: "tensor_parallel_size",
+        WorkerRole.DECODE: "decode_tensor_parallel_size",
+        WorkerRole.COLOCATED: "tensor_parallel_size",
+    }
+
+
+def test_each_pool_may_have_its_own_blocks_and_kv_dtype() -> None:
+    config = load_config({"block_size": "32", "decode_block_size": "64", "prefill_kv_cache_dtype": "int8"})
+    assert [config.block_size_of(role) for role in (WorkerRole.PREFILL, WorkerRole.DECODE)] == [32, 64]
+    assert [config.kv_cache_dtype_of(role) for role in (WorkerRole.PREFILL, WorkerRole.DECODE)] == ["int8", "auto"]
+
+
+@pytest.mark.parametrize("name", ["decode_block_size", "prefill_block_size"])
+def test_without_two_pools_there_is_nothing_that_could_differ(name: str) -> None:
+    with pytest.raises(ConfigError, match="block_size could differ"):
+        load_config({"colocated": "1", name: "32"})
 
 
 def test_sizes_are_written_as_people_write_them() -> None:

@@ -127,4 +127,6 @@ class Handoff:
 
     def _open_lease(self, side: Side) -> BlockLease:
         block_ids = side.manager.block_table(REQUEST_ID)[self.num_held :]
-        return side.manager.leases.open("transfer", REQUEST_ID, block_ids, now=0.0, first_block=self.num_held)
+        return side.manager.leases.open(
+            "transfer", REQUEST_ID, block_ids, now=0.0, first_block=self.num_held, num_tokens=NUM_TOKENS
+        )

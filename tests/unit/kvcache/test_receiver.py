@@ -187,10 +187,8 @@ def test_a_damaged_handoff_is_refused_and_leaves_nothing_behind(handoff: Handoff
         ("num_layers", 3),
         ("num_kv_heads", 4),
         ("head_size", 128),
-        ("block_size", 64),
-        ("dtype", "bfloat16"),
         ("num_layers", 0),
-        ("block_size", UINT32_MAX),
+        ("block_size", 0),
         ("dtype", "pickle"),
     ],
 )

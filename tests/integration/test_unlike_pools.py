@@ -1,0 +1,89 @@
+"""Pools whose caches differ: the handoff converts, and the answers are those of pools that do not."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from scheduler.batching import BatchLimits
+from scheduler.types import WorkerRole
+from tests.cluster import LocalCluster, TinyCheckpoint, greedily, local_cluster
+
+pytestmark = pytest.mark.integration
+
+LENGTHS = (1, 7, 8, 16, 33, 64, 100, 200)
+NUM_TOKENS = 12
+CHUNKED = BatchLimits(max_num_seqs=8, max_num_batched_tokens=48)
+
+
+def specs_of(checkpoint: TinyCheckpoint, prefill: dict[str, object], decode: dict[str, object]):  # type: ignore[no-untyped-def]
+    return {
+        WorkerRole.PREFILL: replace(checkpoint.spec, **prefill),
+        WorkerRole.DECODE: replace(checkpoint.spec, **decode),
+    }
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(8, 64), (64, 8), (16, 32), (32, 16), (16, 48)])
+def test_pools_with_other_blocks_give_the_reference(checkpoint: TinyCheckpoint, prefill: int, decode: int) -> None:
+    specs = specs_of(checkpoint, {"block_size": prefill}, {"block_size": decode})
+
+    async def scenario() -> None:
+        async with local_cluster(checkpoint, prefill=1, decode=1, specs=specs, limits=CHUNKED) as cluster:
+            prompts = [checkpoint.prompt(length, seed=length) for length in LENGTHS]
+            await asyncio.gather(*(cluster.check_greedy(prompt, NUM_TOKENS) for prompt in prompts))
+            load = cluster.load("decode-0")
+            assert load.transfer_failures == ()
+            assert load.prompt_tokens_computed == 0
+            sent = sum(specs[WorkerRole.PREFILL].handoff_bytes(len(prompt)) for prompt in prompts)
+            assert load.transfer_bytes == sent
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(8, 32), (32, 8)])
+def test_only_what_is_missing_is_sent(checkpoint: TinyCheckpoint, prefill: int, decode: int) -> None:
+    """The second prompt goes on where the first ended; the blocks that both pools hold are not sent again."""
+    specs = specs_of(checkpoint, {"block_size": prefill}, {"block_size": decode})
+
+    async def scenario() -> None:
+        async with local_cluster(checkpoint, prefill=1, decode=1, specs=specs) as cluster:
+            prompt = checkpoint.prompt(150)
+            await cluster.check_greedy(prompt[:100], NUM_TOKENS)
+            first = cluster.load("decode-0").transfer_bytes
+            await cluster.check_greedy(prompt, NUM_TOKENS)
+            held = 100 // decode * decode
+            spec = specs[WorkerRole.PREFILL]
+            expected = (spec.num_blocks_for(150) - held // prefill) * spec.block_bytes
+            assert cluster.load("decode-0").transfer_bytes - first == expected
+
+    asyncio.run(scenario())
+
+
+async def answers(cluster: LocalCluster, prompts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    done = await asyncio.gather(*(cluster.complete(prompt, greedily(NUM_TOKENS)) for prompt in prompts))
+    return [completion.token_ids for completion in done]
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [("float32", "int8"), ("int8", "float32"), ("float32", "bfloat16"), ("bfloat16", "fp8")],
+)
+def test_pools_with_other_kv_dtypes_answer_to_what_rounding_costs(
+    checkpoint: TinyCheckpoint, prefill: str, decode: str
+) -> None:
+    """An untrained model's logits lie close together: one token that rounding turns over changes all after it. By
+    chance one token in 281 would agree."""
+    prompts = [checkpoint.prompt(length, seed=length) for length in LENGTHS]
+
+    async def scenario() -> float:
+        specs = specs_of(checkpoint, {"dtype": prefill, "block_size": 16}, {"dtype": decode, "block_size": 32})
+        async with local_cluster(checkpoint, prefill=1, decode=1, specs=specs) as cluster:
+            found = await answers(cluster, prompts)
+            assert cluster.load("decode-0").transfer_failures == ()
+        expected = [checkpoint.greedy(prompt, NUM_TOKENS) for prompt in prompts]
+        pairs = [pair for ours, theirs in zip(found, expected, strict=True) for pair in zip(ours, theirs, strict=True)]
+        return sum(ours == theirs for ours, theirs in pairs) / len(pairs)
+
+    assert asyncio.run(scenario()) > 0.3
