@@ -89,22 +89,12 @@ def test_a_port_in_use_is_named() -> None:
 
 
 def test_an_architecture_that_cannot_run_is_named(tmp_path: Path, checkpoint: Path) -> None:
-    config = {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": 128,
-        "sliding_window": 16,
-        "max_position_embeddings": 128,
-    }
+    sizes = {"hidden_size": 64, "n_layer": 1, "n_head": 2, "vocab_size": 128}
+    config = {"architectures": ["BloomForCausalLM"], "model_type": "bloom", **sizes}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
     save_file({"model.embed_tokens.weight": torch.zeros(128, 64)}, tmp_path / "model.safetensors")
-    assert_one_sentence(run("serve", str(tmp_path)), "sliding window")
+    assert_one_sentence(run("serve", str(tmp_path)), "ALiBi")
 
 
 def test_status_without_a_server_says_so() -> None:
