@@ -60,6 +60,9 @@ NATIVE_BUILDS = {
 }
 NATIVE_HEADERS = (
     "vectors",
+    "packed",
+    "activations",
+    "products",
     "linear",
     "interface",
     "kv_cache",

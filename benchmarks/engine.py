@@ -30,7 +30,7 @@ from benchmarks.engine_report import (
     profiled_case,
     result_table,
 )
-from benchmarks.engine_work import INT8, MAX_BATCHED_TOKENS, EngineSettings, num_blocks_needed, open_engine
+from benchmarks.engine_work import MAX_BATCHED_TOKENS, QUANTIZED, EngineSettings, num_blocks_needed, open_engine
 from kvcache.errors import ConfigError, TwinpoolError
 from workers.model.checkpoint import describe_checkpoint, prepare_checkpoint
 
@@ -68,7 +68,7 @@ def measure_all(options: Options) -> tuple[Measurements, Result]:
     """Raises a StartupError when something does not fit or cannot be loaded."""
     checkpoint = describe_checkpoint(prepare_checkpoint(options.model), dtype=options.loaded_dtype, device="cpu")
     check_lengths(options, checkpoint)
-    step_model = INT8 if options.dtype == INT8 else options.step_model
+    step_model = options.dtype if options.dtype in QUANTIZED else options.step_model
     settings = EngineSettings(checkpoint, options.num_threads, step_model, options.kv_cache_dtype)
     costs = read_costs(checkpoint, settings.spec, options.dtype)
     tqdm.monitor_interval = 0  # no thread of the bar's own

@@ -51,7 +51,9 @@ def _best_seconds(work: Callable[[], object]) -> float:
     return min(seconds)
 
 
-WEIGHT_BYTES: dict[str, float] = {**DTYPE_BYTES, "int8": 1 + 4 / 64}  # int8: with a float32 scale per 64
+# Quantized weights with their scales: a bfloat16 per 64, or with a bfloat16 minimum per 32.
+WEIGHT_BYTES: dict[str, float] = {**DTYPE_BYTES, "int8": 1 + 2 / 64, "int4": 1 / 2 + 4 / 32}
+HEAD_BYTES = {**WEIGHT_BYTES, "int4": WEIGHT_BYTES["int8"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,8 @@ class ModelCosts:
     layer_weights: int  # elements
     head_weights: int  # vocabulary times hidden size, tied or not
     attention_width: int  # layers times heads times head size
-    weight_bytes: float  # of one element
+    weight_bytes: float  # of one element of a layer
+    head_bytes: float  # of one element of the head
     kv_token_bytes: int  # of one token over all layers
 
     def prefill_flops(self, num_tokens: int) -> float:
@@ -80,7 +83,7 @@ class ModelCosts:
 
     def decode_bytes(self, batch: int, context: float) -> float:
         """What such a step reads: every weight once, and the KV of every sequence."""
-        weights = (self.layer_weights + self.head_weights) * self.weight_bytes
+        weights = self.layer_weights * self.weight_bytes + self.head_weights * self.head_bytes
         return weights + batch * context * self.kv_token_bytes
 
 
@@ -100,5 +103,6 @@ def read_costs(checkpoint: CheckpointInfo, spec: KVCacheSpec, weight_dtype: str)
         head_weights=checkpoint.vocab_size * checkpoint.hidden_size,
         attention_width=checkpoint.num_layers * checkpoint.num_attention_heads * checkpoint.head_size,
         weight_bytes=WEIGHT_BYTES[weight_dtype],
+        head_bytes=HEAD_BYTES[weight_dtype],
         kv_token_bytes=spec.token_bytes,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from benchmarks.engine_work import AUTO, DECODE_STEPS, INT8, MAX_BATCHED_TOKENS, STEP_MODELS, WARM_UP_STEPS
+from benchmarks.engine_work import AUTO, DECODE_STEPS, MAX_BATCHED_TOKENS, QUANTIZED, STEP_MODELS, WARM_UP_STEPS
 from benchmarks.machine import describe_machine
 from kvcache.errors import ConfigError
 from kvcache.spec import CACHE_DTYPES, DTYPE_BYTES
@@ -54,8 +54,8 @@ class Options:
 
     @property
     def loaded_dtype(self) -> str:
-        """Of the checkpoint; int8 weights are made of float32."""
-        return "float32" if self.dtype == INT8 else self.dtype
+        """Of the checkpoint; quantized weights are made of float32."""
+        return "float32" if self.dtype in QUANTIZED else self.dtype
 
     @property
     def decode_cases(self) -> tuple[DecodeCase, ...]:
@@ -84,8 +84,8 @@ def parse_options(arguments: Sequence[str]) -> Options:
         raise ConfigError(f"--threads {flags.threads}: this process may use {usable_cores} cores")
     if max(flags.batches) > MAX_BATCHED_TOKENS:
         raise ConfigError(f"--batches: one step takes at most {MAX_BATCHED_TOKENS} sequences, not {max(flags.batches)}")
-    if flags.dtype == INT8 and flags.step_model != AUTO:
-        raise ConfigError("--dtype int8 runs natively only, without --step-model")
+    if flags.dtype in QUANTIZED and flags.step_model != AUTO:
+        raise ConfigError(f"--dtype {flags.dtype} runs natively only, without --step-model")
     if flags.json is not None and not flags.json.parent.is_dir():
         raise ConfigError(f"--json: there is no folder {flags.json.parent}")
     if flags.json is not None and flags.json.is_dir():
@@ -123,13 +123,13 @@ def _build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", default=DEFAULT_ALIAS, help="checkpoint folder, hub id, or the default model (%(default)s)")
     add("--threads", type=_count, default=1, metavar="N", help="of the model and of the limits (%(default)s)")
-    dtypes = (*DTYPE_BYTES, INT8)
+    dtypes = (*DTYPE_BYTES, *QUANTIZED)
     add("--dtype", choices=dtypes, default="float32", help="of the weights (%(default)s)")
     add(
         "--kv-cache-dtype",
         choices=(AUTO, *CACHE_DTYPES),
         default=AUTO,
-        help="auto: DTYPE, for int8 float32 (%(default)s)",
+        help="auto: DTYPE, for int8 and int4 float32 (%(default)s)",
     )
     add("--step-model", choices=STEP_MODELS, default=AUTO, help="auto: what a worker would choose (%(default)s)")
     add("--runs", type=_count, default=5, metavar="N", help="figures are medians of so many (%(default)s)")

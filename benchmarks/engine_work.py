@@ -43,7 +43,8 @@ SEED = 0
 AUTO = "auto"
 TRANSFORMERS = "transformers"
 FUSED = "fused"
-INT8 = "int8"  # auto, with quantized weights
+INT8 = "int8"
+QUANTIZED = (INT8, "int4")  # auto, with quantized weights
 STEP_MODELS = (AUTO, TRANSFORMERS)
 
 
@@ -53,7 +54,7 @@ class EngineSettings:
 
     checkpoint: CheckpointInfo
     num_threads: int
-    step_model: str  # of STEP_MODELS, or INT8
+    step_model: str  # of STEP_MODELS or QUANTIZED
     kv_cache_dtype: str = AUTO  # the model's
 
     @property
@@ -270,7 +271,7 @@ async def open_engine(settings: EngineSettings, num_blocks: int, max_seqs: int) 
         step_model: StepModel = TransformersModel(module)
     else:
         max_model_len = checkpoint.max_position_embeddings
-        quantization = INT8 if settings.step_model == INT8 else "none"
+        quantization = settings.step_model if settings.step_model in QUANTIZED else "none"
         step_model = choose_step_model(
             module,
             settings.spec,

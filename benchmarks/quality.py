@@ -39,6 +39,7 @@ CASES = (
     (WeightFormat.FLOAT32, "float32"),
     (WeightFormat.BFLOAT16, "bfloat16"),
     (WeightFormat.INT8, "float32"),
+    (WeightFormat.INT4, "float32"),
     (WeightFormat.FLOAT32, "int8"),
     (WeightFormat.FLOAT32, "fp8"),
     (WeightFormat.BFLOAT16, "int8"),

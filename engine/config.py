@@ -49,8 +49,8 @@ class ServeConfig(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "auto", "Model", "dtype of the model; auto is float32 on a CPU", "DTYPE"
     )
-    quantization: Literal["none", "int8"] = _option(
-        "none", "Model", "int8: weights and activations of linear layers in 8 bits (CPU)", "METHOD"
+    quantization: Literal["none", "int8", "int4"] = _option(
+        "none", "Model", "weights of linear layers in 8 or 4 bits, their inputs in 8 (CPU)", "METHOD"
     )
     max_model_len: int | None = _option(None, "Model", "context length in tokens (default: the model's)", ge=2)
 

@@ -31,7 +31,7 @@ class WorkerOptions:
     device: Device = "cpu"
     gpu_memory_utilization: float = 0.9
     prefix_caching: bool = True
-    quantization: str = "none"  # or "int8"
+    quantization: str = "none"  # or "int8", "int4"
     log_level: str = "info"
 
     @property

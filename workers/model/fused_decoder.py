@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from kvcache.errors import ResourceError
+from kvcache.errors import InvariantError, ResourceError
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import StepPlan
 from workers.model.attention_layers import LayerAttention
-from workers.native.library import Sequence, Shape, Step, load_library
+from workers.native.library import SEQUENCE, Shape, Step, load_library
 from workers.parallel.rank import Rank, RankLostError
 from workers.step_progress import StepProgress
 
@@ -36,6 +36,7 @@ class WeightFormat(IntEnum):
     FLOAT32 = 0
     BFLOAT16 = 1
     INT8 = 2
+    INT4 = 3
 
 
 class LinearIndex(IntEnum):
@@ -281,29 +282,29 @@ class FusedDecoder:
     ) -> torch.Tensor:
         """Logits after any tokens of a step, counted over its chunks in order: ``[len(rows), vocabulary]``."""
         chunks = plan.chunks
+        if max(chunk.end for chunk in chunks) > len(self._cosine):
+            raise InvariantError(f"a sequence is longer than the {len(self._cosine)} tokens that were promised")
         lengths = [len(chunk.token_ids) for chunk in chunks]
-        first_rows = [0, *itertools.accumulate(lengths)]
-        token_ids = np.fromiter(itertools.chain.from_iterable(chunk.token_ids for chunk in chunks), np.int64)
-        positions = np.concatenate([np.arange(chunk.start, chunk.end) for chunk in chunks])
-        cosine, sine = self._cosine[positions], self._sine[positions]
-        tables = [np.array(chunk.block_table, dtype=np.int64) for chunk in chunks]
-        sequences = (Sequence * len(chunks))(
-            *(
-                Sequence(first_rows[i], lengths[i], chunk.start, 0, tables[i].ctypes.data)
-                for i, chunk in enumerate(chunks)
-            )
-        )
+        num_rows = sum(lengths)
+        token_ids = np.fromiter(itertools.chain.from_iterable(chunk.token_ids for chunk in chunks), np.int64, num_rows)
+        blocks = np.fromiter(itertools.chain.from_iterable(chunk.block_table for chunk in chunks), np.int64)
+        sequences, row, table = [], 0, blocks.ctypes.data
+        for chunk, length in zip(chunks, lengths, strict=True):
+            sequences.append((row, length, chunk.start, 0, table))
+            row += length
+            table += len(chunk.block_table) * blocks.itemsize
+        packed_sequences = np.array(sequences, dtype=SEQUENCE)
         sampled_rows = np.array(rows, dtype=np.int64)
         cache_layers = np.array([layer.data_ptr() for layer in storage.layers], dtype=np.uintp)
         logits = np.empty((len(rows), self.vocab_size), dtype=np.float32)
         step = Step(
-            num_rows=first_rows[-1],
+            num_rows=num_rows,
             num_sequences=len(chunks),
             num_sampled=len(rows),
             token_ids=token_ids.ctypes.data,
-            cosine=cosine.ctypes.data,
-            sine=sine.ctypes.data,
-            sequences=ctypes.addressof(sequences),
+            cosine=self._cosine.ctypes.data,
+            sine=self._sine.ctypes.data,
+            sequences=packed_sequences.ctypes.data,
             sampled_rows=sampled_rows.ctypes.data,
             cache_layers=cache_layers.ctypes.data,
             logits=logits.ctypes.data,
@@ -315,7 +316,7 @@ class FusedDecoder:
         if status == _RANK_LOST:
             raise RankLostError("another rank did not come to a sum in time")
         if status:
-            raise ResourceError(f"There is no memory for a step of {first_rows[-1]} tokens.")
+            raise ResourceError(f"There is no memory for a step of {num_rows} tokens.")
         return torch.from_numpy(logits)
 
     def _set_weights(self, model: Any, spec: KVCacheSpec, drops_packed: bool, report: Callable[[float], None]) -> None:
@@ -334,8 +335,7 @@ class FusedDecoder:
         self._set_vector(0, VectorIndex.FINAL_NORM, body.norm.weight)
         head, embedding = model.lm_head.weight, body.embed_tokens.weight
         self._set_linear(0, LinearIndex.HEAD, head, None)
-        # A tied embedding is read out of the packed head, where that holds it without loss.
-        if head.data_ptr() != embedding.data_ptr() or self.weight_format is not WeightFormat.FLOAT32:
+        if head.data_ptr() != embedding.data_ptr():  # a tied embedding is read out of the packed head
             self._set_linear(0, LinearIndex.EMBEDDING, embedding, None)
         if drops_packed:
             _drop_weights(model)

@@ -28,7 +28,8 @@ from workers.worker_options import WorkerOptions
 
 # Of two implementations' logits, by what weights and KV are rounded to: rounding gives some 1e-6 in float32, 1e-3 in
 # float16, 1e-2 in bfloat16, 1e-1 in int8 and fp8; an error in the structure gives 1.
-MAX_RELATIVE_DIFFERENCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "int8": 3e-1, "fp8": 3e-1}
+MAX_RELATIVE_DIFFERENCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "int8": 3e-1, "fp8": 3e-1, "int4": 6e-1}
+QUANTIZED = {"int8": WeightFormat.INT8, "int4": WeightFormat.INT4}
 COMPARED_TOKENS = 24
 logger = logging.getLogger(__name__)
 
@@ -188,20 +189,25 @@ def choose_step_model(
     misfit = find_misfit(model, spec, reference.layers)
     was_packed = misfit is None
     if misfit is None:
+        model_len = max(max_model_len, COMPARED_TOKENS)
+        if quantization == "int4":  # which may cost as much as an error would: the structure is compared in 8 bits
+            other = FusedDecoder(model, spec, model_len, num_threads, WeightFormat.INT8, rank)
+            misfit = _difference_of(other, expected, spec, vocab_size, rank)
+            del other
+    if misfit is None:
         fused = FusedDecoder(
             model,
             spec,
-            max(max_model_len, COMPARED_TOKENS),
+            model_len,
             num_threads,
-            WeightFormat.INT8 if quantization == "int8" else None,
+            QUANTIZED.get(quantization),
             rank,
             drops_packed=reload is not None,
             report=report,
         )
-        difference = _largest(max(relative_differences(expected, fused, spec, vocab_size)), rank)
-        if difference <= _allowed_difference(fused.weight_format.name.lower(), spec.dtype):
+        misfit = _difference_of(fused, expected, spec, vocab_size, rank)
+        if misfit is None:
             return fused
-        misfit = f"its logits differ by {difference:.2g} of the largest"
         del fused  # before the model is loaded again
     if quantization != "none":
         raise ModelError(f"This model cannot be quantized to {quantization}: {misfit}.")
@@ -236,6 +242,16 @@ def not_its_own_results(model: Any, difference: float) -> ModelError:
         f"{type(model).__name__} does not give its own results with paged attention: its logits differ by"
         f" {difference:.2g} of the largest."
     )
+
+
+def _difference_of(
+    fused: FusedDecoder, expected: torch.Tensor, spec: KVCacheSpec, vocab_size: int, rank: Rank | None
+) -> str | None:
+    """By how much the logits differ, in words, if that is more than rounding gives."""
+    difference = _largest(max(relative_differences(expected, fused, spec, vocab_size)), rank)
+    if difference <= _allowed_difference(fused.weight_format.name.lower(), spec.dtype):
+        return None
+    return f"its logits differ by {difference:.2g} of the largest"
 
 
 def _allowed_difference(*dtypes: str) -> float:

@@ -50,30 +50,27 @@ AttentionPlan split_attention(const TwinpoolShape& d, const TwinpoolStep& step) 
   return plan;
 }
 
-// Number: what prompts are multiplied in, float or uint16_t for bfloat16.
+// Called by every thread of a team; waits. Number: what prompts are multiplied in, float or uint16_t for bfloat16.
 template <typename Number, typename KV>
 void attend(const TwinpoolShape& d, const TwinpoolStep& step, const AttentionPlan& plan, KV* cache, const float* query,
-            float* out, float* partials, std::vector<Scratch<>>& per_thread, int num_threads) {
+            float* out, float* partials, std::vector<Scratch<>>& per_thread) {
   const int64_t size = partial_size(d), group_size = static_cast<int64_t>(d.num_heads / d.num_kv_heads) * d.head_size;
-#pragma omp parallel num_threads(num_threads)
-  {
 #pragma omp for schedule(dynamic)
-    for (size_t i = 0; i < plan.items.size(); ++i) {
-      const Work& work = plan.items[i];
-      const TwinpoolSequence& s = step.sequences[work.sequence];
-      if (s.num_rows == 1)
-        attend_partition(d, cache, s, work.kv_head, work.first, work.count, query, partials + work.part * size);
-      else
-        attend_queries<Number>(d, cache, s, work.kv_head, work.first, work.count, query, out,
-                               per_thread[omp_get_thread_num()]);
-    }
+  for (size_t i = 0; i < plan.items.size(); ++i) {
+    const Work& work = plan.items[i];
+    const TwinpoolSequence& s = step.sequences[work.sequence];
+    if (s.num_rows == 1)
+      attend_partition(d, cache, s, work.kv_head, work.first, work.count, query, partials + work.part * size);
+    else
+      attend_queries<Number>(d, cache, s, work.kv_head, work.first, work.count, query, out,
+                             per_thread[omp_get_thread_num()]);
+  }
 #pragma omp for schedule(static)
-    for (size_t i = 0; i < plan.merges.size(); ++i) {
-      const Merge& merge = plan.merges[i];
-      const int64_t row = step.sequences[merge.sequence].first_row;
-      merge_partitions(d, partials + merge.first_part * size, merge.num_parts,
-                       out + (row * d.num_kv_heads + merge.kv_head) * group_size);
-    }
+  for (size_t i = 0; i < plan.merges.size(); ++i) {
+    const Merge& merge = plan.merges[i];
+    const int64_t row = step.sequences[merge.sequence].first_row;
+    merge_partitions(d, partials + merge.first_part * size, merge.num_parts,
+                     out + (row * d.num_kv_heads + merge.kv_head) * group_size);
   }
 }
 

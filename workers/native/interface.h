@@ -8,7 +8,7 @@ extern "C" {
 struct TwinpoolShape {
   int32_t num_layers, hidden_size, num_heads, num_kv_heads, head_size, intermediate_size, vocab_size, block_size;
   float norm_epsilon, attention_scale;
-  int32_t weight_format;  // Format of every linear layer
+  int32_t weight_format;  // Format of every linear layer; see head_format for the last
   int32_t cache_format;   // TwinpoolCacheFormat
   int32_t first_token;    // the first of the vocab_size rows of head and embedding that are here
 };
@@ -30,8 +30,8 @@ struct TwinpoolSequence {
 struct TwinpoolStep {
   int64_t num_rows, num_sequences, num_sampled;
   const int64_t* token_ids;          // [num_rows]
-  const float* cosine;               // [num_rows][head_size]
-  const float* sine;                 // [num_rows][head_size]
+  const float* cosine;               // [position][head_size], up to the longest sequence there may be
+  const float* sine;                 // the same
   const TwinpoolSequence* sequences;
   const int64_t* sampled_rows;       // [num_sampled]
   void* const* cache_layers;         // per layer: [num_blocks][2][num_kv_heads][block_size] rows

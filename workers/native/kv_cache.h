@@ -184,10 +184,10 @@ void write_head(const TwinpoolShape& d, KV* cache, const TwinpoolSequence& s, in
   }
 }
 
+// The new keys and values of a whole step. Called by every thread of a team; waits.
 template <typename KV>
-void write_cache(const TwinpoolShape& d, KV* cache, const TwinpoolStep& step, const float* key, const float* value,
-                 int num_threads) {
-#pragma omp parallel for schedule(static) num_threads(num_threads)
+void write_cache(const TwinpoolShape& d, KV* cache, const TwinpoolStep& step, const float* key, const float* value) {
+#pragma omp for schedule(static)
   for (int64_t i = 0; i < step.num_sequences * d.num_kv_heads; ++i)
     write_head(d, cache, step.sequences[i / d.num_kv_heads], static_cast<int>(i % d.num_kv_heads), key, value);
 }

@@ -7,10 +7,12 @@ import functools
 import importlib.util
 from pathlib import Path
 
+import numpy as np
+
 from kvcache.errors import ResourceError
 from workers.native.processor import processor_flags
 
-INTERFACE = 5  # grows with every change of what decoder.cpp and this file agree on
+INTERFACE = 6  # grows with every change of what decoder.cpp and this file agree on
 
 # Best first: name of the build (see setup.py) and the processor flags that it needs.
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
@@ -74,16 +76,16 @@ class Group(ctypes.Structure):
     ]
 
 
-class Sequence(ctypes.Structure):
-    """``TwinpoolSequence``."""
-
-    _fields_ = [
-        ("first_row", ctypes.c_int32),
-        ("num_rows", ctypes.c_int32),
-        ("start", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
-        ("block_table", ctypes.c_void_p),
+# ``TwinpoolSequence``: many at once are cheaper to make as an array than as ctypes structures.
+SEQUENCE = np.dtype(
+    [
+        ("first_row", np.int32),
+        ("num_rows", np.int32),
+        ("start", np.int32),
+        ("reserved", np.int32),
+        ("block_table", np.uintp),
     ]
+)
 
 
 class Step(ctypes.Structure):

@@ -43,7 +43,9 @@ TINY: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-COSTS = ModelCosts(layer_weights=100, head_weights=40, attention_width=6, weight_bytes=2, kv_token_bytes=8)
+COSTS = ModelCosts(
+    layer_weights=100, head_weights=40, attention_width=6, weight_bytes=2, head_bytes=2, kv_token_bytes=8
+)
 STEP = StepTimes(plan=1.0, build_inputs=2.0, model=14.0, sampling=1.5, apply=0.5, event_loop=1.0)
 
 
@@ -83,6 +85,7 @@ def test_costs_come_from_the_shapes_in_the_checkpoint(tmp_path: Path, tied: bool
         head_weights=10 * 8,
         attention_width=2 * 2 * 4,
         weight_bytes=4,
+        head_bytes=4,
         kv_token_bytes=2 * 2 * 4 * 4,
     )
 

@@ -1,0 +1,309 @@
+// The inner kernels: some rows of activations times one panel of weights.
+#pragma once
+
+#include "activations.h"
+
+namespace {
+
+// Fetches into the second-level cache what a kernel's caller reads next, a step of it with every step of the kernel,
+// so that reading and arithmetic overlap. Fetches nothing new where there is no `next`.
+class Ahead {
+ public:
+  Ahead(const void* next, const void* present) : at_(static_cast<const char*>(next)), step_(next != nullptr ? 1 : 0) {
+    if (next == nullptr) at_ = static_cast<const char*>(present);
+  }
+
+  template <int kBytes>
+  void step() {
+    for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(at_ + line, 0, 2);
+    at_ += step_ * kBytes;
+  }
+
+ private:
+  const char* at_;
+  int64_t step_;
+};
+
+// The kernels are not inlined: among their callers' variables the compiler spills accumulators, at half the speed.
+
+// c[rows][kPanel] (+)= a[rows][depth] * panel[depth][kPanel]
+template <int kRows, bool kAccumulate>
+[[gnu::noinline]]
+void tile(const float* a, int64_t a_stride, const float* panel, int64_t depth, float* c, int64_t c_stride,
+          const float* next) {
+  Vec left[kRows] = {}, right[kRows] = {};
+  Ahead ahead(next, panel);
+  for (int64_t k = 0; k < depth; ++k) {
+    const Vec b0 = load(panel + k * kPanel), b1 = load(panel + k * kPanel + kLanes);
+    ahead.step<kPanel * sizeof(float)>();
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row) {
+      const float value = a[row * a_stride + k];
+      left[row] += value * b0;
+      right[row] += value * b1;
+    }
+  }
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row) {
+    float* out = c + row * c_stride;
+    if (kAccumulate) {
+      left[row] += load(out);
+      right[row] += load(out + kLanes);
+    }
+    store(out, left[row]);
+    store(out + kLanes, right[row]);
+  }
+}
+
+template <bool kAccumulate, int kRows = kTileRows>
+void tile_of(int64_t rows, const float* a, int64_t a_stride, const float* panel, int64_t depth, float* c,
+             int64_t c_stride, const float* next = nullptr) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return tile_of<kAccumulate, kRows - 1>(rows, a, a_stride, panel, depth, c, c_stride, next);
+  }
+  tile<kRows, kAccumulate>(a, a_stride, panel, depth, c, c_stride, next);
+}
+
+// A tile of int8 activations, as Activations lays them out.
+struct Tile8 {
+  const int8_t* rows;
+  const float* scales;
+  const int32_t* starts;
+  const float* sums;
+};
+
+// Half a panel of int8 or int4 weights.
+struct Half8 {
+  const uint8_t* weights;
+  const uint16_t* scales;
+  int64_t num_groups;
+  const uint8_t* next;
+};
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+
+// In assembler because the compiler, given the intrinsics, copies every accumulator once per product and spills.
+inline void add_products(__m512& sums, __m512i pairs, __m512i weights) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(pairs), "v"(weights));
+}
+
+inline void add_products(__m512i& sums, __m512i weights, const int32_t& four) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(weights), "m"(four));
+}
+
+inline __m512 widened(const uint16_t* from) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16));
+}
+
+// out[kRows][kPanel] = a * panel, with the products of pairs of the instruction set. Attention uses it too.
+template <int kRows>
+[[gnu::noinline]]
+void tile16(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t depth, float* out,
+            int64_t out_stride, const uint16_t* next = nullptr) {
+  __m512 left[kRows], right[kRows];
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row) left[row] = right[row] = _mm512_setzero_ps();
+  Ahead ahead(next, panel);
+  for (int64_t k = 0; k < depth; k += 2) {
+    const __m512i b0 = _mm512_loadu_si512(panel + k * kPanel), b1 = _mm512_loadu_si512(panel + k * kPanel + 32);
+    ahead.step<128>();
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row) {
+      int32_t pair;
+      std::memcpy(&pair, a + row * a_stride + k, sizeof pair);
+      const __m512i value = _mm512_set1_epi32(pair);
+      add_products(left[row], value, b0);
+      add_products(right[row], value, b1);
+    }
+  }
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row) {
+    _mm512_storeu_ps(out + row * out_stride, left[row]);
+    _mm512_storeu_ps(out + row * out_stride + 16, right[row]);
+  }
+}
+
+// out[kRows][.] of half a panel. One vector wide and many rows high: sums of integers and of floats share registers.
+template <int kRows>
+[[gnu::noinline]]
+void tile8(const Tile8& a, const Half8& b, float* out) {
+  const int32_t* fours = reinterpret_cast<const int32_t*>(a.rows);
+  const uint8_t* weights = b.weights;
+  __m512 totals[kRows];
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row) totals[row] = _mm512_setzero_ps();
+  Ahead ahead(b.next, b.weights);
+  for (int64_t group = 0; group < b.num_groups; ++group) {
+    __m512i sums[kRows];
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row) sums[row] = _mm512_set1_epi32(a.starts[group * kTileRows + row]);
+#pragma GCC unroll 2
+    for (int four = 0; four < kFours; ++four, weights += 64, fours += kTileRows) {
+      const __m512i values = _mm512_loadu_si512(weights);
+      ahead.step<64>();
+#pragma GCC unroll 12
+      for (int row = 0; row < kRows; ++row) add_products(sums[row], values, fours[row]);
+    }
+    const __m512 scale = widened(b.scales + group * 16);
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row) {
+      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(a.scales[group * kTileRows + row]));
+      totals[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[row]), both, totals[row]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row) _mm512_storeu_ps(out + row * kPanel, totals[row]);
+}
+
+// The same of int4: a weight is minimum + scale * value, so a group adds the minimum times the sum of the activations.
+template <int kRows>
+[[gnu::noinline]]
+void tile4(const Tile8& a, const Half8& b, float* out) {
+  const int32_t* fours = reinterpret_cast<const int32_t*>(a.rows);
+  const uint8_t* weights = b.weights;
+  const __m512i low = _mm512_set1_epi8(15);
+  __m512 totals[kRows];
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row) totals[row] = _mm512_setzero_ps();
+  Ahead ahead(b.next, b.weights);
+  for (int64_t part = 0; part < 2 * b.num_groups; ++part) {
+    __m512i sums[kRows];
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row) sums[row] = _mm512_setzero_si512();
+    for (int pair = 0; pair < kFours / 4; ++pair, weights += 64, fours += 2 * kTileRows) {
+      const __m512i both = _mm512_loadu_si512(weights);
+      const __m512i first = _mm512_and_si512(both, low), second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+      ahead.step<64>();
+#pragma GCC unroll 12
+      for (int row = 0; row < kRows; ++row) add_products(sums[row], first, fours[row]);
+#pragma GCC unroll 12
+      for (int row = 0; row < kRows; ++row) add_products(sums[row], second, fours[kTileRows + row]);
+    }
+    const __m512 scale = widened(b.scales + part * 32), minimum = widened(b.scales + part * 32 + 16);
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row) {
+      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(a.scales[part / 2 * kTileRows + row]));
+      totals[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[row]), both, totals[row]);
+      totals[row] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(a.sums[part * kTileRows + row]), totals[row]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row) _mm512_storeu_ps(out + row * kPanel, totals[row]);
+}
+
+#else
+
+// The same sums without the instructions: right, and slower than float32.
+template <int kRows>
+[[gnu::noinline]]
+void tile16(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t depth, float* out,
+            int64_t out_stride, const uint16_t* = nullptr) {
+  for (int row = 0; row < kRows; ++row) {
+    float sums[kPanel] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+      const float value = bfloat16_to_float(a[row * a_stride + k]);
+      const uint16_t* b = panel + k / 2 * kPanel * 2 + k % 2;
+      for (int column = 0; column < kPanel; ++column) sums[column] += value * bfloat16_to_float(b[column * 2]);
+    }
+    std::memcpy(out + row * out_stride, sums, sizeof sums);
+  }
+}
+
+template <int kRows>
+[[gnu::noinline]]
+void tile8(const Tile8& a, const Half8& b, float* out) {
+  for (int row = 0; row < kRows; ++row) {
+    float totals[kLanes] = {};
+    for (int64_t group = 0; group < b.num_groups; ++group) {
+      int32_t sums[kLanes];
+      std::fill(sums, sums + kLanes, a.starts[group * kTileRows + row]);
+      for (int64_t k = group * kScaleGroup; k < (group + 1) * kScaleGroup; ++k) {
+        const int32_t value = a.rows[(k / 4 * kTileRows + row) * 4 + k % 4];
+        const uint8_t* weights = b.weights + k / 4 * kLanes * 4 + k % 4;
+        for (int lane = 0; lane < kLanes; ++lane) sums[lane] += value * weights[lane * 4];
+      }
+      for (int lane = 0; lane < kLanes; ++lane)
+        totals[lane] += static_cast<float>(sums[lane]) * (bfloat16_to_float(b.scales[group * kLanes + lane]) *
+                                                          a.scales[group * kTileRows + row]);
+    }
+    std::memcpy(out + row * kPanel, totals, sizeof totals);
+  }
+}
+
+template <int kRows>
+[[gnu::noinline]]
+void tile4(const Tile8& a, const Half8& b, float* out) {
+  for (int row = 0; row < kRows; ++row) {
+    float totals[kLanes] = {};
+    for (int64_t part = 0; part < 2 * b.num_groups; ++part) {
+      int32_t sums[kLanes] = {};
+      for (int64_t k = part * kScaleGroup4; k < (part + 1) * kScaleGroup4; ++k) {
+        const int32_t value = a.rows[(k / 4 * kTileRows + row) * 4 + k % 4];
+        const uint8_t* weights = b.weights + k / 8 * kLanes * 4 + k % 4;
+        for (int lane = 0; lane < kLanes; ++lane) sums[lane] += value * (weights[lane * 4] >> (k / 4 % 2 * 4) & 15);
+      }
+      const uint16_t *scales = b.scales + part * 2 * kLanes, *minima = scales + kLanes;
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const float scale = bfloat16_to_float(scales[lane]) * a.scales[part / 2 * kTileRows + row];
+        totals[lane] += static_cast<float>(sums[lane]) * scale;
+        totals[lane] += bfloat16_to_float(minima[lane]) * a.sums[part * kTileRows + row];
+      }
+    }
+    std::memcpy(out + row * kPanel, totals, sizeof totals);
+  }
+}
+
+#endif
+
+template <int kRows = kTileRows>
+void tile16_of(int64_t rows, const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t depth, float* out,
+               const uint16_t* next) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return tile16_of<kRows - 1>(rows, a, a_stride, panel, depth, out, next);
+  }
+  tile16<kRows>(a, a_stride, panel, depth, out, kPanel, next);
+}
+
+template <Format kFormat, int kRows = kTileRows>
+void tile8_of(int64_t rows, const Tile8& a, const Half8& b, float* out) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return tile8_of<kFormat, kRows - 1>(rows, a, b, out);
+  }
+  kFormat == kInt8 ? tile8<kRows>(a, b, out) : tile4<kRows>(a, b, out);
+}
+
+template <Format kFormat>
+void product8(const Linear& layer, const Activations& x, int64_t first, int64_t rows, int64_t p, bool fetches,
+              float* out) {
+  const int64_t groups = layer.num_groups(), at = first * groups;
+  const Tile8 a = {x.rows8 + first * x.stride, x.scales8 + at, x.starts8 + at, x.sums4 + 2 * at};
+  for (int64_t half = 2 * p; half < 2 * p + 2; ++half) {
+    const Half8 b = {layer.half8(half), layer.half_scales(half), groups, fetches ? layer.half8(half + 1) : nullptr};
+    tile8_of<kFormat>(rows, a, b, out + half % 2 * kLanes);
+  }
+}
+
+// out[rows][kPanel] = rows `first` ... of x, one tile of them, times panel p of W, bias not added. `fetches`: whether
+// panel p + 1 is read next.
+inline void product(const Linear& layer, const Activations& x, int64_t first, int64_t rows, int64_t p, bool fetches,
+                    float* out) {
+  const int64_t depth = layer.padded_depth();
+  switch (layer.format) {
+    case kFloat32:
+      tile_of<false>(rows, x.rows32 + first * x.stride, x.stride, layer.panel(p), depth, out, kPanel,
+                     fetches ? layer.panel(p + 1) : nullptr);
+      return;
+    case kBfloat16:
+      tile16_of(rows, x.rows16 + first * x.stride, x.stride, layer.panel16(p), depth, out,
+                fetches ? layer.panel16(p + 1) : nullptr);
+      return;
+    case kInt8:
+      product8<kInt8>(layer, x, first, rows, p, fetches, out);
+      return;
+    case kInt4:
+      product8<kInt4>(layer, x, first, rows, p, fetches, out);
+  }
+}
+
+}  // namespace
