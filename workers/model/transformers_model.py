@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,20 +89,30 @@ def load_model(
         if path.suffix == SUFFIX:
             model: nn.Module = load_gguf_model(path, TORCH_DTYPES[dtype], ATTENTION_NAME, report)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=TORCH_DTYPES[dtype] if rank is None else "auto",
                 attn_implementation=ATTENTION_NAME,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
+                output_loading_info=True,
             )
+            model, loading = loaded
+            _check_complete(path, loading["missing_keys"])
         if rank is not None:
             _cut_to_share(model, TORCH_DTYPES[dtype], rank)
         report(1.0)
         return model.to(device).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"The model in {path} cannot be loaded: {error}") from error
+
+
+def _check_complete(path: Path, missing: Collection[str]) -> None:
+    """transformers fills what a checkpoint lacks with random numbers; tied weights are not among ``missing``."""
+    if missing:
+        names = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ModelError(f"{path} lacks {len(missing)} of the model's weights ({names}).")
 
 
 def _cut_to_share(model: Any, dtype: torch.dtype, rank: Rank) -> None:

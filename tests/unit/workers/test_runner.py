@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kvcache.errors import ModelError
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import ScheduledChunk, StepPlan
@@ -62,3 +63,14 @@ def test_what_a_poisoned_sequence_left_cannot_spoil_the_next_owner(runner: Model
     runner.execute(StepPlan((chunk("good", (1, 2, 3, 4, 5), 0, (0, 1)),)))
     assert runner.execute(StepPlan((chunk("good", (6,), 5, (0, 1)),))) == expected
     assert not any(layer[:2].isnan().any() for layer in storage.layers)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    """transformers would fill them with random numbers, and the server would answer nonsense."""
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path, state_dict={"model.norm.weight": model.model.norm.weight})
+    with pytest.raises(ModelError, match=r"lacks \d+ of the model's weights \(lm_head.weight"):
+        load_model(tmp_path, "float32")
