@@ -99,7 +99,7 @@ def load_model(
                 output_loading_info=True,
             )
             model, loading = loaded
-            _check_complete(path, loading["missing_keys"])
+            _check_tensors(path, loading["missing_keys"], loading["unexpected_keys"])
         if rank is not None:
             _cut_to_share(model, TORCH_DTYPES[dtype], rank)
         report(1.0)
@@ -108,11 +108,15 @@ def load_model(
         raise ModelError(f"The model in {path} cannot be loaded: {error}") from error
 
 
-def _check_complete(path: Path, missing: Collection[str]) -> None:
-    """transformers fills what a checkpoint lacks with random numbers; tied weights are not among ``missing``."""
-    if missing:
-        names = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
-        raise ModelError(f"{path} lacks {len(missing)} of the model's weights ({names}).")
+def _check_tensors(path: Path, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """transformers fills what a checkpoint lacks with random numbers, and passes over what it does not know.
+
+    Tied weights are not among ``missing``, nor what a model is known to do without among ``unexpected``.
+    """
+    for tensors, problem in ((missing, "lacks {} of the model's weights"), (unexpected, "has {} tensors too many")):
+        if tensors:
+            names = ", ".join(sorted(tensors)[:3]) + (", ..." if len(tensors) > 3 else "")
+            raise ModelError(f"{path} {problem.format(len(tensors))} ({names}).")
 
 
 def _cut_to_share(model: Any, dtype: torch.dtype, rank: Rank) -> None:

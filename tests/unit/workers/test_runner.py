@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcache.errors import ModelError
@@ -65,12 +67,22 @@ def test_what_a_poisoned_sequence_left_cannot_spoil_the_next_owner(runner: Model
     assert not any(layer[:2].isnan().any() for layer in storage.layers)
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
-    """transformers would fill them with random numbers, and the server would answer nonsense."""
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
-    )
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(tmp_path, state_dict={"model.norm.weight": model.model.norm.weight})
-    with pytest.raises(ModelError, match=r"lacks \d+ of the model's weights \(lm_head.weight"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("lm_head.weight"), r"lacks 1 of the model's weights \(lm_head.weight\)"),
+        (lambda state: state.update(more=torch.zeros(1)), r"has 1 tensors too many \(more\)"),
+    ],
+)
+def test_a_checkpoint_with_missing_or_extra_tensors_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
+    """transformers would fill them with random numbers, or pass over them, and the server would answer nonsense."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    change(state)
+    model.config.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=message):
         load_model(tmp_path, "float32")
