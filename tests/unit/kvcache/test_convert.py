@@ -68,7 +68,7 @@ def hand_over(source: End, target: End, num_tokens: int, held_blocks: int, *, sh
     incoming.commit(commit.commit, now=0.0)
 
 
-def check(source: End, target: End, num_tokens: int, held_blocks: int, before: list[torch.Tensor]) -> None:
+def check_rows(source: End, target: End, num_tokens: int, held_blocks: int, before: list[torch.Tensor]) -> None:
     """Against every row by itself."""
     held_tokens = held_blocks * target.spec.block_size
     dtype = target.storage.layers[0].dtype
@@ -85,7 +85,7 @@ def check(source: End, target: End, num_tokens: int, held_blocks: int, before: l
         assert torch.equal(target.storage.layers[layer][untouched], before[layer][untouched])
 
 
-def run(
+def check_handover(
     source_spec: KVCacheSpec,
     target_spec: KVCacheSpec,
     num_tokens: int,
@@ -97,7 +97,7 @@ def run(
     source, target = End(source_spec, num_tokens, seed=1), End(target_spec, num_tokens, seed=2)
     before = [layer.clone() for layer in target.storage.layers]
     hand_over(source, target, num_tokens, held_blocks, shuffled=shuffled, chunk_bytes=chunk_bytes)
-    check(source, target, num_tokens, held_blocks, before)
+    check_rows(source, target, num_tokens, held_blocks, before)
     return target
 
 
@@ -109,14 +109,14 @@ def spec_of(block_size: int, dtype: str = "float32") -> KVCacheSpec:
 @pytest.mark.parametrize("source", BLOCK_SIZES)
 def test_every_pair_of_block_sizes(source: int, target: int) -> None:
     for num_tokens in (1, 8, 70, 129):
-        run(spec_of(source), spec_of(target), num_tokens)
+        check_handover(spec_of(source), spec_of(target), num_tokens)
 
 
 @pytest.mark.parametrize("target", CACHE_DTYPES)
 @pytest.mark.parametrize("source", CACHE_DTYPES)
 def test_every_pair_of_dtypes(source: str, target: str) -> None:
-    run(spec_of(16, source), spec_of(16, target), 37)
-    run(spec_of(8, source), spec_of(32, target), 37)
+    check_handover(spec_of(16, source), spec_of(16, target), 37)
+    check_handover(spec_of(8, source), spec_of(32, target), 37)
 
 
 @given(
@@ -132,7 +132,9 @@ def test_what_the_receiver_holds_is_never_written_and_chunks_may_come_in_any_ord
     source: int, target: int, num_tokens: int, held: float, shuffled: bool, chunk_bytes: int
 ) -> None:
     held_blocks = int(held * (num_tokens - 1) / target)  # full blocks, and never the whole prompt
-    run(spec_of(source), spec_of(target), num_tokens, held_blocks, shuffled=shuffled, chunk_bytes=chunk_bytes)
+    check_handover(
+        spec_of(source), spec_of(target), num_tokens, held_blocks, shuffled=shuffled, chunk_bytes=chunk_bytes
+    )
 
 
 @pytest.mark.parametrize(("source", "target"), [(8, 32), (32, 8), (128, 16)])
