@@ -143,7 +143,8 @@ BAD_BODIES = {
     "huge": ({"prompt": "hi", "top_k": 2**70}, 400, "top_k"),
     "text for a number": ({"prompt": "hi", "temperature": "hot"}, 400, "temperature"),
     "token out of vocabulary": ({"prompt": [49152]}, 400, "prompt"),
-    "not honoured": ({"prompt": "hi", "logprobs": 3}, 400, "logprobs"),
+    "too many": ({"prompt": "hi", "logprobs": 21}, 400, "logprobs"),
+    "not honoured": ({"prompt": "hi", "best_of": 3}, 400, "best_of"),
 }
 
 
