@@ -144,7 +144,7 @@ BAD_BODIES = {
     "text for a number": ({"prompt": "hi", "temperature": "hot"}, 400, "temperature"),
     "token out of vocabulary": ({"prompt": [49152]}, 400, "prompt"),
     "too many": ({"prompt": "hi", "logprobs": 21}, 400, "logprobs"),
-    "not honoured": ({"prompt": "hi", "best_of": 3}, 400, "best_of"),
+    "not honoured": ({"prompt": "hi", "response_format": {"type": "json_object"}}, 400, "response_format"),
 }
 
 
