@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import orjson
 from rich.console import Console
 from tqdm import tqdm
 
+from benchmarks.command_line import exit_status, write_json
 from benchmarks.engine_limits import MachineLimits, measure_limits, read_costs
 from benchmarks.engine_options import DecodeCase, Options, check_lengths, parse_options
 from benchmarks.engine_profile import split_model
@@ -31,7 +31,6 @@ from benchmarks.engine_report import (
     result_table,
 )
 from benchmarks.engine_work import MAX_BATCHED_TOKENS, QUANTIZED, EngineSettings, num_blocks_needed, open_engine
-from kvcache.errors import ConfigError, TwinpoolError
 from workers.model.checkpoint import describe_checkpoint, prepare_checkpoint
 
 
@@ -87,21 +86,17 @@ def measure_all(options: Options) -> tuple[Measurements, Result]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    try:
-        options = parse_options(sys.argv[1:] if arguments is None else arguments)
-        measured, result = measure_all(options)
-        console = Console()
-        console.print(result_table(result))
-        for table in profile_tables(measured) if options.profile else ():
-            console.print(table)
-        if options.json_path is not None:
-            options.json_path.write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2) + b"\n")
-    except KeyboardInterrupt:
-        print("interrupted; nothing was measured", file=sys.stderr)
-        return 130
-    except (TwinpoolError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    return exit_status(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    options = parse_options(arguments)
+    measured, result = measure_all(options)
+    console = Console()
+    console.print(result_table(result))
+    for table in profile_tables(measured) if options.profile else ():
+        console.print(table)
+    write_json(options.json_path, result)
     return 0
 
 

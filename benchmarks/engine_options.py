@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
+from benchmarks.command_line import Parser
 from benchmarks.engine_work import AUTO, DECODE_STEPS, MAX_BATCHED_TOKENS, QUANTIZED, STEP_MODELS, WARM_UP_STEPS
 from benchmarks.machine import describe_machine
 from kvcache.errors import ConfigError
@@ -69,13 +69,6 @@ def _count(text: str) -> int:
     return int(text)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing the whole usage and leaving the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see --help)")
-
-
 def parse_options(arguments: Sequence[str]) -> Options:
     """Raises ConfigError, one sentence, for a wrong flag."""
     flags = _build_parser().parse_args(arguments)
@@ -116,7 +109,7 @@ def check_lengths(options: Options, checkpoint: CheckpointInfo) -> None:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m benchmarks.engine",
         description="One worker's step loop without HTTP, gRPC and Ray, beside the limits of the machine.",
     )

@@ -26,10 +26,11 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command_line import Parser, exit_status, write_json
 from benchmarks.engine_ready import measure_fresh_process
-from benchmarks.engine_work import AUTO, INT8, Engine, EngineSettings, StepTimes, num_blocks_needed, open_engine
+from benchmarks.engine_work import AUTO, INT8, Engine, EngineSettings, num_blocks_needed, open_engine, seconds_of
 from benchmarks.machine import describe_machine, describe_versions
-from kvcache.errors import ConfigError, ResourceError, TwinpoolError
+from kvcache.errors import ConfigError, ResourceError
 from workers.model.checkpoint import DEFAULT_MODEL, describe_checkpoint, prepare_checkpoint
 
 PREFILL_TOKENS = (512, 2048)
@@ -99,16 +100,12 @@ class Ours:
         self._engine = engine
 
     async def measure(self) -> Rates:
-        prefill = {str(length): length / _seconds(await self._engine.prefill(length)) for length in PREFILL_TOKENS}
+        prefill = {str(length): length / seconds_of(await self._engine.prefill(length)) for length in PREFILL_TOKENS}
         decode = {}
         for batch in BATCHES:
             steps = await self._engine.decode(batch, CONTEXT)
-            decode[str(batch)] = batch * len(steps) / _seconds(steps)
+            decode[str(batch)] = batch * len(steps) / seconds_of(steps)
         return Rates(prefill, decode)
-
-
-def _seconds(steps: Sequence[StepTimes]) -> float:
-    return sum(step.total for step in steps)
 
 
 class Vllm:
@@ -266,14 +263,9 @@ def result_table(result: Result) -> Table:
     return table
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ConfigError(f"{message} (see --help)")
-
-
 def parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
     """Raises ConfigError, one sentence, for a wrong flag."""
-    parser = _Parser(prog="python -m benchmarks.engine_peers", description="One worker beside its peers, in turns.")
+    parser = Parser(prog="python -m benchmarks.engine_peers", description="One worker beside its peers, in turns.")
     add = parser.add_argument
     add("--model", default=DEFAULT_MODEL, help="checkpoint folder, hub id, or the default model (%(default)s)")
     add("--threads", type=int, default=1, metavar="N", help="of every system (%(default)s)")
@@ -299,27 +291,23 @@ def parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    try:
-        flags = parse_flags(sys.argv[1:] if arguments is None else arguments)
-        systems = asyncio.run(measure(flags, prepare_checkpoint(flags.model)))
-        result = Result(
-            date=datetime.now(UTC).isoformat(timespec="seconds"),
-            model=Path(flags.model).name,
-            threads=flags.threads,
-            systems=systems,
-            ratios=ratios(systems),
-            machine=describe_machine(),
-            versions=describe_versions("torch", "transformers", "numpy"),
-        )
-        Console().print(result_table(result))
-        if flags.json is not None:
-            flags.json.write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2) + b"\n")
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except (TwinpoolError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    return exit_status(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    flags = parse_flags(arguments)
+    systems = asyncio.run(measure(flags, prepare_checkpoint(flags.model)))
+    result = Result(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=Path(flags.model).name,
+        threads=flags.threads,
+        systems=systems,
+        ratios=ratios(systems),
+        machine=describe_machine(),
+        versions=describe_versions("torch", "transformers", "numpy"),
+    )
+    Console().print(result_table(result))
+    write_json(flags.json, result)
     return 0
 
 

@@ -13,7 +13,7 @@ from benchmarks.engine_limits import MachineLimits, ModelCosts
 from benchmarks.engine_options import LONG_CONTEXT, DecodeCase, Options
 from benchmarks.engine_profile import ModelSplit
 from benchmarks.engine_ready import FreshProcess
-from benchmarks.engine_work import PIECES, StepTimes, fractions_of_step, median_step
+from benchmarks.engine_work import PIECES, StepTimes, fractions_of_step, median_step, seconds_of
 from benchmarks.machine import describe_machine, describe_versions
 
 PYTHON_BATCH = 32
@@ -31,14 +31,10 @@ class Measurements:
     split: ModelSplit | None  # with --profile, where transformers runs the model
 
     def prefill_tok_s(self, num_tokens: int) -> float:
-        return median(num_tokens / _seconds(run) for run in self.prefill[num_tokens])
+        return median(num_tokens / seconds_of(run) for run in self.prefill[num_tokens])
 
     def decode_tok_s(self, case: DecodeCase) -> float:
-        return median(case.batch * len(run) / _seconds(run) for run in self.decode[case])
-
-
-def _seconds(run: Run) -> float:
-    return sum(step.total for step in run)
+        return median(case.batch * len(run) / seconds_of(run) for run in self.decode[case])
 
 
 @dataclass(frozen=True, slots=True)

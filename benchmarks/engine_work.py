@@ -89,6 +89,10 @@ def fractions_of_step(steps: Sequence[StepTimes]) -> dict[str, float]:
     return {piece: sum(getattr(step, piece) for step in steps) / total for piece in PIECES}
 
 
+def seconds_of(steps: Sequence[StepTimes]) -> float:
+    return sum(step.total for step in steps)
+
+
 def median_step(steps: Sequence[StepTimes]) -> StepTimes:
     """The median of each piece by itself."""
     return StepTimes(**{piece: median(getattr(step, piece) for step in steps) for piece in PIECES})

@@ -7,10 +7,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from benchmarks.client import Endpoint
+from benchmarks.command_line import Parser
 from benchmarks.measurements import GoodputLimits
 from benchmarks.workload import LengthRange
 from kvcache.errors import ConfigError
@@ -77,13 +78,6 @@ _lengths = _flag_type(LengthRange.parse, lambda _: True, "N or uniform:LO:HI wit
 _id_range = _flag_type(_to_id_range, lambda ids: 0 <= ids[0] < ids[1], "LO:HI with 0 <= LO < HI")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing the whole usage and leaving the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see --help)")
-
-
 def parse_options(arguments: Sequence[str]) -> Options:
     """Raises ConfigError, one sentence, for a wrong flag or flags that contradict each other."""
     flags = _build_parser().parse_args(arguments)
@@ -116,7 +110,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m benchmarks.serve",
         description="Open-loop load on any OpenAI-compatible server: requests leave on schedule, answered or not.",
     )

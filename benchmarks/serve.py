@@ -16,9 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import orjson
-
 from benchmarks.client import RequestStyle, ServingClient
+from benchmarks.command_line import exit_status, write_json
 from benchmarks.measurements import RequestOutcome, summarize
 from benchmarks.options import Options, parse_options
 from benchmarks.progress import Progress
@@ -34,7 +33,7 @@ from benchmarks.workload import (
     shorten_inputs,
     stream_rng,
 )
-from kvcache.errors import ConfigError, StartupError, TwinpoolError
+from kvcache.errors import ConfigError, StartupError
 
 WARM_UP_INPUT_TOKENS = 64
 WARM_UP_OUTPUT_TOKENS = 8
@@ -143,18 +142,14 @@ async def _warm_up(client: ServingClient, style: RequestStyle, first: PlannedReq
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    try:
-        options = parse_options(sys.argv[1:] if arguments is None else arguments)
-        result, outcomes = asyncio.run(run_benchmark(options))
-        print(format_table(result, outcomes))
-        if options.json_path is not None:
-            options.json_path.write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2) + b"\n")
-    except KeyboardInterrupt:
-        print("interrupted; nothing was measured", file=sys.stderr)
-        return 130
-    except (TwinpoolError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+    return exit_status(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    options = parse_options(arguments)
+    result, outcomes = asyncio.run(run_benchmark(options))
+    print(format_table(result, outcomes))
+    write_json(options.json_path, result)
     return 0 if result["completed"] else 1
 
 
