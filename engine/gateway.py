@@ -117,8 +117,9 @@ class AsyncEngine:
             placement = await self._scheduler.place(
                 RequestArrived(uuid.uuid4().hex, len(prompt), rest.max_tokens, tuple(avoid))
             )
+            request = _request(placement, prompt, rest, len(delivered), cache_salt)
             try:
-                async with aclosing(self._run(placement, prompt, rest, len(delivered), cache_salt)) as events:
+                async with aclosing(self._run(placement, request, rest)) as events:
                     async for event in events:
                         delivered += event.token_ids
                         yield event
@@ -132,17 +133,11 @@ class AsyncEngine:
                 logger.warning("A sequence is placed again after %d tokens: %s", len(delivered), error)
 
     async def _run(
-        self,
-        placement: Placement,
-        prompt_token_ids: tuple[int, ...],
-        sampling: SamplingParams,
-        num_delivered: int,
-        cache_salt: bytes,
+        self, placement: Placement, request: pb.GenerateRequest, sampling: SamplingParams
     ) -> AsyncGenerator[TokenBatch, None]:
         """Runs a sequence where it was placed, and keeps the scheduler informed."""
-        stream = self._stream(placement, prompt_token_ids, sampling, num_delivered, cache_salt)
         try:
-            async with aclosing(stream) as events:
+            async with aclosing(self._stream(placement, request, sampling)) as events:
                 async for event in events:
                     if event.first_index == 0:
                         self._scheduler.tell(PrefillDone(placement.request_id))
@@ -151,24 +146,11 @@ class AsyncEngine:
             self._scheduler.tell(RequestEnded(placement.request_id))
 
     async def _stream(
-        self,
-        placement: Placement,
-        prompt_token_ids: tuple[int, ...],
-        sampling: SamplingParams,
-        num_delivered: int,
-        cache_salt: bytes,
+        self, placement: Placement, request: pb.GenerateRequest, sampling: SamplingParams
     ) -> AsyncGenerator[TokenBatch, None]:
         """The events of one call to a decode worker, checked for gaps and repeats."""
         if self._is_ending:
             raise UnavailableError(ENDING)
-        request = pb.GenerateRequest(
-            request_id=placement.request_id,
-            prompt_token_ids=prompt_token_ids,
-            sampling=sampling_to_wire(sampling),
-            prefill_address=placement.prefill.address if placement.prefill is not None else "",
-            cache_salt=cache_salt,
-            num_delivered_tokens=num_delivered,
-        )
         call = pb_grpc.WorkerStub(self._channels(placement.decode.address)).Generate(request)
         num_tokens = 0
         prompt_logprobs: list[TokenLogprobs] = []
@@ -180,7 +162,7 @@ class AsyncEngine:
                 num_tokens += len(event.token_ids)
                 prompt_logprobs += map(logprobs_from_wire, event.prompt_logprobs)
                 if event.token_ids:
-                    yield _checked(event, sampling, len(prompt_token_ids), prompt_logprobs)
+                    yield _checked(event, sampling, len(request.prompt_token_ids), prompt_logprobs)
                 if event.finish_reason:
                     return
             raise WorkerLostError("A worker ended a stream without a finish reason.")
@@ -193,6 +175,23 @@ class AsyncEngine:
         finally:
             self._calls.discard(call)
             call.cancel()
+
+
+def _request(
+    placement: Placement,
+    prompt_token_ids: tuple[int, ...],
+    sampling: SamplingParams,
+    num_delivered: int,
+    cache_salt: bytes,
+) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        request_id=placement.request_id,
+        prompt_token_ids=prompt_token_ids,
+        sampling=sampling_to_wire(sampling),
+        prefill_address=placement.prefill.address if placement.prefill is not None else "",
+        cache_salt=cache_salt,
+        num_delivered_tokens=num_delivered,
+    )
 
 
 def _culprit(placement: Placement, error: UnavailableError) -> str:
