@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 
 from kvcache.block_pool import BlockPool
 from kvcache.errors import InvariantError
@@ -106,11 +107,14 @@ class KVCacheManager:
         Raises:
             InvariantError: another sequence reads one of them too, or may come to.
         """
+        own_leases: Counter[int] | None = None  # most blocks have one reference: nobody needs to look
         for block_id in self.block_table(request_id)[first_block:end_block]:
             references = self.pool.references(block_id)
             if references > 1:
-                own = [lease for lease in self.leases if lease.request_id == request_id]
-                references -= sum(block_id in lease.block_ids for lease in own)
+                if own_leases is None:
+                    own = (lease.block_ids for lease in self.leases if lease.request_id == request_id)
+                    own_leases = Counter(chain.from_iterable(own))
+                references -= own_leases[block_id]
             if references != 1 or block_id in self.pool.prefixes:
                 raise InvariantError(f"block {block_id} of {request_id} is shared or cached and may not be written")
 

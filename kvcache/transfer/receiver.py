@@ -114,10 +114,8 @@ class IncomingTransfer:
 
     def _sender_blocks(self, source: KVCacheSpec) -> tuple[int, int]:
         """The first of the sender's blocks that holds anything of what is missing here, and the end of them."""
-        spec, lease = self._manager.spec, self.lease
-        if source.block_size == spec.block_size:
-            return lease.first_block, lease.first_block + len(lease.block_ids)
-        return lease.first_block * spec.block_size // source.block_size, source.num_blocks_for(lease.num_tokens)
+        first_token = self.lease.first_block * self._manager.spec.block_size
+        return first_token // source.block_size, source.num_blocks_for(self.lease.num_tokens)
 
     def _check_bounds(self, where: ChunkRange, payload_bytes: int) -> None:
         source = self._source
