@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,6 @@ GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 # Of the largest logit. float32 rounds to 1e-7; sums in another order, over four layers of wide weights, come to some
 # 1e-6. A token more or less in a window, or an angle of a neighbour, changes 1e-2 and more (tested below).
 TOLERANCE = 2e-5
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def sequences() -> list[list[int]]:

@@ -89,11 +89,8 @@ SEQUENCE_LENGTH = 200
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def library_is_chosen_again() -> Iterator[None]:
     yield
-    torch.set_num_threads(threads)
     library.load_library.cache_clear()
 
 

@@ -64,14 +64,6 @@ NUM_BLOCKS = 24
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_model(config: PreTrainedConfig) -> Any:
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)

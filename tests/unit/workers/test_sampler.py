@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -19,15 +18,6 @@ LOGITS = [2.0, -1.0, 0.5, 3.0, 0.0, 1.5, -3.0, 2.5]
 NUM_DRAWS = 3000
 # Below this with probability 0.9999, for 1 to 15 degrees of freedom (any table of the chi-square distribution).
 CHI_SQUARE_9999 = (15.1, 18.4, 21.1, 23.5, 25.7, 27.9, 29.9, 31.8, 33.7, 35.6, 37.4, 39.1, 40.9, 42.6, 44.3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors: on a busy machine threads wait for each other longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class SplitMix64:
