@@ -20,7 +20,6 @@ from scheduler.controller import PrefillDone, RequestArrived, RequestEnded
 from scheduler.request import FinishReason, SamplingParams, TokenLogprobs, check_sequence
 from scheduler.types import ClusterSnapshot, Phase, Placement
 from workers import worker_pb2 as pb
-from workers import worker_pb2_grpc as pb_grpc
 from workers.channels import ChannelPool
 from workers.messages import error_from_rpc, logprobs_from_wire, sampling_to_wire
 
@@ -151,7 +150,7 @@ class AsyncEngine:
         """The events of one call to a decode worker, checked for gaps and repeats."""
         if self._is_ending:
             raise UnavailableError(ENDING)
-        call = pb_grpc.WorkerStub(self._channels(placement.decode.address)).Generate(request)
+        call = self._channels(placement.decode.address).worker.Generate(request)
         num_tokens = 0
         prompt_logprobs: list[TokenLogprobs] = []
         self._calls.add(call)

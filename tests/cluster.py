@@ -231,10 +231,10 @@ class LocalCluster:
 
     def stub(self, worker_id: str) -> worker_pb2_grpc.WorkerStub:
         """For calls past the gateway."""
-        return worker_pb2_grpc.WorkerStub(self.channel(worker_id))
+        return self.channels(self.workers[worker_id].address).worker
 
     def channel(self, worker_id: str) -> grpc.aio.Channel:
-        return self.channels(self.workers[worker_id].address)
+        return self.channels(self.workers[worker_id].address).channel
 
     async def complete(
         self, prompt: Sequence[int], sampling: SamplingParams, stop: Sequence[str] = (), cache_salt: bytes = b""

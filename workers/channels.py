@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import grpc
 
+from kvcache.transfer import kv_transfer_pb2_grpc as kv_grpc
 from kvcache.transfer.grpc_port import CHANNEL_OPTIONS
+from workers import worker_pb2_grpc as pb_grpc
 
 KEEPALIVE_OPTIONS = (
     # A peer that vanished without a word (a cut link, a stopped process) is noticed after ten seconds.
@@ -20,20 +24,34 @@ SERVER_OPTIONS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another worker's services.
+
+    Its stubs are made with the channel and never later: gRPC frees a channel's memory when it is closed, and a stub
+    that is made then reads it, which ends the process. A call on a closed channel is a plain ``grpc.aio.UsageError``.
+    """
+
+    channel: grpc.aio.Channel
+    worker: pb_grpc.WorkerStub
+    kv_transfer: kv_grpc.KVTransferStub
+
+
 class ChannelPool:
     """Belongs to one event loop."""
 
     def __init__(self) -> None:
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._peers: dict[str, Peer] = {}
 
-    def __call__(self, address: str) -> grpc.aio.Channel:
-        channel = self._channels.get(address)
-        if channel is None:
+    def __call__(self, address: str) -> Peer:
+        peer = self._peers.get(address)
+        if peer is None:
             channel = grpc.aio.insecure_channel(address, options=(*CHANNEL_OPTIONS, *KEEPALIVE_OPTIONS))
-            self._channels[address] = channel
-        return channel
+            peer = Peer(channel, pb_grpc.WorkerStub(channel), kv_grpc.KVTransferStub(channel))
+            self._peers[address] = peer
+        return peer
 
     async def close(self) -> None:
-        for channel in self._channels.values():
-            await channel.close()
-        self._channels.clear()
+        for peer in self._peers.values():
+            await peer.channel.close()
+        self._peers.clear()

@@ -17,7 +17,7 @@ from kvcache.transfer.receiver import ReceivedKV
 from scheduler.batching import SampledToken
 from scheduler.request import Request, TokenLogprobs
 from workers import worker_pb2 as pb
-from workers import worker_pb2_grpc as pb_grpc
+from workers.channels import Peer
 from workers.messages import error_from_rpc, logprobs_from_wire, sampling_to_wire
 from workers.step_loop import StepLoop
 
@@ -69,13 +69,13 @@ class DecodeRole:
         self,
         loop: StepLoop,
         clock: Callable[[], float],
-        channel_to: Callable[[str], grpc.aio.Channel],
+        peer_at: Callable[[str], Peer],
         own_address: Callable[[], str],
         failures: Counter[TransferFault],
     ) -> None:
         self._loop = loop
         self._clock = clock
-        self._channel_to = channel_to
+        self._peer_at = peer_at
         self._own_address = own_address
         self._prefill_addresses: dict[str, str] = {}
         self._prefill_logprobs: dict[str, _PrefillLogprobs] = {}  # until the first token was handed out
@@ -147,8 +147,8 @@ class DecodeRole:
             self._loop.fail(request.request_id, _as_client_error(error))
 
     async def _follow_prefill(self, request: Request, lease: BlockLease) -> None:
-        channel = self._channel_to(self._prefill_addresses[request.request_id])
-        call = pb_grpc.WorkerStub(channel).Prefill(self._prefill_request(request, lease))
+        peer = self._peer_at(self._prefill_addresses[request.request_id])
+        call = peer.worker.Prefill(self._prefill_request(request, lease))
         leases = self._loop.batcher.manager.leases
         logprobs = self._prefill_logprobs[request.request_id]
         try:

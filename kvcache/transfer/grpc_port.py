@@ -113,7 +113,7 @@ def transfer_error_from(error: grpc.aio.AioRpcError) -> TransferError:
     return TransferError(TransferFault.PEER_LOST, f"{error.code().name}: {error.details()}")
 
 
-async def send_kv(channel: grpc.aio.Channel, transfer: OutgoingTransfer, stall_timeout_s: float) -> int:
+async def send_kv(receiver: pb_grpc.KVTransferStub, transfer: OutgoingTransfer, stall_timeout_s: float) -> int:
     """Sends a transfer's messages as they come and waits until the other side has verified and attached them.
 
     The caller owns the source lease and may free the blocks when this returns. Waits as long as the computing
@@ -123,7 +123,10 @@ async def send_kv(channel: grpc.aio.Channel, transfer: OutgoingTransfer, stall_t
         TransferError: refused, broken, or the lease ended; the other side will not use what it got.
     """
     sent_bytes = 0
-    call = pb_grpc.KVTransferStub(channel).Send()
+    try:
+        call = receiver.Send()
+    except grpc.aio.UsageError:
+        raise TransferError(TransferFault.PEER_LOST, "the connection is closed") from None
     call.add_done_callback(lambda _: transfer.changed.set())  # an early end is noticed while nothing is ready
     try:
         while not transfer.is_finished and not call.done():

@@ -130,6 +130,7 @@ def test_gone_between_two_chunks_of_its_prefill(checkpoint: TinyCheckpoint) -> N
             request = await victim.request_on("prefill-0", is_(RequestStatus.RUNNING))
             assert 0 < request.num_computed_tokens < request.num_prompt_tokens
             await victim.go_away()
+            await until(lambda: is_forgotten(cluster, request.request_id), "every worker has heard of it")
             gate.open()
             await victim.check_gone()
             assert request.num_output_tokens == 0  # its prompt was not computed to the end

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
 
+import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,8 @@ from kvcache.errors import TransferError, TransferFault
 from kvcache.manager import KVCacheManager
 from kvcache.storage import PagedStorage
 from kvcache.transfer import kv_transfer_pb2 as pb
+from kvcache.transfer.grpc_port import send_kv
+from kvcache.transfer.kv_transfer_pb2_grpc import KVTransferStub
 from kvcache.transfer.sender import OutgoingTransfer, PrefillOutcome, TransferTarget
 from kvcache.transfer.wire import MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
 from tests.builders import make_spec, repeatable
@@ -148,3 +152,17 @@ def test_a_sender_sends_the_right_bytes_after_its_sequence_was_freed(handoff: Ha
     handoff.deliver()
     assert handoff.target.read(REQUEST_ID) == handoff.expected
     handoff.source.manager.free("next")
+
+
+def test_sending_over_a_closed_connection_is_a_lost_peer() -> None:
+    """The stub is older than the end of its channel: one made later would read memory that gRPC has freed."""
+
+    async def scenario() -> None:
+        channel = grpc.aio.insecure_channel("nowhere:1")  # connects with its first call
+        receiver = KVTransferStub(channel)
+        await channel.close()
+        with pytest.raises(TransferError) as raised:
+            await send_kv(receiver, make_transfer(num_layers=1, num_blocks=1), stall_timeout_s=1)
+        assert raised.value.fault is TransferFault.PEER_LOST
+
+    asyncio.run(scenario())
