@@ -10,8 +10,9 @@ from functools import partial
 import torch
 
 from kvcache.errors import ModelError
-from kvcache.spec import DTYPE_BYTES, KVCacheSpec
+from kvcache.spec import KVCacheSpec
 from workers.model.checkpoint import CheckpointInfo, read_tensor_headers
+from workers.model.shape import HEAD_BYTES, WEIGHT_BYTES
 
 GEMM_SIZES = (512, 1024, 2048)
 READ_BYTES = 256 << 20  # well beyond the last cache level
@@ -49,11 +50,6 @@ def _best_seconds(work: Callable[[], object]) -> float:
         work()
         seconds.append(time.perf_counter() - started_s)
     return min(seconds)
-
-
-# Quantized weights with their scales: a bfloat16 per 64, or with a bfloat16 minimum per 32.
-WEIGHT_BYTES: dict[str, float] = {**DTYPE_BYTES, "int8": 1 + 2 / 64, "int4": 1 / 2 + 4 / 32}
-HEAD_BYTES = {**WEIGHT_BYTES, "int4": WEIGHT_BYTES["int8"]}
 
 
 @dataclass(frozen=True, slots=True)

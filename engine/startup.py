@@ -20,6 +20,7 @@ from scheduler.batching import BatchLimits
 from scheduler.types import WorkerRole
 from workers.device import Device, choose_device, count_gpus
 from workers.model.checkpoint import CheckpointInfo, describe_checkpoint
+from workers.model.shape import model_shape
 from workers.native.library import load_library
 from workers.worker_options import WorkerOptions
 
@@ -114,6 +115,7 @@ def make_plan(config: ServeConfig, path: Path) -> StartupPlan:
             model_path=str(path),
             model_name=config.served_name,
             spec=specs[role],
+            shape=model_shape(checkpoint, specs[role], config.quantization),
             num_blocks=None
             if is_left_to_gpu
             else _num_blocks(config, specs[role], max_model_len, config.tensor_parallel_size_of(role)),

@@ -30,8 +30,19 @@ class WorkerRole(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class GemmRate:
+    """How fast linear layers are when a step has so many rows (tokens): few rows are bound by reading weights."""
+
+    rows: int
+    gflop_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """What a device was measured to do, at the dtype the worker computes in."""
+    """What a device can do, at the dtype the worker computes in: measured, or read from a file.
+
+    Rates are what is reached and not a data sheet's peak. A rate of 0 is unknown: ``CostModel`` then takes another.
+    """
 
     name: str  # for people; no decision reads it
     gemm_gflop_s: float  # large matrix products, 1e9 multiply-adds x 2 per second
@@ -39,6 +50,26 @@ class DeviceProfile:
     memory_bytes: int
     num_threads: int = 1
     price_per_hour: float = 0.0  # 0 means unknown
+    gemm_rates: tuple[GemmRate, ...] = ()  # by growing rows, in the weights' format; empty: the roofline of the above
+    attention_gb_s: float = 0.0  # KV read by the attention of decoding sequences
+    link_gb_s: float = 0.0  # KV payload to another worker
+    sources: tuple[tuple[str, str], ...] = ()  # (field, where it is from); what is not named was measured here
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a prediction needs of a model. A multiply-add is 2 FLOP; of a tensor-parallel worker all ranks together.
+
+    Left out, being under 1 %: norms, rotary embedding, activations, embedding rows, KV writes.
+    """
+
+    num_layers: int
+    weight_bytes: float  # read by every step: the layers, in the format they are computed in
+    head_bytes: float  # the output head, read by every step that samples
+    linear_flops: float  # of one token in the layers' linear parts
+    head_flops: float  # of one row of logits
+    attention_flops: float  # of one token with one token of its context, itself among them
+    kv_token_bytes: int  # of one token over all layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +86,47 @@ class WorkerInfo:
     max_model_len: int
     spec: KVCacheSpec
     num_blocks: int
-    tensor_parallel_size: int = 1  # ranks; spec, num_blocks and device are those of all together
+    shape: ModelShape
+    tensor_parallel_size: int = 1  # ranks; spec, num_blocks, shape and device are those of all together
+    max_num_seqs: int = 64  # sequences in its batch
+    max_num_batched_tokens: int = 512  # tokens it computes in one step
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Some like steps of one worker, added up: what the cost model learns from.
+
+    Alike means: with about as many prompt tokens and as many decoding sequences, to a factor of two.
+    """
+
+    num_steps: int
+    prompt_tokens: int  # computed in them
+    prompt_pairs: int  # (prompt token, token of its context that it attends to, itself among them)
+    decode_tokens: int  # one for each decoding sequence and step
+    context_tokens: int  # whose KV the decoding sequences read
+    seconds: float  # from planning a step to handing its tokens out, added up
+
+
+@dataclass(frozen=True, slots=True)
+class TransferTimes:
+    """Some handoffs from one prefill worker to one decode worker, added up."""
+
+    address: str  # of the decode worker
+    num_transfers: int
+    num_bytes: int  # KV payload
+    seconds: float  # of those bytes' way that were still to go when the prompt was computed, added up
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionErrors:
+    """Median of |predicted - real| / real over the newest steps or handoffs; None before the first.
+
+    Each was predicted before the model learned from it.
+    """
+
+    prefill: float | None = None
+    decode: float | None = None
+    transfer: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

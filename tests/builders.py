@@ -14,7 +14,7 @@ from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import ScheduledChunk
 from scheduler.request import SamplingParams
-from scheduler.types import DeviceProfile, WorkerInfo, WorkerRole
+from scheduler.types import DeviceProfile, ModelShape, WorkerInfo, WorkerRole
 
 BLOCK_SIZE = 4
 
@@ -27,6 +27,20 @@ def make_spec(
     dtype: str = "float32",
 ) -> KVCacheSpec:
     return KVCacheSpec(num_layers, num_kv_heads, head_size, block_size, dtype)
+
+
+def make_shape(spec: KVCacheSpec | None = None) -> ModelShape:
+    """A model of a million weights in float32, a tenth of them in its head."""
+    spec = spec or make_spec()
+    return ModelShape(
+        num_layers=spec.num_layers,
+        weight_bytes=3.6e6,
+        head_bytes=0.4e6,
+        linear_flops=1.8e6,
+        head_flops=0.2e6,
+        attention_flops=4.0 * spec.num_layers * spec.num_kv_heads * spec.head_size,
+        kv_token_bytes=spec.token_bytes,
+    )
 
 
 def make_manager(num_blocks: int, lease_ttl_s: float = 10.0, *, prefix_caching: bool = True) -> KVCacheManager:
@@ -65,6 +79,7 @@ def make_worker(
         max_model_len=256,
         spec=spec or make_spec(),
         num_blocks=64,
+        shape=make_shape(spec),
     )
 
 

@@ -30,6 +30,7 @@ from scheduler.batching import BatchLimits, StepOutput, StepPlan
 from scheduler.controller import ClusterController, Command, Event, PlaceRequest, WorkerRegistered
 from scheduler.request import FinishReason, SamplingParams, TokenLogprobs
 from scheduler.types import ClusterSnapshot, DeviceProfile, Placement, WorkerLoad, WorkerRole
+from tests.builders import make_shape
 from tests.fakes import MODEL_NAME, tiny_backend
 from tests.families import load_reference, save_model
 from tests.leaks import check_no_leaks, until
@@ -367,6 +368,7 @@ def _options(
         model_path=str(checkpoint.path),
         model_name=MODEL_NAME,
         spec=checkpoint.spec,
+        shape=make_shape(checkpoint.spec),
         num_blocks=num_blocks,
         max_model_len=checkpoint.max_model_len,
         vocab_size=checkpoint.vocab_size,

@@ -114,7 +114,10 @@ class Worker:
             options.max_model_len,
             options.spec,
             self.manager.num_blocks,
+            options.shape,
             options.tensor_parallel_size,
+            options.limits.max_num_seqs,
+            options.limits.max_num_batched_tokens,
         )
 
     def load(self) -> WorkerLoad:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvcache.spec import KVCacheSpec
 from scheduler.batching import BatchLimits
-from scheduler.types import WorkerRole
+from scheduler.types import ModelShape, WorkerRole
 from workers.device import Device
 
 
@@ -19,6 +19,7 @@ class WorkerOptions:
     model_path: str
     model_name: str
     spec: KVCacheSpec
+    shape: ModelShape
     num_blocks: int | None  # None on a GPU: as many as ``gpu_memory_utilization`` leaves room for
     max_model_len: int
     vocab_size: int

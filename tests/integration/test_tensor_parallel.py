@@ -15,6 +15,7 @@ import torch
 
 from kvcache.errors import ModelError, ResourceError
 from scheduler.types import WorkerRole
+from tests.builders import make_shape
 from tests.cluster import MAX_MODEL_LEN, ROOMY, TinyCheckpoint, local_cluster
 from tests.ranks import ProcessRanks, ThreadRanks, load_one_at_a_time
 from workers.model import runner
@@ -37,6 +38,7 @@ def options_of(checkpoint: TinyCheckpoint, size: int) -> WorkerOptions:
         model_path=str(checkpoint.path),
         model_name="tiny",
         spec=checkpoint.spec,
+        shape=make_shape(checkpoint.spec),
         num_blocks=64,
         max_model_len=MAX_MODEL_LEN,
         vocab_size=checkpoint.vocab_size,

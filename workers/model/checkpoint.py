@@ -26,6 +26,7 @@ from workers.model.safetensors_file import (
     read_checked_headers,
     weight_files,
 )
+from workers.model.shape import LayerWeights, count_layer_weights
 from workers.model.smollm2 import DEFAULT_MODEL as DEFAULT_MODEL
 from workers.model.smollm2 import prepare_default_model
 
@@ -60,6 +61,7 @@ class CheckpointInfo:
     num_parameters: int
     dtype: str
     weight_bytes: int
+    layer_weights: LayerWeights
     cutting_problem: str | None = None  # why tensor parallelism cannot share this model out
 
 
@@ -205,6 +207,7 @@ def describe_checkpoint(path: str | Path, *, dtype: str = "auto", device: str = 
         num_parameters=num_parameters,
         dtype=resolved,
         weight_bytes=num_parameters * DTYPE_BYTES[resolved],
+        layer_weights=count_layer_weights(found.headers, config),
         cutting_problem=find_plan_problem(config.base_model_tp_plan),
     )
 

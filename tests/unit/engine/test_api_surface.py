@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from kvcache.spec import KVCacheSpec
 from scheduler.types import ClusterSnapshot, DeviceProfile, WorkerInfo, WorkerLoad, WorkerRole, WorkerSnapshot
+from tests.builders import make_shape
 from tests.fakes import FakeEngine, Script
 from tests.unit.engine.calls import CHAT, COMPLETIONS, HELLO, app_of, assert_openai_error, call
 
@@ -97,6 +98,7 @@ def test_the_cluster_is_told_in_full() -> None:
         max_model_len=100,
         spec=KVCacheSpec(2, 1, 8, 16, "float32"),
         num_blocks=4,
+        shape=make_shape(),
     )
     engine.cluster = ClusterSnapshot((WorkerSnapshot(info, WorkerLoad(running=3), 1, 20, 9, 5.0),), ("prefill-0",))
     told = call(engine, "/cluster").json()

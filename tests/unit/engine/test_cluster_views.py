@@ -19,6 +19,7 @@ from scheduler.types import (
     WorkerRole,
     WorkerSnapshot,
 )
+from tests.builders import make_shape
 
 INFO = WorkerInfo(
     worker_id="decode-0",
@@ -31,6 +32,7 @@ INFO = WorkerInfo(
     max_model_len=512,
     spec=KVCacheSpec(2, 1, 16, 16, "float32"),
     num_blocks=100,
+    shape=make_shape(),
 )
 
 

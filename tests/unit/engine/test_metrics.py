@@ -12,6 +12,7 @@ from engine.metrics import Metrics
 from kvcache.spec import KVCacheSpec
 from scheduler.request import FinishReason
 from scheduler.types import ClusterSnapshot, DeviceProfile, WorkerInfo, WorkerLoad, WorkerRole, WorkerSnapshot
+from tests.builders import make_shape
 from tests.fakes import FakeEngine, ManualClock, Script
 from tests.unit.engine.calls import COMPLETIONS, call
 
@@ -19,7 +20,7 @@ from tests.unit.engine.calls import COMPLETIONS, call
 def worker(worker_id: str, role: WorkerRole, load: WorkerLoad, incarnation: int = 1) -> WorkerSnapshot:
     device = DeviceProfile("cpu", 100.0, 10.0, 1 << 30)
     spec = KVCacheSpec(2, 1, 8, 16, "float32")
-    info = WorkerInfo(worker_id, incarnation, role, "127.0.0.1:1", 7, device, "tiny", 100, spec, num_blocks=10)
+    info = WorkerInfo(worker_id, incarnation, role, "127.0.0.1:1", 7, device, "tiny", 100, spec, 10, make_shape(spec))
     return WorkerSnapshot(info, load, 0, 0, 0, 0.0)
 
 

@@ -13,6 +13,7 @@ from kvcache.errors import ConfigError
 from scheduler.types import WorkerRole
 from tests.builders import make_spec
 from workers.model.checkpoint import CheckpointInfo
+from workers.model.shape import LayerWeights
 
 CHECKPOINT = CheckpointInfo(
     path=Path("model"),
@@ -29,6 +30,7 @@ CHECKPOINT = CheckpointInfo(
     num_parameters=1000,
     dtype="float32",
     weight_bytes=4000,
+    layer_weights=LayerWeights(held=900, used=900),
 )
 
 

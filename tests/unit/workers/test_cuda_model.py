@@ -13,6 +13,7 @@ from torch import nn
 from kvcache.errors import ResourceError
 from scheduler.batching import BatchLimits
 from scheduler.types import WorkerRole
+from tests.builders import make_shape
 from tests.fake_flashinfer import FakeFlashInfer
 from tests.tiny_model import VOCAB_SIZE, tiny_llama, tiny_spec
 from workers.model import cuda_model
@@ -123,6 +124,7 @@ def options_for(role: WorkerRole) -> WorkerOptions:
         "nowhere",
         "tiny",
         SPEC,
+        make_shape(SPEC),
         num_blocks=None,
         max_model_len=MAX_MODEL_LEN,
         vocab_size=VOCAB_SIZE,

@@ -12,6 +12,7 @@ from kvcache.errors import ModelError
 from kvcache.spec import KVCacheSpec
 from scheduler.batching import BatchLimits
 from scheduler.types import WorkerRole
+from tests.builders import make_shape
 from workers import ray_worker
 from workers.ray_worker import WorkerActor
 from workers.worker_options import WorkerOptions
@@ -22,6 +23,7 @@ OPTIONS = WorkerOptions(
     model_path="/nowhere",
     model_name="tiny",
     spec=KVCacheSpec(1, 1, 16, 16, "float32"),
+    shape=make_shape(),
     num_blocks=4,
     max_model_len=64,
     vocab_size=100,

@@ -1,0 +1,251 @@
+"""How long things will take on a worker: predicted from its device and its model, corrected by what they took.
+
+A step reads the weights once and computes with every row (roofline: Williams et al., CACM 2009); attention comes on
+top. Each part has a coefficient that is 1 where the device does what its profile says, and is learned online.
+docs/cost_model.md has the formulas.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+from scheduler.online_fit import Coefficient, OnlineFit
+from scheduler.types import (
+    DeviceProfile,
+    GemmRate,
+    PredictionErrors,
+    StepTimes,
+    TransferTimes,
+    WorkerInfo,
+)
+
+UNKNOWN_LINK_GB_S = 1.0  # about what gRPC moves over loopback; the first handoffs tell better
+ERROR_WINDOW = 64  # samples that an error is the median of
+_SHORTEST_S = 1e-7  # clocks may say 0
+
+# Coefficients of parts that the profile gives: right to a factor of two or so, and never free.
+_PART = Coefficient(prior=1.0, deviation=1.0, low=0.05, high=20.0)
+_STEP = Coefficient(prior=1e-3, deviation=3e-3, low=0.0, high=1.0)  # seconds a step takes beside the model
+_SEQUENCE = Coefficient(prior=2e-5, deviation=2e-4, low=0.0, high=0.1)  # and each sequence in it
+_HANDOFF = Coefficient(prior=2e-3, deviation=5e-3, low=0.0, high=1.0)  # and a handoff, beside its bytes
+_LINK = Coefficient(prior=1.0, deviation=1.0, low=0.0, high=50.0)  # a part of the bytes goes while layers compute
+
+
+class CostModel:
+    """Predicted seconds on registered workers; corrected by what steps really took.
+
+    A prediction costs about a microsecond and changes nothing. All but ``add`` raise KeyError for a worker that was
+    not added, or was removed.
+    """
+
+    def __init__(self) -> None:
+        self._workers: dict[str, _WorkerCosts] = {}
+        self._id_of: dict[str, str] = {}  # by address
+
+    def add(self, info: WorkerInfo) -> None:
+        """A worker has registered. What was learned of an earlier process of that name is forgotten."""
+        if info.worker_id in self._workers:
+            self.remove(info.worker_id)
+        self._workers[info.worker_id] = _WorkerCosts(info)
+        self._id_of[info.address] = info.worker_id
+
+    def remove(self, worker_id: str) -> None:
+        removed = self._workers.pop(worker_id)
+        if self._id_of.get(removed.address) == worker_id:
+            del self._id_of[removed.address]
+        for worker in self._workers.values():
+            worker.links.pop(worker_id, None)
+
+    def prefill_seconds(self, worker_id: str, num_tokens: int, num_cached_tokens: int = 0) -> float:
+        """To compute a prompt of ``num_tokens``, of which that many are cached there, alone on the worker."""
+        return self._workers[worker_id].prefill_seconds(num_tokens, num_cached_tokens)
+
+    def decode_step_seconds(self, worker_id: str, batch_size: int, context_tokens: int) -> float:
+        """One token for each of ``batch_size`` sequences, whose contexts add up to ``context_tokens``."""
+        return self._workers[worker_id].decode_step_seconds(batch_size, context_tokens)
+
+    def transfer_seconds(self, prefill_id: str, decode_id: str, num_tokens: int) -> float:
+        """From the end of a prompt's computation until its KV is attached on the other worker.
+
+        Layers travel while others compute: this is what is left at the end, which is learned for each pair.
+        """
+        sender, receiver = self._workers[prefill_id], self._workers[decode_id]
+        link = sender.links.get(decode_id)
+        handoff_s, byte_s = link.values if link is not None else (_HANDOFF.prior, _LINK.prior)
+        return handoff_s + byte_s * num_tokens * sender.kv_token_bytes * _byte_seconds(sender, receiver)
+
+    def observe(self, worker_id: str, steps: StepTimes) -> None:
+        """Learns from steps that a worker has taken."""
+        self._workers[worker_id].observe(steps)
+
+    def observe_transfers(self, prefill_id: str, transfers: TransferTimes) -> None:
+        """Learns from handoffs that a prefill worker has made. A receiver that is not known here is passed over."""
+        decode_id = self._id_of.get(transfers.address)
+        if decode_id is None or transfers.num_transfers < 1:
+            return
+        sender = self._workers[prefill_id]
+        link = sender.links.setdefault(decode_id, OnlineFit((_HANDOFF, _LINK)))
+        seconds = max(transfers.seconds, _SHORTEST_S)
+        byte_s = _byte_seconds(sender, self._workers[decode_id])
+        features = (transfers.num_transfers, transfers.num_bytes * byte_s)
+        sender.transfer_errors.append(abs(link.predict(features) - seconds) / seconds)
+        link.add(features, seconds, transfers.num_transfers)
+
+    def errors(self, worker_id: str) -> PredictionErrors:
+        """How far off the newest predictions were that a worker's steps and handoffs could prove wrong."""
+        worker = self._workers[worker_id]
+        return PredictionErrors(
+            _median(worker.prefill_errors), _median(worker.decode_errors), _median(worker.transfer_errors)
+        )
+
+
+class _WorkerCosts:
+    """One worker. Its coefficients lie beside the features that they multiply, ready for a prediction."""
+
+    __slots__ = (
+        "_chunk",
+        "_decode",
+        "_decode_linear",
+        "_kv_token_s",
+        "_pair_s",
+        "_prefill",
+        "_prefill_linear",
+        "address",
+        "decode_errors",
+        "kv_token_bytes",
+        "link_gb_s",
+        "links",
+        "prefill_errors",
+        "transfer_errors",
+    )
+
+    def __init__(self, info: WorkerInfo) -> None:
+        device, shape = info.device, info.shape
+        self.address = info.address
+        self.kv_token_bytes = shape.kv_token_bytes
+        self.link_gb_s = device.link_gb_s or UNKNOWN_LINK_GB_S
+        self.links: dict[str, OnlineFit] = {}  # by decode worker
+        self.prefill_errors: deque[float] = deque(maxlen=ERROR_WINDOW)
+        self.decode_errors: deque[float] = deque(maxlen=ERROR_WINDOW)
+        self.transfer_errors: deque[float] = deque(maxlen=ERROR_WINDOW)
+        self._chunk = info.max_num_batched_tokens
+        self._prefill_linear = linear_times(device, shape.weight_bytes, shape.linear_flops)
+        self._decode_linear = linear_times(
+            device, shape.weight_bytes + shape.head_bytes, shape.linear_flops + shape.head_flops
+        )
+        self._pair_s = shape.attention_flops / (device.gemm_gflop_s * 1e9)
+        self._kv_token_s = shape.kv_token_bytes / ((device.attention_gb_s or device.read_gb_s) * 1e9)
+        self._prefill = OnlineFit((_STEP, _PART, _PART))  # steps, linear layers, attention
+        self._decode = OnlineFit((_STEP, _SEQUENCE, _PART, _PART))  # steps, sequences, linear layers, attention
+
+    def prefill_seconds(self, num_tokens: int, num_cached_tokens: int) -> float:
+        num_computed = max(1, num_tokens - num_cached_tokens)  # the last token is computed always, for its logits
+        num_full, rest = divmod(num_computed, self._chunk)
+        linear = self._prefill_linear
+        linear_s = num_full * linear.seconds(self._chunk) if num_full else 0.0
+        if rest:
+            linear_s += linear.seconds(rest)
+        pairs = num_computed * (num_tokens - (num_computed - 1) / 2)
+        step, per_linear, per_attention = self._prefill.values
+        num_steps = num_full + (rest > 0)
+        return step * num_steps + per_linear * linear_s + per_attention * self._pair_s * pairs
+
+    def decode_step_seconds(self, batch_size: int, context_tokens: int) -> float:
+        step, sequence, per_linear, per_attention = self._decode.values
+        return (
+            step
+            + sequence * batch_size
+            + per_linear * self._decode_linear.seconds(batch_size)
+            + per_attention * self._kv_token_s * context_tokens
+        )
+
+    def observe(self, steps: StepTimes) -> None:
+        if steps.num_steps < 1:
+            return
+        if steps.prompt_tokens:
+            self._observe_prefill(steps)
+        else:
+            self._observe_decode(steps)
+
+    def _observe_decode(self, steps: StepTimes) -> None:
+        num_steps, seconds = steps.num_steps, max(steps.seconds, _SHORTEST_S)
+        linear_s = num_steps * self._decode_linear.seconds(steps.decode_tokens / num_steps)
+        features = (num_steps, steps.decode_tokens, linear_s, self._kv_token_s * steps.context_tokens)
+        self.decode_errors.append(abs(self._decode.predict(features) - seconds) / seconds)
+        self._decode.add(features, seconds, num_steps)
+
+    def _observe_prefill(self, steps: StepTimes) -> None:
+        """In a step of both, what decoding sequences add is taken as known: other steps show it better."""
+        num_steps, seconds = steps.num_steps, max(steps.seconds, _SHORTEST_S)
+        rows = (steps.prompt_tokens + steps.decode_tokens) / num_steps
+        features = (num_steps, num_steps * self._prefill_linear.seconds(rows), self._pair_s * steps.prompt_pairs)
+        _, sequence, _, per_attention = self._decode.values
+        known_s = sequence * steps.decode_tokens + per_attention * self._kv_token_s * steps.context_tokens
+        self.prefill_errors.append(abs(self._prefill.predict(features) + known_s - seconds) / seconds)
+        self._prefill.add(features, max(seconds - known_s, seconds / 2), num_steps)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearTimes:
+    """Seconds of the linear layers of one step by its rows: straight lines between points, and on beyond the last."""
+
+    rows: tuple[float, ...]  # growing, from 0
+    at_rows: tuple[float, ...]
+    slopes: tuple[float, ...]  # from each of them on
+
+    def seconds(self, rows: float) -> float:
+        index = bisect_right(self.rows, rows) - 1
+        return self.at_rows[index] + self.slopes[index] * (rows - self.rows[index])
+
+
+def linear_times(device: DeviceProfile, weight_bytes: float, flops: float) -> LinearTimes:
+    """The longer of reading all weights and computing with every row, at the rate that the device has for so many.
+
+    Args:
+        flops: of one row.
+    """
+    floor_s = weight_bytes / (device.read_gb_s * 1e9)
+    rates = device.gemm_rates or (GemmRate(1, device.gemm_gflop_s),)
+    computed = [(float(rate.rows), rate.rows * flops / (rate.gflop_s * 1e9)) for rate in rates]
+    return _join(_rising([(0.0, floor_s), *_above(floor_s, computed)]), flops / (device.gemm_gflop_s * 1e9))
+
+
+def _above(floor_s: float, computed: list[tuple[float, float]]) -> Iterable[tuple[float, float]]:
+    """The points of the longer of the two, with the one where computing overtakes reading."""
+    last_rows, last_s = 0.0, 0.0
+    for rows, seconds in computed:
+        if last_s < floor_s < seconds:
+            yield last_rows + (rows - last_rows) * (floor_s - last_s) / (seconds - last_s), floor_s
+        yield rows, max(floor_s, seconds)
+        last_rows, last_s = rows, seconds
+    if last_s < floor_s:
+        yield last_rows * floor_s / last_s, floor_s
+
+
+def _rising(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """More rows never take less time, whatever a probe says."""
+    rising = [points[0]]
+    for rows, seconds in points[1:]:
+        if rows > rising[-1][0]:
+            rising.append((rows, max(seconds, rising[-1][1])))
+    return rising
+
+
+def _join(points: list[tuple[float, float]], last_slope: float) -> LinearTimes:
+    slopes = [(right[1] - left[1]) / (right[0] - left[0]) for left, right in pairwise(points)]
+    rows, seconds = zip(*points, strict=True)
+    return LinearTimes(rows, seconds, (*slopes, last_slope))
+
+
+def _byte_seconds(sender: _WorkerCosts, receiver: _WorkerCosts) -> float:
+    """Of one byte of KV, by the slower of both links."""
+    return 1 / (min(sender.link_gb_s, receiver.link_gb_s) * 1e9)
+
+
+def _median(errors: deque[float]) -> float | None:
+    return median(errors) if errors else None
