@@ -54,6 +54,11 @@ _OUR_GAUGES = (
     ),
 )
 _OUR_COUNTERS = (
+    _WorkerMetric(
+        "kv_blocks_resumed",
+        "Blocks kept of handoffs that broke: they did not come again.",
+        lambda worker: worker.load.blocks_resumed,
+    ),
     _WorkerMetric("kv_transfer_bytes", "KV payload received.", lambda worker: worker.load.transfer_bytes),
     _WorkerMetric(
         "kv_transfer_seconds", "Time spent in handoffs, summed over them.", lambda worker: worker.load.transfer_seconds

@@ -107,6 +107,7 @@ class AsyncEngine:
         )
         delivered: list[int] = []
         avoid: list[str] = []
+        stay_on = ""
         while True:
             prompt = (*prompt_token_ids, *delivered)
             rest = sampling
@@ -114,7 +115,7 @@ class AsyncEngine:
                 left = sampling.max_tokens - len(delivered)
                 rest = replace(sampling, max_tokens=left, prompt_logprobs=None)  # they came with the first token
             placement = await self._scheduler.place(
-                RequestArrived(uuid.uuid4().hex, len(prompt), rest.max_tokens, tuple(avoid))
+                RequestArrived(uuid.uuid4().hex, len(prompt), rest.max_tokens, tuple(avoid), stay_on)
             )
             request = _request(placement, prompt, rest, len(delivered), cache_salt)
             try:
@@ -127,6 +128,9 @@ class AsyncEngine:
                 if self._is_ending:
                     raise UnavailableError(ENDING) from None
                 avoid.append(_culprit(placement, error))
+                # Once: it may be the decode worker after all that its prefill workers cannot reach.
+                is_first_break = len(avoid) == 1 and avoid[0] != placement.decode.worker_id
+                stay_on = placement.decode.worker_id if is_first_break else ""
                 if len(avoid) == MAX_PLACEMENTS:
                     raise
                 logger.warning("A sequence is placed again after %d tokens: %s", len(delivered), error)

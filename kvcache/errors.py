@@ -95,6 +95,12 @@ class TransferFault(StrEnum):
     INCOMPATIBLE = "incompatible"
     PEER_LOST = "peer_lost"
 
+    @property
+    def is_accident(self) -> bool:
+        """It can befall a sender that keeps to the protocol: what it sent before holds good."""
+        accidents = (self.BAD_CHECKSUM, self.EXPIRED, self.ABORTED, self.PEER_LOST)
+        return self in accidents
+
 
 class TransferError(TwinpoolError):
     """A KV handoff was refused or broken; the blocks of both sides have been or will be given back."""

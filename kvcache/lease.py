@@ -54,6 +54,7 @@ class BlockLease:
     state: LeaseState = LeaseState.RESERVED
     first_block: int = 0
     num_tokens: int = 0  # of the prompt whose KV the blocks take, on the decode side
+    num_verified_tokens: int = 0  # the first of them: verified in all layers, so they outlive a transfer that breaks
 
     @property
     def is_open(self) -> bool:

@@ -99,6 +99,7 @@ class Batcher:
         self.num_preemptions = 0
         self.prefix_cache_queries = 0  # tokens of sequences that began here
         self.prefix_cache_hits = 0  # those of them whose KV was here already
+        self.num_resumed_blocks = 0  # kept of handoffs that broke
         self._requests: dict[str, Request] = {}
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # oldest first
@@ -188,6 +189,32 @@ class Batcher:
         request.num_cached_tokens = num_cached_tokens
         self._join(request)
         return self._append(request, first_token_id)
+
+    def keep_received(self, request_id: str, num_tokens: int) -> bool:
+        """A handoff broke after the KV of the prompt's first ``num_tokens`` tokens had been verified.
+
+        Whole blocks of it are cached, so that another placement of this sequence begins with them. True: what is
+        left is one step's work at most, less than another handoff; the sequence has joined the batch with what it
+        has, cached or not. False: the caller is to end it.
+        """
+        request = self._requests.get(request_id)
+        if request is None or request.status is not RequestStatus.WAITING_FOR_KV:
+            raise InvariantError(f"request {request_id} does not wait for KV")
+        block_size = self.manager.spec.block_size
+        num_blocks = min(num_tokens, request.num_prompt_tokens - 1) // block_size  # the last token gives the logits
+        num_kept = num_blocks - request.num_computed_tokens // block_size
+        if num_kept <= 0:
+            return False
+        self._computed(request, num_blocks * block_size)
+        fits = request.num_uncomputed_tokens <= self.limits.max_num_batched_tokens
+        # The logits of the tokens before were computed elsewhere and are lost.
+        is_resumed = fits and request.sampling.prompt_logprobs is None
+        if is_resumed:
+            request.remote_prefill = False
+            self._join(request)
+        if is_resumed or self.manager.prefix_caching:
+            self.num_resumed_blocks += num_kept
+        return is_resumed
 
     def plan(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute. Call ``apply`` before the next ``plan``."""

@@ -49,6 +49,7 @@ class RequestArrived:
     num_prompt_tokens: int
     max_tokens: int
     avoid: tuple[str, ...] = ()  # ids of workers that it has failed on already; others are preferred
+    stay_on: str = ""  # id of the decode worker that has part of its KV from a handoff that broke
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ class ClusterController:
     def _place(self, request: RequestArrived) -> Command:
         workers = (worker.snapshot() for worker in self._workers.values())
         try:
-            placement = place_least_loaded(request.request_id, workers, request.avoid)
+            placement = place_least_loaded(request.request_id, workers, request.avoid, request.stay_on)
         except UnavailableError as error:
             return RefuseRequest(request.request_id, error.message)
         self._placements[request.request_id] = placement

@@ -8,7 +8,9 @@ from kvcache.errors import UnavailableError
 from scheduler.types import Phase, Placement, WorkerAddress, WorkerRole, WorkerSnapshot
 
 
-def place_least_loaded(request_id: str, workers: Iterable[WorkerSnapshot], avoid: Collection[str] = ()) -> Placement:
+def place_least_loaded(
+    request_id: str, workers: Iterable[WorkerSnapshot], avoid: Collection[str] = (), stay_on: str = ""
+) -> Placement:
     """Puts each phase on the worker that would finish its present work first.
 
     Work is counted in tokens in flight over what the device was measured to do: arithmetic for prefill,
@@ -16,12 +18,14 @@ def place_least_loaded(request_id: str, workers: Iterable[WorkerSnapshot], avoid
 
     Args:
         avoid: ids of workers that this request has failed on already: taken only where there is no other.
+        stay_on: id of the worker that decodes it, if it is alive.
 
     Raises:
         UnavailableError: no live worker takes one of the phases; names it.
     """
     workers = tuple(workers)
-    decode = _least_loaded(Phase.DECODE, workers, avoid)
+    known = [worker for worker in workers if worker.info.worker_id == stay_on]
+    decode = known[0] if known else _least_loaded(Phase.DECODE, workers, avoid)
     if decode.info.role is WorkerRole.COLOCATED:
         return Placement(request_id, _address(decode), None)
     return Placement(request_id, _address(decode), _address(_least_loaded(Phase.PREFILL, workers, avoid)))

@@ -147,6 +147,7 @@ class WorkerLoad:
     transfer_bytes: int = 0  # KV payload received
     transfer_seconds: float = 0.0
     transfer_failures: tuple[tuple[str, int], ...] = ()  # (fault, count)
+    blocks_resumed: int = 0  # of handoffs that broke: verified before, so they did not come again
 
 
 @dataclass(frozen=True, slots=True)

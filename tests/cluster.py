@@ -336,7 +336,7 @@ async def local_cluster(
     try:
         for role in (role for role, count in counts.items() for _ in range(count)):
             worker_id = f"{role.value}-{sum(name.startswith(role.value) for name in cluster.workers)}"
-            options = _options(checkpoint, worker_id, role, num_blocks, limits, lease_ttl_s)
+            options = worker_options(checkpoint, worker_id, role, num_blocks, limits, lease_ttl_s)
             size = (tensor_parallel_sizes or {}).get(role, 1)
             spec = (specs or {}).get(role, options.spec)
             own = replace(options, tensor_parallel_size=size, prefix_caching=prefix_caching, spec=spec)
@@ -354,7 +354,7 @@ async def local_cluster(
             ranks.join()
 
 
-def _options(
+def worker_options(
     checkpoint: TinyCheckpoint,
     worker_id: str,
     role: WorkerRole,

@@ -144,7 +144,20 @@ class DecodeRole:
         if handoff is not None and handoff.lease is lease:  # gone once attached: then the end is no news
             del self._handoffs[request.request_id]
             logger.warning("Handoff of request %s failed: %s", request.request_id, error)
-            self._loop.fail(request.request_id, _as_client_error(error))
+            if self._goes_on_here(request, lease, error):
+                self._prefill_logprobs.pop(request.request_id, None)  # those of the first token come with it
+                self._loop.wake()
+            else:
+                self._loop.fail(request.request_id, _as_client_error(error))
+
+    def _goes_on_here(self, request: Request, lease: BlockLease, error: TwinpoolError) -> bool:
+        """Keeps what was verified before the handoff broke; True when the rest is computed in place.
+
+        Not when computing the prompt failed: nobody is to start from its KV.
+        """
+        if not isinstance(error, TransferError | UnavailableError):
+            return False
+        return self._loop.batcher.keep_received(request.request_id, lease.num_verified_tokens)
 
     async def _follow_prefill(self, request: Request, lease: BlockLease) -> None:
         peer = self._peer_at(self._prefill_addresses[request.request_id])

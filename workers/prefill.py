@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Container, Iterator
 from dataclasses import dataclass
 
 from kvcache.errors import RequestError, TwinpoolError
@@ -36,6 +36,7 @@ class _Sending:
 class _Growing:
     """A transfer whose prompt is in the running step, and the blocks that are complete after it."""
 
+    request_id: str
     transfer: OutgoingTransfer
     num_blocks: int
 
@@ -104,9 +105,11 @@ class PrefillRole:
         for growing in self._growing:
             growing.transfer.mark_ready(num_layers, growing.num_blocks)
 
-    def end_step(self) -> None:
-        """Of a sequence that failed, blocks may be marked that are wrong; its transfer is never committed."""
-        self.layers_computed(self._storage.spec.num_layers)
+    def end_step(self, failed: Container[str]) -> None:
+        """What a sequence that failed has in the layers after its failure is nothing to be sent."""
+        for growing in self._growing:
+            if growing.request_id not in failed:
+                growing.transfer.mark_ready(self._storage.spec.num_layers, growing.num_blocks)
         self._growing = []
 
     async def _compute_and_send(
@@ -152,7 +155,7 @@ class PrefillRole:
         is_last = chunk.sampling is not None
         end_block = lease.first_block + len(lease.block_ids)
         num_blocks = end_block if is_last else chunk.end // self._storage.spec.block_size
-        return _Growing(sending.transfer, num_blocks)
+        return _Growing(chunk.request_id, sending.transfer, num_blocks)
 
     def _start_sending(self, chunk: ScheduledChunk) -> None:
         request_id = chunk.request_id

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import ChainMap
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -65,8 +65,8 @@ class KVListener(Protocol):
         """The KV of the first ``num_layers`` layers is in the cache. May come less often than once a layer."""
         ...
 
-    def end_step(self) -> None:
-        """The step has ended: all its KV is in the cache, but that of sequences that failed."""
+    def end_step(self, failed: Container[str]) -> None:
+        """The step has ended: all its KV is in the cache, but that of the sequences that ``failed``."""
         ...
 
 
@@ -148,7 +148,7 @@ class StepLoop:
         progress = self._progress if listens else None
         result = await asyncio.get_running_loop().run_in_executor(self._thread, self._execute, plan, progress)
         if self.kv_listener is not None:
-            self.kv_listener.end_step()
+            self.kv_listener.end_step(result.failures)
         for output in self.batcher.apply(plan, result.output, result.failures):
             self.deliver(output)
         for request_id, error in result.failures.items():

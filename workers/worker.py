@@ -137,6 +137,7 @@ class Worker:
             transfer_bytes=transfers.payload_bytes,
             transfer_seconds=transfers.receive_seconds,
             transfer_failures=tuple((fault.value, count) for fault, count in transfers.failures.items()),
+            blocks_resumed=batcher.num_resumed_blocks,
         )
 
     def _service(self) -> WorkerService:

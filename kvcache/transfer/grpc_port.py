@@ -92,6 +92,10 @@ class KVTransferService(pb_grpc.KVTransferServicer):
                 else:
                     raise TransferError(TransferFault.REPEATED, "a second opening, or an empty message, in one stream")
             raise TransferError(TransferFault.INCOMPLETE, "the stream ended before its commit")
+        except TransferError as error:
+            if incoming is not None and not error.fault.is_accident:
+                incoming.distrust()
+            raise
         finally:
             # Cancelled, refused or cut: whatever was written is never read. No effect after a commit.
             if incoming is not None:

@@ -43,6 +43,8 @@ class IncomingTransfer:
             raise TransferError(TransferFault.REPEATED, f"transfer {opening.transfer_id} has been opened before")
         self._first_block, self._end_block = self._sender_blocks(self._source)
         self._written = np.zeros((self._source.num_layers, self._end_block - self._first_block), dtype=bool)
+        self._layers_written = np.zeros(self._end_block - self._first_block, dtype=np.int64)  # of each block
+        self._num_whole = 0  # blocks before the first that lacks a layer
         self._writer = make_writer(storage, self.lease, self._source)
         self._num_chunks = 0
         self.payload_bytes = 0
@@ -64,9 +66,26 @@ class IncomingTransfer:
             raise TransferError(TransferFault.REPEATED, f"{where} of transfer {chunk.transfer_id}")
         self._writer.write(where, chunk.payload)
         self._written[where.layer, span] = True
+        self._tell_whole(span)
         self._num_chunks += 1
         self.payload_bytes += len(chunk.payload)
         leases.renew(self.lease, now)
+
+    def _tell_whole(self, written: slice) -> None:
+        """The lease hears how much of the prompt is there in all layers."""
+        source = self._source
+        self._layers_written[written] += 1
+        while self._num_whole < len(self._layers_written):
+            if self._layers_written[self._num_whole] < source.num_layers:
+                break
+            self._num_whole += 1
+        if self._num_whole:
+            end_token = (self._first_block + self._num_whole) * source.block_size
+            self.lease.num_verified_tokens = min(end_token, self.lease.num_tokens)
+
+    def distrust(self) -> None:
+        """The sender does not keep to the protocol: nothing of it is kept."""
+        self.lease.num_verified_tokens = 0
 
     def commit(self, message: pb.TransferCommit, now: float) -> ReceivedKV:
         """Closes the lease as committed once every block of every layer is there."""

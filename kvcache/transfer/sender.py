@@ -96,11 +96,16 @@ class OutgoingTransfer:
         return self._commit(self._outcome)
 
     def _next_range(self) -> ChunkRange | None:
-        """The lowest layer that has something ready: it was computed first."""
-        for layer, (ready, sent) in enumerate(zip(self._ready, self._sent, strict=True)):
-            if ready > sent:
-                return ChunkRange(layer, sent, min(self._blocks_per_chunk, ready - sent))
-        return None
+        """The layer that is least far of those with something ready, the lowest of equals.
+
+        So the prompt's first blocks are whole first on the other side, and stay there if this breaks.
+        """
+        layers = [layer for layer, ready in enumerate(self._ready) if ready > self._sent[layer]]
+        if not layers:
+            return None
+        layer = min(layers, key=self._sent.__getitem__)
+        sent = self._sent[layer]
+        return ChunkRange(layer, sent, min(self._blocks_per_chunk, self._ready[layer] - sent))
 
     def _opening(self) -> pb.TransferMessage:
         return pb.TransferMessage(

@@ -18,6 +18,7 @@ from tests.unit.kvcache.handoff import (
     FIRST_TOKEN_ID,
     LEASE_TTL_S,
     NUM_CACHED_TOKENS,
+    NUM_TOKENS,
     REQUEST_ID,
     SPEC,
     Handoff,
@@ -165,7 +166,7 @@ def test_a_handoff_moves_the_exact_bytes_to_differently_numbered_blocks(handoff:
 def test_the_sender_cuts_each_layer_into_several_chunks(handoff: Handoff) -> None:
     """Without this the tests of lost and reordered chunks would prove little."""
     ranges = [(chunk.layer, chunk.first_block, chunk.num_blocks) for chunk in handoff.chunks]
-    assert ranges == [(0, 0, 2), (0, 2, 1), (1, 0, 2), (1, 2, 1)]
+    assert ranges == [(0, 0, 2), (1, 0, 2), (0, 2, 1), (1, 2, 1)]
 
 
 def test_chunks_may_come_in_any_order(handoff: Handoff) -> None:
@@ -358,3 +359,30 @@ def test_a_held_block_may_be_shared_while_the_rest_is_received(partial_handoff: 
     (held, *_) = manager.block_table(REQUEST_ID)
     assert held not in partial_handoff.target_lease.block_ids
     assert manager.pool.references(held) == 1
+
+
+def test_the_lease_knows_how_much_of_the_prompt_is_there_in_all_layers(handoff: Handoff) -> None:
+    incoming = handoff.receive()
+    verified = []
+    for chunk in handoff.chunks:
+        incoming.write(chunk, 0.0)
+        verified.append(handoff.target_lease.num_verified_tokens)
+    assert verified == [0, 2 * SPEC.block_size, 2 * SPEC.block_size, NUM_TOKENS]
+
+
+def test_blocks_behind_a_gap_do_not_count_until_it_is_filled(handoff: Handoff) -> None:
+    incoming = handoff.receive()
+    early, late = [chunk for chunk in handoff.chunks if not chunk.first_block], handoff.chunks[2:]
+    verified = []
+    for chunk in (*late, *early):
+        incoming.write(chunk, 0.0)
+        verified.append(handoff.target_lease.num_verified_tokens)
+    assert verified == [0, 0, 0, NUM_TOKENS]
+
+
+def test_nothing_is_kept_of_a_sender_that_breaks_the_protocol(handoff: Handoff) -> None:
+    incoming = handoff.receive()
+    for chunk in handoff.chunks:
+        incoming.write(chunk, 0.0)
+    incoming.distrust()
+    assert handoff.target_lease.num_verified_tokens == 0

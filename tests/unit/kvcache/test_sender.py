@@ -102,6 +102,14 @@ def test_the_opening_comes_first_and_then_nothing_until_something_is_computed() 
     assert [cells(message) for message in take_all(transfer)] == [[(0, 0), (0, 1)]]
 
 
+def test_the_first_blocks_leave_in_all_layers_before_later_ones_in_any() -> None:
+    """So that what was sent is of use when the handoff breaks."""
+    transfer = make_transfer(2, 3, max_chunk_bytes=0)
+    transfer.complete(PrefillOutcome(FIRST_TOKEN_ID))
+    _, *chunks, _ = take_all(transfer)
+    assert [cells(message) for message in chunks] == [[(layer, block)] for block in range(3) for layer in range(2)]
+
+
 def test_new_blocks_wake_whoever_waits_for_them() -> None:
     transfer = make_transfer(2, 3)
     assert not transfer.changed.is_set()

@@ -164,6 +164,13 @@ class Engine:
         self.runner.write(self.manager.block_table(request_id), start, prompt[start:])
         self.outputs[request_id].append(self.batcher.attach(request_id, next_token(prompt)))
 
+    def break_handoff(self, request_id: str, num_tokens: int) -> bool:
+        """A handoff that broke when so many tokens of the prompt were here. True: the rest is computed here."""
+        request = self.requests[request_id]
+        start = request.num_computed_tokens
+        self.runner.write(self.manager.block_table(request_id), start, request.prompt_token_ids[start:num_tokens])
+        return self.batcher.keep_received(request_id, num_tokens)
+
     def tokens(self, request_id: str) -> list[int]:
         return [output.token_id for output in self.outputs[request_id]]
 

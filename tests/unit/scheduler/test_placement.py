@@ -28,6 +28,13 @@ def test_a_role_says_which_phases_a_worker_takes(role: WorkerRole, phases: set[P
     assert {phase for phase in Phase if role.takes(phase)} == phases
 
 
+def test_a_sequence_stays_where_part_of_its_kv_is_as_long_as_that_worker_lives() -> None:
+    prefill, idle = snapshot(make_worker("p", PREFILL)), snapshot(make_worker("a", DECODE))
+    busy = snapshot(make_worker("b", DECODE), tokens=100)
+    assert chosen(place_least_loaded("r", [prefill, idle, busy], stay_on="b")) == ("p", "b")
+    assert chosen(place_least_loaded("r", [prefill, idle], stay_on="b")) == ("p", "a")
+
+
 def test_each_phase_goes_to_a_worker_of_its_role() -> None:
     workers = [snapshot(make_worker("p", PREFILL)), snapshot(make_worker("d", DECODE))]
     assert place_least_loaded("r", workers) == Placement(

@@ -1,0 +1,113 @@
+"""A worker in a process of its own, for faults that need one: kill -9, or a stop and a late return.
+
+It sends every block of every layer by itself, so that a test can choose how far a handoff is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+from kvcache.transfer.sender import OutgoingTransfer
+from scheduler.controller import WorkerLeft, WorkerRegistered
+from scheduler.types import WorkerInfo, WorkerRole
+from tests.cluster import DEVICE, ROOMY, LocalCluster, worker_options
+from tests.leaks import check_no_leaks, until
+from workers import prefill
+from workers.worker import build_worker
+from workers.worker_options import WorkerOptions
+
+START_TIMEOUT_S = 60.0
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.worker_process"])  # imports once, then each process is there at once
+
+
+class WorkerProcess:
+    """Handle of a running worker. The test ends it: by ``kill``, or ``check_and_end`` once it is idle."""
+
+    def __init__(self, options: WorkerOptions) -> None:
+        self._connection, theirs = _CONTEXT.Pipe()
+        self._process: ForkServerProcess = _CONTEXT.Process(target=_run, args=(options, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        if not self._connection.poll(START_TIMEOUT_S):
+            raise AssertionError("a worker process did not start")
+        self.info: WorkerInfo = self._connection.recv()
+        assert self.info.process_id == self._process.pid != os.getpid()
+
+    @property
+    def state(self) -> str:
+        """As the kernel has it: R, S, T for stopped, and so on."""
+        return Path(f"/proc/{self.info.process_id}/stat").read_text().rpartition(")")[2].split()[0]
+
+    def kill(self) -> None:
+        """kill -9; returns when the process is gone."""
+        os.kill(self.info.process_id, signal.SIGKILL)
+        self._process.join(START_TIMEOUT_S)
+        assert self._process.exitcode == -signal.SIGKILL
+
+    async def stop(self) -> None:
+        """Not a thread of it runs any more when this returns."""
+        os.kill(self.info.process_id, signal.SIGSTOP)
+        await until(lambda: self.state == "T", "the process to be stopped")
+
+    async def go_on(self) -> None:
+        os.kill(self.info.process_id, signal.SIGCONT)
+        await until(lambda: self.state != "T", "the process to run")
+
+    async def check_and_end(self) -> None:
+        """Fails when the worker has leaked anything."""
+        self._connection.send("check and end")
+        await until(self._connection.poll, "the worker's answer", START_TIMEOUT_S)
+        problem = self._connection.recv()
+        self._process.join(START_TIMEOUT_S)
+        assert problem == ""
+
+    def close(self) -> None:
+        if self._process.is_alive():
+            self.kill()
+        self._process.close()
+        self._connection.close()
+
+
+@asynccontextmanager
+async def worker_process(
+    cluster: LocalCluster, worker_id: str, role: WorkerRole, lease_ttl_s: float = 30.0
+) -> AsyncIterator[WorkerProcess]:
+    """Joins a cluster with one more worker. Equal and idle workers are taken in the order of their ids."""
+    options = worker_options(cluster.checkpoint, worker_id, role, 256, ROOMY, lease_ttl_s)
+    process = await asyncio.to_thread(WorkerProcess, options)
+    try:
+        await cluster.scheduler.handle([WorkerRegistered(process.info)])
+        yield process
+    finally:
+        process.close()
+        await cluster.scheduler.handle([WorkerLeft(worker_id, process.info.incarnation)])
+
+
+def _run(options: WorkerOptions, connection: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the test ends us
+    asyncio.run(_serve(options, connection))
+
+
+async def _serve(options: WorkerOptions, connection: Connection) -> None:
+    prefill.OutgoingTransfer = partial(OutgoingTransfer, max_chunk_bytes=1)  # type: ignore[misc, assignment]
+    worker = build_worker(options)
+    await worker.start()
+    connection.send(worker.info(time.monotonic_ns(), DEVICE))
+    await asyncio.to_thread(connection.recv)
+    try:
+        await check_no_leaks([worker])
+        connection.send("")
+    except Exception as error:  # noqa: BLE001  the process's top: told to the test
+        connection.send(f"{type(error).__name__}: {error}")
+    await worker.stop()
