@@ -94,6 +94,7 @@ class TransferFault(StrEnum):
     ABORTED = "aborted"
     INCOMPATIBLE = "incompatible"
     PEER_LOST = "peer_lost"
+    MALFORMED = "malformed"
 
     @property
     def is_accident(self) -> bool:

@@ -32,9 +32,10 @@ class ShardedStorage:
         self._heads = [Shard(rank, len(shards)).kv_heads(spec.num_kv_heads) for rank in range(len(shards))]
         self._head_bytes = spec.layer_block_bytes // (2 * spec.num_kv_heads)
 
-    def read_blocks(self, layer: int, block_ids: Sequence[int]) -> memoryview:
+    def read_blocks(self, layer: int, block_ids: Sequence[int], out: memoryview | None = None) -> memoryview:
         """See ``BlockStorage``. A head that several ranks hold is read from the first of them."""
-        blocks = np.empty(self._shape(len(block_ids), self.spec.num_kv_heads), dtype=np.uint8)
+        shape = self._shape(len(block_ids), self.spec.num_kv_heads)
+        blocks = np.empty(shape, np.uint8) if out is None else np.frombuffer(out, np.uint8).reshape(shape)
         num_read = 0
         for shard, heads in zip(self._shards, self._heads, strict=True):
             if heads.stop > num_read:

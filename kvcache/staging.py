@@ -55,14 +55,17 @@ class StagedCopies:
         self._stream = stream
         self._buffer = stream.host_buffer(0)
 
-    def read(self, layer: torch.Tensor, block_ids: Sequence[int]) -> memoryview:
-        """A copy of the blocks' bytes."""
+    def read(self, layer: torch.Tensor, block_ids: Sequence[int], out: memoryview | None = None) -> memoryview:
+        """A copy of the blocks' bytes, in ``out`` if it is given."""
         with self._stream.active():
             blocks = layer.index_select(0, _index(block_ids, layer)).view(torch.uint8).flatten()
             staged = self._staged(blocks.numel())
             staged.copy_(blocks, non_blocking=True)
             self._stream.synchronize()
-        return memoryview(staged.numpy().tobytes())
+        if out is None:
+            return memoryview(staged.numpy().tobytes())
+        np.frombuffer(out, np.uint8)[:] = staged.numpy()
+        return out
 
     def write(self, layer: torch.Tensor, block_ids: Sequence[int], payload: bytes | memoryview) -> None:
         """Returns when the blocks hold the payload."""

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import grpc
 import torch
@@ -25,7 +24,7 @@ from engine.scheduler_client import SchedulerClient
 from engine.tokenizer import Tokenizer
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
-from kvcache.transfer import kv_transfer_pb2 as kv_pb
+from kvcache.transfer.wire import Chunk, Message
 from scheduler.batching import BatchLimits, StepOutput, StepPlan
 from scheduler.controller import ClusterController, Command, Event, PlaceRequest, WorkerRegistered
 from scheduler.request import FinishReason, SamplingParams, TokenLogprobs
@@ -170,13 +169,13 @@ class TransferGate:
     async def holding(self) -> None:
         await until(lambda: self.num_held > 0, "a handoff that the gate holds")
 
-    async def pass_through(self, messages: AsyncIterator[kv_pb.TransferMessage]) -> AsyncIterator[Any]:
+    async def pass_through(self, messages: AsyncIterator[Message]) -> AsyncIterator[Message]:
         num_chunks = 0
         async for message in messages:
             if num_chunks == self._after_chunks and not self._opened.is_set():
                 self.num_held += 1
                 await self._opened.wait()
-            num_chunks += message.HasField("chunk")
+            num_chunks += isinstance(message, Chunk)
             yield message
 
 
@@ -279,9 +278,9 @@ class LocalCluster:
     def hold_transfers(self, worker_id: str, after_chunks: int) -> TransferGate:
         """Holds what a decode worker receives from now on."""
         gate = TransferGate(after_chunks)
-        service = self.workers[worker_id].transfers
-        receive = service._receive
-        service._receive = lambda messages: receive(gate.pass_through(messages))  # type: ignore[method-assign]
+        receiver = self.workers[worker_id].transfers
+        receive = receiver._receive
+        receiver._receive = lambda messages: receive(gate.pass_through(messages))  # type: ignore[method-assign]
         return gate
 
     def keeps(self, request_id: str) -> bool:

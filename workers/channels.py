@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import grpc
 
-from kvcache.transfer import kv_transfer_pb2_grpc as kv_grpc
 from kvcache.transfer.grpc_port import CHANNEL_OPTIONS
 from workers import worker_pb2_grpc as pb_grpc
 
@@ -26,15 +25,14 @@ SERVER_OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Another worker's services.
+    """Another worker.
 
-    Its stubs are made with the channel and never later: gRPC frees a channel's memory when it is closed, and a stub
+    Its stub is made with the channel and never later: gRPC frees a channel's memory when it is closed, and a stub
     that is made then reads it, which ends the process. A call on a closed channel is a plain ``grpc.aio.UsageError``.
     """
 
     channel: grpc.aio.Channel
     worker: pb_grpc.WorkerStub
-    kv_transfer: kv_grpc.KVTransferStub
 
 
 class ChannelPool:
@@ -47,7 +45,7 @@ class ChannelPool:
         peer = self._peers.get(address)
         if peer is None:
             channel = grpc.aio.insecure_channel(address, options=(*CHANNEL_OPTIONS, *KEEPALIVE_OPTIONS))
-            peer = Peer(channel, pb_grpc.WorkerStub(channel), kv_grpc.KVTransferStub(channel))
+            peer = Peer(channel, pb_grpc.WorkerStub(channel))
             self._peers[address] = peer
         return peer
 

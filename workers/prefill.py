@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from kvcache.errors import RequestError, TwinpoolError
 from kvcache.lease import BlockLease
 from kvcache.storage import BlockStorage
-from kvcache.transfer.grpc_port import send_kv
+from kvcache.transfer.port import KVPort, send_kv
 from kvcache.transfer.sender import OutgoingTransfer, PrefillOutcome, TransferTarget
 from scheduler.batching import SampledToken, ScheduledChunk, StepPlan
 from scheduler.request import Request
 from workers import worker_pb2 as pb
-from workers.channels import Peer
 from workers.messages import logprobs_to_wire, prompt_logprobs_to_wire
 from workers.step_loop import StepLoop
 
@@ -49,13 +48,13 @@ class PrefillRole:
         loop: StepLoop,
         storage: BlockStorage,
         clock: Callable[[], float],
-        peer_at: Callable[[str], Peer],
+        port: KVPort,
         stall_timeout_s: float,
     ) -> None:
         self._loop = loop
         self._storage = storage
         self._clock = clock
-        self._peer_at = peer_at
+        self._port = port
         self._stall_timeout_s = stall_timeout_s
         self._targets: dict[str, TransferTarget] = {}  # by request id, as long as the request lives
         self._sendings: dict[str, _Sending] = {}
@@ -167,8 +166,7 @@ class PrefillRole:
         transfer = OutgoingTransfer(self._storage, lease, target)
         spec = self._storage.spec
         transfer.mark_ready(spec.num_layers, chunk.start // spec.block_size)  # cached: nothing to wait for
-        receiver = self._peer_at(target.address).kv_transfer
-        task = asyncio.create_task(send_kv(receiver, transfer, self._stall_timeout_s))
+        task = asyncio.create_task(send_kv(self._port, transfer, self._stall_timeout_s))
         task.add_done_callback(lambda task: self._sending_ended(request_id, task))
         self._sendings[request_id] = _Sending(lease, transfer, task)
 

@@ -16,8 +16,8 @@ import torch
 from kvcache.errors import ResourceError, TransferFault
 from kvcache.manager import KVCacheManager
 from kvcache.storage import BlockStorage, PagedStorage
-from kvcache.transfer import kv_transfer_pb2_grpc
-from kvcache.transfer.grpc_port import KVTransferService
+from kvcache.transfer.grpc_port import GrpcPort, KVTransferService
+from kvcache.transfer.receiver import KVReceiver
 from scheduler.batching import Batcher
 from scheduler.types import DeviceProfile, Phase, WorkerInfo, WorkerLoad
 from workers import worker_pb2_grpc
@@ -53,9 +53,13 @@ class Worker:
         failures: Counter[TransferFault] = Counter()
         self._decode = DecodeRole(self.step_loop, time.monotonic, self._channels, lambda: self.address, failures)
         self._prefill = PrefillRole(
-            self.step_loop, storage, time.monotonic, self._channels, stall_timeout_s=options.lease_ttl_s
+            self.step_loop,
+            storage,
+            time.monotonic,
+            GrpcPort(lambda address: self._channels(address).channel),
+            stall_timeout_s=options.lease_ttl_s,
         )
-        self.transfers = KVTransferService(self.manager, storage, time.monotonic, self._decode.receive, failures)
+        self.transfers = KVReceiver(self.manager, storage, time.monotonic, self._decode.receive, failures)
         self._server: grpc.aio.Server | None = None
         self._stepping: asyncio.Task[None] | None = None
 
@@ -67,7 +71,7 @@ class Worker:
         """
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         worker_pb2_grpc.add_WorkerServicer_to_server(self._service(), self._server)
-        kv_transfer_pb2_grpc.add_KVTransferServicer_to_server(self.transfers, self._server)
+        KVTransferService(self.transfers).add_to(self._server)
         try:
             port = self._server.add_insecure_port(f"{self.options.host}:0")
         except RuntimeError as error:

@@ -21,7 +21,7 @@ from kvcache.transfer.wire import ChunkRange
 class BlockWriter(Protocol):
     """Puts what a sender's blocks hold into the blocks of a lease."""
 
-    def write(self, where: ChunkRange, payload: bytes) -> None:
+    def write(self, where: ChunkRange, payload: bytes | memoryview) -> None:
         """``where`` counts the sender's blocks; ``payload`` is in its layout and has been verified."""
         ...
 
@@ -38,7 +38,7 @@ class _AsTheyAre:
         self._storage = storage
         self._lease = lease
 
-    def write(self, where: ChunkRange, payload: bytes) -> None:
+    def write(self, where: ChunkRange, payload: bytes | memoryview) -> None:
         start = where.first_block - self._lease.first_block
         self._storage.write_blocks(where.layer, self._lease.block_ids[start : start + where.num_blocks], payload)
 
@@ -62,7 +62,7 @@ class _Repacked:
         self._first_token = lease.first_block * storage.spec.block_size
         self._begun = np.zeros((source.num_layers, len(lease.block_ids)), dtype=bool)  # blocks that hold something
 
-    def write(self, where: ChunkRange, payload: bytes) -> None:
+    def write(self, where: ChunkRange, payload: bytes | memoryview) -> None:
         source = self._source
         first_token = where.first_block * source.block_size
         shape = (where.num_blocks, 2, source.num_kv_heads, source.block_size, source.row_bytes)

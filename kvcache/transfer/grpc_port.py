@@ -1,106 +1,53 @@
-"""The handoff over gRPC: the default port, for workers anywhere."""
+"""The handoff over gRPC: the default port, for workers anywhere. Messages pass as bytes; see ``wire.py``."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from typing import NoReturn
+from contextlib import suppress
+from typing import Any, NoReturn
 
 import grpc
 
 from kvcache.errors import TransferError, TransferFault
-from kvcache.manager import KVCacheManager
-from kvcache.storage import BlockStorage
 from kvcache.transfer import kv_transfer_pb2 as pb
-from kvcache.transfer import kv_transfer_pb2_grpc as pb_grpc
-from kvcache.transfer.receiver import IncomingTransfer, ReceivedKV
+from kvcache.transfer.port import Outlet
+from kvcache.transfer.receiver import KVReceiver
 from kvcache.transfer.sender import OutgoingTransfer
-from kvcache.transfer.wire import FAULT_METADATA_KEY, MAX_MESSAGE_BYTES
+from kvcache.transfer.wire import FAULT_METADATA_KEY, MAX_MESSAGE_BYTES, Message, decode_message, encode_message
 
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
 )
+SERVICE = "twinpool.kv.KVTransfer"
 
 
-class KVTransferService(pb_grpc.KVTransferServicer):
-    """Receives handoffs. Runs on the event loop that owns ``manager``.
+class KVTransferService:
+    """``KVTransfer`` of the .proto, over ``receiver``."""
 
-    ``on_received`` is called once per handoff, after the last check and before the sender is told; what it
-    raises refuses the commit.
-    """
+    def __init__(self, receiver: KVReceiver) -> None:
+        self._receiver = receiver
 
-    def __init__(
-        self,
-        manager: KVCacheManager,
-        storage: BlockStorage,
-        clock: Callable[[], float],
-        on_received: Callable[[ReceivedKV], None],
-        failures: Counter[TransferFault],
-    ) -> None:
-        self._manager = manager
-        self._storage = storage
-        self._clock = clock
-        self._on_received = on_received
-        self.transfers = 0
-        self.payload_bytes = 0
-        self.receive_seconds = 0.0
-        self._under_way: set[IncomingTransfer] = set()
-        self.failures = failures
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Not by the stubs, which would have protobuf copy every payload."""
+        send: grpc.RpcMethodHandler[bytes, pb.TransferReceipt] = grpc.stream_unary_rpc_method_handler(
+            self._send, request_deserializer=None, response_serializer=pb.TransferReceipt.SerializeToString
+        )
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Send": send}),))
 
-    @property
-    def bytes_under_way(self) -> int:
-        """Payload that has been verified and not been committed yet."""
-        return sum(incoming.payload_bytes for incoming in self._under_way)
-
-    async def Send(  # the name is gRPC's
-        self,
-        request_iterator: AsyncIterator[pb.TransferMessage],
-        context: grpc.aio.ServicerContext[pb.TransferMessage, pb.TransferReceipt],
+    async def _send(
+        self, request_iterator: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, pb.TransferReceipt]
     ) -> pb.TransferReceipt:
-        started = self._clock()
         try:
-            received = await self._receive(request_iterator)
+            return await self._receiver.receive(_decoded(request_iterator))
         except TransferError as error:
-            self.failures[error.fault] += 1
             await refuse(context, error)
-        except asyncio.CancelledError:
-            self.failures[TransferFault.PEER_LOST] += 1
-            raise
-        self.transfers += 1
-        self.payload_bytes += received.payload_bytes
-        self.receive_seconds += self._clock() - started
-        return pb.TransferReceipt(payload_bytes=received.payload_bytes)
 
-    async def _receive(self, messages: AsyncIterator[pb.TransferMessage]) -> ReceivedKV:
-        incoming: IncomingTransfer | None = None
-        try:
-            async for message in messages:
-                kind = message.WhichOneof("message")
-                if incoming is None:
-                    if kind != "open":
-                        raise TransferError(TransferFault.UNKNOWN_TRANSFER, "the stream does not begin with an opening")
-                    incoming = IncomingTransfer(self._manager, self._storage, message.open, self._clock())
-                    self._under_way.add(incoming)
-                elif kind == "chunk":
-                    incoming.write(message.chunk, self._clock())
-                elif kind == "commit":
-                    received = incoming.commit(message.commit, self._clock())
-                    self._on_received(received)
-                    return received
-                else:
-                    raise TransferError(TransferFault.REPEATED, "a second opening, or an empty message, in one stream")
-            raise TransferError(TransferFault.INCOMPLETE, "the stream ended before its commit")
-        except TransferError as error:
-            if incoming is not None and not error.fault.is_accident:
-                incoming.distrust()
-            raise
-        finally:
-            # Cancelled, refused or cut: whatever was written is never read. No effect after a commit.
-            if incoming is not None:
-                self._under_way.discard(incoming)
-                self._manager.leases.abort(incoming.lease)
+
+async def _decoded(messages: AsyncIterator[bytes]) -> AsyncIterator[Message]:
+    async for data in messages:
+        yield decode_message(data)
 
 
 async def refuse(context: grpc.aio.ServicerContext, error: TransferError) -> NoReturn:
@@ -117,46 +64,51 @@ def transfer_error_from(error: grpc.aio.AioRpcError) -> TransferError:
     return TransferError(TransferFault.PEER_LOST, f"{error.code().name}: {error.details()}")
 
 
-async def send_kv(receiver: pb_grpc.KVTransferStub, transfer: OutgoingTransfer, stall_timeout_s: float) -> int:
-    """Sends a transfer's messages as they come and waits until the other side has verified and attached them.
+class GrpcPort:
+    """A ``KVPort`` to every address."""
 
-    The caller owns the source lease and may free the blocks when this returns. Waits as long as the computing
-    takes; gives up when the other side takes nothing for ``stall_timeout_s``. Returns the payload bytes.
+    def __init__(self, channel_to: Callable[[str], grpc.aio.Channel]) -> None:
+        self._channel_to = channel_to
 
-    Raises:
-        TransferError: refused, broken, or the lease ended; the other side will not use what it got.
-    """
-    sent_bytes = 0
-    try:
-        call = receiver.Send()
-    except grpc.aio.UsageError:
-        raise TransferError(TransferFault.PEER_LOST, "the connection is closed") from None
-    call.add_done_callback(lambda _: transfer.changed.set())  # an early end is noticed while nothing is ready
-    try:
-        while not transfer.is_finished and not call.done():
-            message = transfer.next_message()
-            if message is None:
-                await transfer.changed.wait()
-                transfer.changed.clear()
-                continue
-            try:
-                await asyncio.wait_for(call.write(message), stall_timeout_s)
-            except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
-                break  # the other side has ended the call already; awaiting it below tells why
-            sent_bytes += len(message.chunk.payload)
-        else:
-            if not call.done():
-                await call.done_writing()
-        receipt = await asyncio.wait_for(call, stall_timeout_s)
-    except grpc.aio.AioRpcError as error:
-        raise transfer_error_from(error) from None
-    except TimeoutError:
-        raise TransferError(
-            TransferFault.EXPIRED,
-            f"the receiver took nothing of transfer {transfer.target.transfer_id} for {stall_timeout_s:g} s",
-        ) from None
-    finally:
-        call.cancel()
-    if receipt.payload_bytes != sent_bytes:
-        raise TransferError(TransferFault.INCOMPLETE, f"sent {sent_bytes} bytes, {receipt.payload_bytes} acknowledged")
-    return sent_bytes
+    async def open(self, transfer: OutgoingTransfer, on_end: Callable[[], None]) -> Outlet:
+        """Returns at once: whether anybody is there is seen later.
+
+        Not a registered method, as a stub's is: to register one on a closed channel ends the process.
+        """
+        channel = self._channel_to(transfer.target.address)
+        send: grpc.aio.StreamUnaryMultiCallable[bytes, pb.TransferReceipt] = channel.stream_unary(
+            f"/{SERVICE}/Send", request_serializer=None, response_deserializer=pb.TransferReceipt.FromString
+        )
+        try:
+            return _GrpcOutlet(send(), on_end)
+        except grpc.aio.UsageError:
+            raise TransferError(TransferFault.PEER_LOST, "the connection is closed") from None
+
+
+class _GrpcOutlet:
+    def __init__(self, call: grpc.aio.StreamUnaryCall[Any, pb.TransferReceipt], on_end: Callable[[], None]) -> None:
+        self._call = call
+        call.add_done_callback(lambda _: on_end())
+
+    @property
+    def has_ended(self) -> bool:
+        return self._call.done()
+
+    async def slot(self) -> None:
+        """gRPC takes bytes of its own making."""
+
+    async def put(self, message: Message) -> None:
+        """Returns when the connection has taken the message, which waits for a slow receiver."""
+        with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):  # ended already: the receipt tells why
+            await self._call.write(encode_message(message))
+
+    async def receipt(self) -> int:
+        try:
+            if not self._call.done():
+                await self._call.done_writing()
+            return (await self._call).payload_bytes
+        except grpc.aio.AioRpcError as error:
+            raise transfer_error_from(error) from None
+
+    def close(self) -> None:
+        self._call.cancel()

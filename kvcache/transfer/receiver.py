@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +16,7 @@ from kvcache.spec import KVCacheSpec
 from kvcache.storage import BlockStorage
 from kvcache.transfer import kv_transfer_pb2 as pb
 from kvcache.transfer.convert import make_writer
-from kvcache.transfer.wire import ChunkRange, chunk_checksum, commit_checksum, spec_from_wire
+from kvcache.transfer.wire import Chunk, ChunkRange, Message, chunk_checksum, commit_checksum, spec_from_wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,7 @@ class ReceivedKV:
 
 
 class IncomingTransfer:
-    """One handoff as it arrives. Knows nothing of gRPC: any port feeds it messages in order.
+    """One handoff as it arrives. Any port feeds it messages in order.
 
     Blocks become readable only through the ``ReceivedKV`` that ``commit`` returns. Every method raises
     ``TransferError`` for a message that does not fit; the caller then aborts the lease, and the blocks'
@@ -52,11 +55,11 @@ class IncomingTransfer:
         manager.leases.start_sending(self.lease)
         manager.leases.renew(self.lease, now)
 
-    def write(self, chunk: pb.KVChunk, now: float) -> None:
-        """Verifies one chunk and writes it into its blocks."""
+    def write(self, chunk: Chunk, now: float) -> None:
+        """Verifies one chunk and writes it into its blocks. Its payload is not needed any more afterwards."""
         leases = self._manager.leases
         self._find_own_lease(chunk.transfer_id, chunk.epoch, now)
-        where = ChunkRange(chunk.layer, chunk.first_block, chunk.num_blocks)
+        where = chunk.where
         self._check_bounds(where, len(chunk.payload))
         if chunk_checksum(chunk.transfer_id, chunk.epoch, where, chunk.payload) != chunk.checksum:
             raise TransferError(TransferFault.BAD_CHECKSUM, f"{where} of transfer {chunk.transfer_id}")
@@ -150,3 +153,82 @@ class IncomingTransfer:
                 TransferFault.BAD_LENGTH,
                 f"{where} has {payload_bytes} bytes, not {where.num_blocks * source.layer_block_bytes}",
             )
+
+
+class KVReceiver:
+    """Takes in handoffs, whichever port they come by. Used on the event loop that owns ``manager``.
+
+    ``on_received`` is called once per handoff, after the last check and before the sender is told; what it
+    raises refuses the commit.
+    """
+
+    def __init__(
+        self,
+        manager: KVCacheManager,
+        storage: BlockStorage,
+        clock: Callable[[], float],
+        on_received: Callable[[ReceivedKV], None],
+        failures: Counter[TransferFault],
+    ) -> None:
+        self._manager = manager
+        self._storage = storage
+        self._clock = clock
+        self._on_received = on_received
+        self.transfers = 0
+        self.payload_bytes = 0
+        self.receive_seconds = 0.0
+        self._under_way: set[IncomingTransfer] = set()
+        self.failures = failures
+
+    @property
+    def bytes_under_way(self) -> int:
+        """Payload that has been verified and not been committed yet."""
+        return sum(incoming.payload_bytes for incoming in self._under_way)
+
+    async def receive(self, messages: AsyncIterator[Message]) -> pb.TransferReceipt:
+        """Receives one handoff. The next message is asked for when the one before is not needed any more.
+
+        Raises:
+            TransferError: refused or broken; it has been counted.
+        """
+        started = self._clock()
+        try:
+            received = await self._receive(messages)
+        except TransferError as error:
+            self.failures[error.fault] += 1
+            raise
+        except asyncio.CancelledError:
+            self.failures[TransferFault.PEER_LOST] += 1
+            raise
+        self.transfers += 1
+        self.payload_bytes += received.payload_bytes
+        self.receive_seconds += self._clock() - started
+        return pb.TransferReceipt(payload_bytes=received.payload_bytes)
+
+    async def _receive(self, messages: AsyncIterator[Message]) -> ReceivedKV:
+        incoming: IncomingTransfer | None = None
+        try:
+            async for message in messages:
+                if incoming is None:
+                    if not isinstance(message, pb.TransferOpen):
+                        raise TransferError(TransferFault.UNKNOWN_TRANSFER, "the stream does not begin with an opening")
+                    incoming = IncomingTransfer(self._manager, self._storage, message, self._clock())
+                    self._under_way.add(incoming)
+                elif isinstance(message, Chunk):
+                    incoming.write(message, self._clock())
+                elif isinstance(message, pb.TransferCommit):
+                    received = incoming.commit(message, self._clock())
+                    self._on_received(received)
+                    return received
+                else:
+                    raise TransferError(TransferFault.REPEATED, "a second opening in one stream")
+            raise TransferError(TransferFault.INCOMPLETE, "the stream ended before its commit")
+        except TransferError as error:
+            if incoming is not None and not error.fault.is_accident:
+                incoming.distrust()
+            raise
+        finally:
+            # Cancelled, refused or cut: whatever was written is never read. No effect after a commit.
+            if incoming is not None:
+                self._under_way.discard(incoming)
+                self._manager.leases.abort(incoming.lease)

@@ -9,7 +9,15 @@ from kvcache.errors import TransferError, TransferFault
 from kvcache.lease import BlockLease
 from kvcache.storage import BlockStorage
 from kvcache.transfer import kv_transfer_pb2 as pb
-from kvcache.transfer.wire import MAX_CHUNK_BYTES, ChunkRange, make_chunk, make_commit, spec_to_wire
+from kvcache.transfer.wire import (
+    MAX_CHUNK_BYTES,
+    Chunk,
+    ChunkRange,
+    Message,
+    make_chunk,
+    make_commit,
+    spec_to_wire,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +39,7 @@ class PrefillOutcome:
 
 
 class OutgoingTransfer:
-    """One sequence's blocks on their way. Knows nothing of gRPC: any port takes messages from it, in order.
+    """One sequence's blocks on their way. Any port takes messages from it, in order.
 
     Whoever computes says how far each layer is; a block may leave once all its tokens of that layer are there::
 
@@ -53,6 +61,7 @@ class OutgoingTransfer:
         self._storage = storage
         self._lease = lease
         self._blocks_per_chunk = max(1, max_chunk_bytes // spec.layer_block_bytes)
+        self.max_payload_bytes = self._blocks_per_chunk * spec.layer_block_bytes
         self._end_block = lease.first_block + len(lease.block_ids)
         self._ready = [lease.first_block] * spec.num_layers  # up to which block
         self._sent = [lease.first_block] * spec.num_layers
@@ -72,10 +81,13 @@ class OutgoingTransfer:
         self._outcome = outcome
         self.mark_ready(len(self._ready), self._end_block)
 
-    def next_message(self) -> pb.TransferMessage | None:
+    def next_message(self, slot: memoryview | None = None) -> Message | None:
         """The opening, a chunk of at most ``max_chunk_bytes`` (one block at least), or the commit; None: not now.
 
         A chunk is copied out of the cache here, so no more than the one that the port holds is in memory.
+
+        Args:
+            slot: where a chunk's payload is put, ``max_payload_bytes`` long at least; by default into new memory.
 
         Raises:
             TransferError: the lease on the source blocks ended meanwhile, so they may not be read any more.
@@ -89,7 +101,7 @@ class OutgoingTransfer:
             return self._opening()
         where = self._next_range()
         if where is not None:
-            return self._chunk(where)
+            return self._chunk(where, slot)
         if self._outcome is None or self.is_finished:
             return None
         self.is_finished = True
@@ -107,32 +119,29 @@ class OutgoingTransfer:
         sent = self._sent[layer]
         return ChunkRange(layer, sent, min(self._blocks_per_chunk, self._ready[layer] - sent))
 
-    def _opening(self) -> pb.TransferMessage:
-        return pb.TransferMessage(
-            open=pb.TransferOpen(
-                transfer_id=self.target.transfer_id,
-                epoch=self.target.epoch,
-                spec=spec_to_wire(self._storage.spec),
-                num_blocks=len(self._lease.block_ids),
-                first_block=self._lease.first_block,
-            )
+    def _opening(self) -> pb.TransferOpen:
+        return pb.TransferOpen(
+            transfer_id=self.target.transfer_id,
+            epoch=self.target.epoch,
+            spec=spec_to_wire(self._storage.spec),
+            num_blocks=len(self._lease.block_ids),
+            first_block=self._lease.first_block,
         )
 
-    def _commit(self, outcome: PrefillOutcome) -> pb.TransferMessage:
-        return pb.TransferMessage(
-            commit=make_commit(
-                self.target.transfer_id,
-                self.target.epoch,
-                self._num_chunks,
-                outcome.first_token_id,
-                outcome.num_cached_tokens,
-            )
+    def _commit(self, outcome: PrefillOutcome) -> pb.TransferCommit:
+        return make_commit(
+            self.target.transfer_id,
+            self.target.epoch,
+            self._num_chunks,
+            outcome.first_token_id,
+            outcome.num_cached_tokens,
         )
 
-    def _chunk(self, where: ChunkRange) -> pb.TransferMessage:
+    def _chunk(self, where: ChunkRange, slot: memoryview | None) -> Chunk:
         start = where.first_block - self._lease.first_block
         block_ids = self._lease.block_ids[start : start + where.num_blocks]
-        payload = bytes(self._storage.read_blocks(where.layer, block_ids))
+        out = None if slot is None else slot[: where.num_blocks * self._storage.spec.layer_block_bytes]
+        payload = self._storage.read_blocks(where.layer, block_ids, out)
         self._sent[where.layer] += where.num_blocks
         self._num_chunks += 1
-        return pb.TransferMessage(chunk=make_chunk(self.target.transfer_id, self.target.epoch, where, payload))
+        return make_chunk(self.target.transfer_id, self.target.epoch, where, payload)

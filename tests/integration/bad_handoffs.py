@@ -146,7 +146,7 @@ REFUSED: tuple[tuple[Tamper, TransferFault], ...] = (
     (unknown_layer, TransferFault.OUT_OF_BOUNDS),
     (repeated_chunk, TransferFault.REPEATED),
     (second_opening, TransferFault.REPEATED),
-    (empty_message, TransferFault.REPEATED),
+    (empty_message, TransferFault.MALFORMED),
     (wrong_transfer_id, TransferFault.UNKNOWN_TRANSFER),
     (wrong_transfer_id_in_a_chunk, TransferFault.UNKNOWN_TRANSFER),
     (stale_epoch, TransferFault.STALE_EPOCH),

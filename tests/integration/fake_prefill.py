@@ -12,7 +12,7 @@ import grpc
 from kvcache.spec import KVCacheSpec
 from kvcache.transfer import kv_transfer_pb2 as kv_pb
 from kvcache.transfer import kv_transfer_pb2_grpc as kv_pb_grpc
-from kvcache.transfer.wire import ChunkRange, make_chunk, make_commit, spec_to_wire
+from kvcache.transfer.wire import ChunkRange, chunk_header, make_chunk, make_commit, spec_to_wire
 from scheduler.request import SamplingParams
 from tests.cluster import LocalCluster
 from workers import worker_pb2 as pb
@@ -76,7 +76,8 @@ class Handoff:
         return [self.chunk(where, payload) for where in ranges]
 
     def chunk(self, where: ChunkRange, payload: bytes) -> kv_pb.TransferMessage:
-        chunk = make_chunk(self.request.transfer_id, self.request.epoch, where, payload)
+        chunk = chunk_header(make_chunk(self.request.transfer_id, self.request.epoch, where, payload))
+        chunk.payload = payload
         return kv_pb.TransferMessage(chunk=chunk)
 
     def commit(self, num_chunks: int, first_token_id: int = 7) -> kv_pb.TransferMessage:
@@ -143,7 +144,10 @@ class GenerateCall:
 
 
 async def send(channel: grpc.aio.Channel, messages: Iterable[kv_pb.TransferMessage]) -> kv_pb.TransferReceipt:
-    """Writes the messages, ends the stream and returns the answer, which may be an AioRpcError."""
+    """Writes the messages, ends the stream and returns the answer, which may be an AioRpcError.
+
+    By the stubs of the .proto, as any engine could.
+    """
     call = kv_pb_grpc.KVTransferStub(channel).Send()
     with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):  # ended by the other side: the answer tells why
         for message in messages:

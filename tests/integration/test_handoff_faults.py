@@ -11,10 +11,9 @@ import grpc
 import pytest
 
 from kvcache.errors import TransferFault
-from kvcache.transfer import kv_transfer_pb2 as kv_pb
 from kvcache.transfer import kv_transfer_pb2_grpc as kv_pb_grpc
 from kvcache.transfer.sender import OutgoingTransfer
-from kvcache.transfer.wire import FAULT_METADATA_KEY, MAX_MESSAGE_BYTES, ChunkRange
+from kvcache.transfer.wire import FAULT_METADATA_KEY, MAX_MESSAGE_BYTES, Chunk, ChunkRange, Message
 from tests.cluster import LocalCluster, TinyCheckpoint, greedily, local_cluster
 from tests.integration.bad_handoffs import PROMPT_TOKENS, REFUSED, Messages, Tamper
 from tests.integration.fake_prefill import FakePrefill, GenerateCall, fake_prefill, send
@@ -255,12 +254,11 @@ class FlipOnce:
         self.flipped = 0
         next_message = OutgoingTransfer.next_message
 
-        def tampering(transfer: OutgoingTransfer) -> kv_pb.TransferMessage | None:
-            message = next_message(transfer)
-            if message is not None and message.HasField("chunk") and not self.flipped:
-                payload = bytearray(message.chunk.payload)
-                payload[-1] ^= 1
-                message.chunk.payload = bytes(payload)
+        def tampering(transfer: OutgoingTransfer, slot: memoryview | None = None) -> Message | None:
+            message = next_message(transfer, slot)
+            if isinstance(message, Chunk) and not self.flipped:
+                assert isinstance(message.payload, memoryview)
+                message.payload[-1] ^= 1
                 self.flipped += 1
             return message
 

@@ -12,7 +12,7 @@ from kvcache.storage import PagedStorage
 from kvcache.transfer import kv_transfer_pb2 as pb
 from kvcache.transfer.receiver import IncomingTransfer, ReceivedKV
 from kvcache.transfer.sender import OutgoingTransfer, PrefillOutcome, TransferTarget
-from kvcache.transfer.wire import ChunkRange, make_chunk
+from kvcache.transfer.wire import Chunk, ChunkRange, Message, decode_message, encode_message, make_chunk
 from tests.builders import fill_with_noise, make_spec
 
 # Half a MiB per layer and block: with three blocks the sender cuts each layer into chunks of two and one.
@@ -67,21 +67,23 @@ class Handoff:
         self.source_lease = self._open_lease(self.source)
         self.source.manager.leases.start_sending(self.source_lease)
         self.target_lease = self._open_lease(self.target)
-        self.messages = list(self.iter_messages())
+        self.messages = [decode_message(encode_message(message)) for message in self.iter_messages()]
 
     @property
     def opening(self) -> pb.TransferOpen:
-        return self.messages[0].open
+        (opening,) = (message for message in self.messages if isinstance(message, pb.TransferOpen))
+        return opening
 
     @property
-    def chunks(self) -> list[pb.KVChunk]:
-        return [message.chunk for message in self.messages[1:-1]]
+    def chunks(self) -> list[Chunk]:
+        return [message for message in self.messages if isinstance(message, Chunk)]
 
     @property
     def commit(self) -> pb.TransferCommit:
-        return self.messages[-1].commit
+        (commit,) = (message for message in self.messages if isinstance(message, pb.TransferCommit))
+        return commit
 
-    def iter_messages(self) -> Iterable[pb.TransferMessage]:
+    def iter_messages(self) -> Iterable[Message]:
         """Of a prompt that is computed as a whole already."""
         transfer = self.outgoing()
         transfer.complete(PrefillOutcome(FIRST_TOKEN_ID, NUM_CACHED_TOKENS))
@@ -92,10 +94,10 @@ class Handoff:
         target = TransferTarget("nowhere:1", self.target_lease.transfer_id, self.target_lease.epoch)
         return OutgoingTransfer(self.source.storage, self.source_lease, target)
 
-    def make_chunk(self, chunk: ChunkRange, payload: bytes) -> pb.TransferMessage:
+    def make_chunk(self, chunk: ChunkRange, payload: bytes) -> Chunk:
         """A chunk with the right checksum, whatever it says."""
         lease = self.target_lease
-        return pb.TransferMessage(chunk=make_chunk(lease.transfer_id, lease.epoch, chunk, payload))
+        return make_chunk(lease.transfer_id, lease.epoch, chunk, payload)
 
     def receive(self, now: float = 0.0) -> IncomingTransfer:
         return IncomingTransfer(self.target.manager, self.target.storage, self.opening, now)

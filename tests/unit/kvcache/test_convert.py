@@ -18,6 +18,7 @@ from kvcache.storage import PagedStorage
 from kvcache.transfer import kv_transfer_pb2 as pb
 from kvcache.transfer.receiver import IncomingTransfer
 from kvcache.transfer.sender import OutgoingTransfer, PrefillOutcome, TransferTarget
+from kvcache.transfer.wire import Chunk, Message
 from tests.builders import make_spec, repeatable
 
 BLOCK_SIZES = (8, 16, 32, 64, 128)
@@ -56,16 +57,18 @@ def hand_over(source: End, target: End, num_tokens: int, held_blocks: int, *, sh
     )
     outgoing = OutgoingTransfer(source.storage, ours, TransferTarget("nowhere:1", "t", 1, held_tokens), chunk_bytes)
     outgoing.complete(PrefillOutcome(7))
-    messages: list[pb.TransferMessage] = []
+    messages: list[Message] = []
     while (message := outgoing.next_message()) is not None:
         messages.append(message)
-    opening, *chunks, commit = messages
+    opening, commit = messages[0], messages[-1]
+    chunks = [message for message in messages if isinstance(message, Chunk)]
+    assert isinstance(opening, pb.TransferOpen) and isinstance(commit, pb.TransferCommit)
     if shuffled:
         random.Random(num_tokens).shuffle(chunks)
-    incoming = IncomingTransfer(target.manager, target.storage, opening.open, now=0.0)
-    for message in chunks:
-        incoming.write(message.chunk, now=0.0)
-    incoming.commit(commit.commit, now=0.0)
+    incoming = IncomingTransfer(target.manager, target.storage, opening, now=0.0)
+    for chunk in chunks:
+        incoming.write(chunk, now=0.0)
+    incoming.commit(commit, now=0.0)
 
 
 def check_rows(source: End, target: End, num_tokens: int, held_blocks: int, before: list[torch.Tensor]) -> None:

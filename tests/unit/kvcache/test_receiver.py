@@ -65,7 +65,7 @@ def rename_transfer(handoff: Handoff) -> None:
 def resize_payload(num_bytes: int) -> Damage:
     def damage(handoff: Handoff) -> None:
         chunk = handoff.chunks[0]
-        chunk.payload = (chunk.payload + LAYER_BLOCK * 2)[:num_bytes]
+        chunk.payload = (bytes(chunk.payload) + LAYER_BLOCK * 2)[:num_bytes]
 
     return damage
 
@@ -112,8 +112,7 @@ def change_cached_tokens(handoff: Handoff) -> None:
 
 def change_epoch(which: int) -> Damage:
     def damage(handoff: Handoff) -> None:
-        message = handoff.messages[which]
-        getattr(message, message.WhichOneof("message")).epoch += 1
+        handoff.messages[which].epoch += 1
 
     return damage
 
@@ -237,7 +236,7 @@ def test_a_refused_opening_changes_nothing(handoff: Handoff) -> None:
     wrong = pb.TransferOpen.FromString(handoff.opening.SerializeToString())
     wrong.spec.num_layers += 1
     right = handoff.messages[0]
-    handoff.messages[0] = pb.TransferMessage(open=wrong)
+    handoff.messages[0] = wrong
     with pytest.raises(TransferError):
         handoff.receive(now=1.0)
     assert (handoff.target_lease.state, handoff.target_lease.expires_at_s) == (LeaseState.RESERVED, LEASE_TTL_S)

@@ -15,10 +15,10 @@ from kvcache.errors import TransferError, TransferFault
 from kvcache.manager import KVCacheManager
 from kvcache.storage import PagedStorage
 from kvcache.transfer import kv_transfer_pb2 as pb
-from kvcache.transfer.grpc_port import send_kv
-from kvcache.transfer.kv_transfer_pb2_grpc import KVTransferStub
+from kvcache.transfer.grpc_port import GrpcPort
+from kvcache.transfer.port import send_kv
 from kvcache.transfer.sender import OutgoingTransfer, PrefillOutcome, TransferTarget
-from kvcache.transfer.wire import MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
+from kvcache.transfer.wire import MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES, Chunk, Message, encode_message
 from tests.builders import make_spec, repeatable
 from tests.unit.kvcache.handoff import FIRST_TOKEN_ID, NUM_CACHED_TOKENS, REQUEST_ID, SPEC, Handoff
 
@@ -39,13 +39,14 @@ def make_transfer(
     return OutgoingTransfer(PagedStorage(spec, max(1, num_blocks)), lease, target, max_chunk_bytes)
 
 
-def take_all(transfer: OutgoingTransfer) -> Iterator[pb.TransferMessage]:
+def take_all(transfer: OutgoingTransfer) -> Iterator[Message]:
     while (message := transfer.next_message()) is not None:
         yield message
 
 
-def cells(message: pb.TransferMessage) -> list[tuple[int, int]]:
-    chunk = message.chunk
+def cells(chunk: Message) -> list[tuple[int, int]]:
+    if not isinstance(chunk, Chunk):
+        return []
     return [(chunk.layer, block) for block in range(chunk.first_block, chunk.first_block + chunk.num_blocks)]
 
 
@@ -72,9 +73,11 @@ def test_a_block_that_is_not_held_leaves_once_and_only_when_it_is_computed(
             message = transfer.next_message()
             if message is None:
                 return
-            assert not message.HasField("commit")
+            assert not isinstance(message, pb.TransferCommit)
             sent.update(cells(message))
-            assert message.chunk.num_blocks <= 1 or len(message.chunk.payload) <= max_chunk_bytes
+            if isinstance(message, Chunk):
+                assert message.num_blocks == 1 or len(message.payload) <= max_chunk_bytes
+                assert len(message.payload) <= transfer.max_payload_bytes
 
     for num_layers, blocks, count in steps:
         ready = min(blocks, num_blocks)
@@ -90,13 +93,14 @@ def test_a_block_that_is_not_held_leaves_once_and_only_when_it_is_computed(
     for message in chunks:
         sent.update(cells(message))
     assert sent == Counter((layer, block) for layer in range(4) for block in range(first_block, num_blocks))
-    assert (commit.commit.first_token_id, commit.commit.num_cached_tokens) == (FIRST_TOKEN_ID, NUM_CACHED_TOKENS)
+    assert isinstance(commit, pb.TransferCommit)
+    assert (commit.first_token_id, commit.num_cached_tokens) == (FIRST_TOKEN_ID, NUM_CACHED_TOKENS)
     assert transfer.is_finished
 
 
 def test_the_opening_comes_first_and_then_nothing_until_something_is_computed() -> None:
     transfer = make_transfer(2, 3)
-    assert [message.WhichOneof("message") for message in take_all(transfer)] == ["open"]
+    assert [type(message) for message in take_all(transfer)] == [pb.TransferOpen]
     assert transfer.next_message() is None
     transfer.mark_ready(1, 2)
     assert [cells(message) for message in take_all(transfer)] == [[(0, 0), (0, 1)]]
@@ -123,7 +127,8 @@ def test_the_commit_counts_the_chunks_that_left_in_the_end() -> None:
     early = list(take_all(transfer))
     transfer.complete(PrefillOutcome(FIRST_TOKEN_ID, NUM_CACHED_TOKENS))
     *late, commit = list(take_all(transfer))
-    assert commit.commit.num_chunks == len(early) - 1 + len(late) == 4
+    assert isinstance(commit, pb.TransferCommit)
+    assert commit.num_chunks == len(early) - 1 + len(late) == 4
 
 
 def test_a_full_chunk_fits_into_a_message() -> None:
@@ -134,15 +139,15 @@ def test_a_full_chunk_fits_into_a_message() -> None:
     transfer = OutgoingTransfer(PagedStorage(spec, 10), lease, TransferTarget("nowhere:1", "f" * 32, 1))
     transfer.complete(PrefillOutcome(FIRST_TOKEN_ID, NUM_CACHED_TOKENS))
     _, first, *_ = take_all(transfer)
-    assert len(first.chunk.payload) == MAX_CHUNK_BYTES
-    assert first.ByteSize() < MAX_MESSAGE_BYTES
+    assert isinstance(first, Chunk)
+    assert len(first.payload) == MAX_CHUNK_BYTES == transfer.max_payload_bytes
+    assert len(encode_message(first)) < MAX_MESSAGE_BYTES
 
 
 def test_a_sender_whose_lease_has_ended_sends_no_more(handoff: Handoff) -> None:
     """Its blocks may belong to another sequence by now."""
     messages = iter(handoff.iter_messages())
-    kinds = [next(messages).WhichOneof("message") for _ in range(2)]
-    assert kinds == ["open", "chunk"]
+    assert [type(next(messages)) for _ in range(2)] == [pb.TransferOpen, Chunk]
     handoff.source.manager.leases.abort(handoff.source_lease)
     with pytest.raises(TransferError) as caught:
         next(messages)
@@ -163,14 +168,13 @@ def test_a_sender_sends_the_right_bytes_after_its_sequence_was_freed(handoff: Ha
 
 
 def test_sending_over_a_closed_connection_is_a_lost_peer() -> None:
-    """The stub is older than the end of its channel: one made later would read memory that gRPC has freed."""
+    """A stub that is made now would read memory that gRPC has freed."""
 
     async def scenario() -> None:
         channel = grpc.aio.insecure_channel("nowhere:1")  # connects with its first call
-        receiver = KVTransferStub(channel)
         await channel.close()
         with pytest.raises(TransferError) as raised:
-            await send_kv(receiver, make_transfer(num_layers=1, num_blocks=1), stall_timeout_s=1)
+            await send_kv(GrpcPort(lambda _: channel), make_transfer(num_layers=1, num_blocks=1), stall_timeout_s=1)
         assert raised.value.fault is TransferFault.PEER_LOST
 
     asyncio.run(scenario())
