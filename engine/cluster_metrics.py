@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -92,6 +92,7 @@ class ClusterMetrics:
         yield from (self._counter(metric, workers) for metric in _OUR_COUNTERS)
         yield self._transfer_failures(workers)
         yield self._pool_workers(workers)
+        yield self._prediction_errors(workers)
 
     def _gauge(self, metric: _WorkerMetric, workers: tuple[WorkerSnapshot, ...]) -> Metric:
         family = GaugeMetricFamily(PREFIX + metric.name, metric.documentation, labels=_WORKER_LABELS)
@@ -127,6 +128,20 @@ class ClusterMetrics:
         )
         for (role, device), count in pools.items():
             family.add_metric((self._model_name, role, device), count)
+        return family
+
+    def _prediction_errors(self, workers: tuple[WorkerSnapshot, ...]) -> Metric:
+        family = GaugeMetricFamily(
+            f"{PREFIX}cost_model_error",
+            "Median of |predicted - real| / real of the newest steps, handoffs, TTFTs and TPOTs.",
+            labels=(*_WORKER_LABELS, "of"),
+        )
+        for worker in workers:
+            labels = (self._model_name, worker.info.worker_id, worker.info.role.value)
+            for what in fields(worker.errors):
+                error = getattr(worker.errors, what.name)
+                if error is not None:
+                    family.add_metric((*labels, what.name), error)
         return family
 
 

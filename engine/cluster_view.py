@@ -48,7 +48,7 @@ def show_status(url: str, api_key: str | None, *, as_json: bool) -> None:
 
 def status_table(cluster: ClusterSnapshot) -> Table:
     """One row per worker, and one for each that is away."""
-    table = Table(title=_title(cluster), box=box.SIMPLE)
+    table = Table(title=_title(cluster), caption=_errors(cluster), box=box.SIMPLE)
     for column in ("worker", "role"):
         table.add_column(column, no_wrap=True)
     for column in NUMBERS:
@@ -83,6 +83,17 @@ def _row(worker: WorkerSnapshot) -> tuple[str, ...]:
         str(load.waiting),
         info.address,
     )
+
+
+def _errors(cluster: ClusterSnapshot) -> str | None:
+    """How far off predictions were in the middle, of those workers whose requests have shown it."""
+    told = []
+    for worker in cluster.workers:
+        errors = (("TTFT", worker.errors.ttft), ("TPOT", worker.errors.tpot))
+        known = [f"{name} {error:.0%}" for name, error in errors if error is not None]
+        if known:
+            told.append(f"{worker.info.worker_id} {', '.join(known)}")
+    return f"predictions off by (median): {'; '.join(told)}" if told else None
 
 
 def _fetch(address: str, api_key: str | None) -> bytes:

@@ -139,14 +139,18 @@ class AsyncEngine:
         self, placement: Placement, request: pb.GenerateRequest, sampling: SamplingParams
     ) -> AsyncGenerator[TokenBatch, None]:
         """Runs a sequence where it was placed, and keeps the scheduler informed."""
+        num_tokens = 0
+        is_finished = False
         try:
             async with aclosing(self._stream(placement, request, sampling)) as events:
                 async for event in events:
                     if event.first_index == 0:
                         self._scheduler.tell(PrefillDone(placement.request_id))
+                    num_tokens += len(event.token_ids)
+                    is_finished = event.finish_reason is not None
                     yield event
         finally:
-            self._scheduler.tell(RequestEnded(placement.request_id))
+            self._scheduler.tell(RequestEnded(placement.request_id, num_tokens if is_finished else 0))
 
     async def _stream(
         self, placement: Placement, request: pb.GenerateRequest, sampling: SamplingParams

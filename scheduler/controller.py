@@ -10,10 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvcache.errors import UnavailableError
+from scheduler.cost_model import CostModel
 from scheduler.placement import place_least_loaded
+from scheduler.prediction import PredictionLog, Sizes, predict
 from scheduler.types import (
+    NO_ERRORS,
     ClusterSnapshot,
     Placement,
+    PredictionErrors,
+    StepTimes,
+    TransferTimes,
     WorkerInfo,
     WorkerLoad,
     WorkerRole,
@@ -33,6 +39,8 @@ class WorkerReported:
     worker_id: str
     incarnation: int
     load: WorkerLoad
+    steps: tuple[StepTimes, ...] = ()  # since the heartbeat before
+    transfers: tuple[TransferTimes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,7 @@ class RequestEnded:
     """Finished, failed or aborted."""
 
     request_id: str
+    num_output_tokens: int = 0  # of one that finished; 0: says nothing of how long answers are
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +127,8 @@ class _Worker:
     requests_placed: int = 0
     tokens_of: dict[str, int] = field(default_factory=dict)  # request id → its tokens in flight here
     tokens_in_flight: int = 0
+    prefill_s_of: dict[str, float] = field(default_factory=dict)  # request id → predicted, until its first token
+    free_at_s: float = 0.0  # when those prompts would be computed
 
     def take(self, request_id: str, num_tokens: int) -> None:
         self.tokens_of[request_id] = num_tokens
@@ -127,7 +138,27 @@ class _Worker:
     def give_back(self, request_id: str) -> None:
         self.tokens_in_flight -= self.tokens_of.pop(request_id, 0)
 
-    def snapshot(self) -> WorkerSnapshot:
+    @property
+    def batch_size(self) -> int:
+        return len(self.tokens_of)
+
+    @property
+    def batch_context_tokens(self) -> int:
+        return self.tokens_in_flight
+
+    def backlog_s(self, now: float) -> float:
+        return max(0.0, self.free_at_s - now)
+
+    def begin_prefill(self, request_id: str, prefill_s: float, now: float) -> None:
+        self.prefill_s_of[request_id] = prefill_s
+        self.free_at_s = max(self.free_at_s, now) + prefill_s
+
+    def end_prefill(self, request_id: str, now: float) -> None:
+        """What is left are those that were placed after it."""
+        if self.prefill_s_of.pop(request_id, None) is not None:
+            self.free_at_s = now + sum(self.prefill_s_of.values())
+
+    def snapshot(self, errors: PredictionErrors = NO_ERRORS) -> WorkerSnapshot:
         return WorkerSnapshot(
             self.info,
             self.load,
@@ -135,6 +166,7 @@ class _Worker:
             self.tokens_in_flight,
             self.requests_placed,
             self.last_heard_s,
+            errors,
         )
 
 
@@ -151,16 +183,20 @@ class ClusterController:
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._workers: dict[str, _Worker] = {}
         self._placements: dict[str, Placement] = {}
+        self._costs = CostModel()
+        self._log = PredictionLog(self._costs)
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """Takes one event at monotonic time ``now`` (seconds) and says what follows from it."""
         match event:
             case RequestArrived():
-                return [self._place(event)]
+                return [self._place(event, now)]
             case PrefillDone():
-                self._end_prefill(event.request_id)
+                self._log.first_token(event.request_id, now)
+                self._end_prefill(event.request_id, now)
             case RequestEnded():
-                self._end_request(event.request_id)
+                self._log.end(event.request_id, event.num_output_tokens, now)
+                self._end_request(event.request_id, now)
             case WorkerRegistered():
                 return self._register(event.info, now)
             case WorkerReported():
@@ -172,29 +208,46 @@ class ClusterController:
         return []
 
     def snapshot(self) -> ClusterSnapshot:
-        workers = tuple(self._workers[worker_id].snapshot() for worker_id in sorted(self._workers))
+        workers = tuple(self._snapshot(self._workers[worker_id]) for worker_id in sorted(self._workers))
         return ClusterSnapshot(workers, tuple(name for name in self._expected if name not in self._workers))
 
-    def _place(self, request: RequestArrived) -> Command:
+    def _snapshot(self, worker: _Worker) -> WorkerSnapshot:
+        return worker.snapshot(self._costs.errors(worker.info.worker_id))
+
+    def _place(self, request: RequestArrived, now: float) -> Command:
         workers = (worker.snapshot() for worker in self._workers.values())
         try:
             placement = place_least_loaded(request.request_id, workers, request.avoid, request.stay_on)
         except UnavailableError as error:
             return RefuseRequest(request.request_id, error.message)
         self._placements[request.request_id] = placement
+        self._predict(placement, request, now)
         decode_tokens = request.num_prompt_tokens + request.max_tokens
         self._workers[placement.decode.worker_id].take(request.request_id, decode_tokens)
         if placement.prefill is not None:
             self._workers[placement.prefill.worker_id].take(request.request_id, request.num_prompt_tokens)
         return PlaceRequest(placement)
 
-    def _end_prefill(self, request_id: str) -> None:
+    def _predict(self, placement: Placement, request: RequestArrived, now: float) -> None:
+        decode = self._workers[placement.decode.worker_id]
+        prefill = self._workers[placement.prefill.worker_id] if placement.prefill is not None else decode
+        sizes = Sizes(request.num_prompt_tokens, request.max_tokens)
+        prediction = predict(self._costs, placement, sizes, prefill, decode, now)
+        self._log.begin(placement, prediction, now)
+        prefill_s = self._costs.prefill_seconds(prefill.info.worker_id, sizes.prompt)
+        prefill.begin_prefill(request.request_id, prefill_s, now)
+
+    def _end_prefill(self, request_id: str, now: float) -> None:
         placement = self._placements.get(request_id)
+        if placement is not None:
+            worker = self._workers.get((placement.prefill or placement.decode).worker_id)
+            if worker is not None:
+                worker.end_prefill(request_id, now)
         if placement is not None and placement.prefill is not None:
             self._give_back(placement.prefill.worker_id, request_id)
 
-    def _end_request(self, request_id: str) -> None:
-        self._end_prefill(request_id)
+    def _end_request(self, request_id: str, now: float) -> None:
+        self._end_prefill(request_id, now)
         placement = self._placements.pop(request_id, None)
         if placement is not None:
             self._give_back(placement.decode.worker_id, request_id)
@@ -214,6 +267,7 @@ class ClusterController:
         if known is not None and known.info == info:
             known.last_heard_s = now
         else:
+            self._costs.add(info)
             self._workers[info.worker_id] = _Worker(info, now, WorkerLoad(blocks_free=info.num_blocks))
         return []
 
@@ -238,6 +292,10 @@ class ClusterController:
         if worker.info.incarnation == event.incarnation:
             worker.load = event.load
             worker.last_heard_s = now
+            for steps in event.steps:
+                self._costs.observe(event.worker_id, steps)
+            for transfers in event.transfers:
+                self._costs.observe_transfers(event.worker_id, transfers)
         return []
 
     def _remove_silent(self, now: float) -> list[Command]:
@@ -255,4 +313,5 @@ class ClusterController:
         if worker is None or worker.info.incarnation != incarnation:
             return []
         del self._workers[worker_id]
+        self._costs.remove(worker_id)
         return [WorkerRemoved(worker_id, message)]

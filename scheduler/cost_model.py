@@ -26,6 +26,7 @@ from scheduler.types import (
 
 UNKNOWN_LINK_GB_S = 1.0  # about what gRPC moves over loopback; the first handoffs tell better
 ERROR_WINDOW = 64  # samples that an error is the median of
+START_WINDOW = 32  # first tokens whose calls are learned from
 _SHORTEST_S = 1e-7  # clocks may say 0
 
 # Coefficients of parts that the profile gives: right to a factor of two or so, and never free.
@@ -96,11 +97,31 @@ class CostModel:
         sender.transfer_errors.append(abs(link.predict(features) - seconds) / seconds)
         link.add(features, seconds, transfers.num_transfers)
 
+    def start_seconds(self, worker_id: str) -> float:
+        """What a first token of a prompt computed there takes beyond its parts: calls, and turns of event loops."""
+        return self._workers[worker_id].start_s
+
+    def observe_first_token(self, worker_id: str, predicted_s: float, real_s: float) -> None:
+        """Learns ``start_seconds`` from a request whose first token is out; of a worker that left, nothing."""
+        worker = self._workers.get(worker_id)
+        if worker is not None and real_s > 0:
+            worker.observe_first_token(predicted_s, real_s)
+
+    def observe_tokens(self, worker_id: str, predicted_s: float, real_s: float) -> None:
+        """Notes how far off the TPOT of a request was that decoded there; of a worker that left, nothing."""
+        worker = self._workers.get(worker_id)
+        if worker is not None and real_s > 0:
+            worker.tpot_errors.append(abs(predicted_s - real_s) / real_s)
+
     def errors(self, worker_id: str) -> PredictionErrors:
         """How far off the newest predictions were that a worker's steps and handoffs could prove wrong."""
         worker = self._workers[worker_id]
         return PredictionErrors(
-            _median(worker.prefill_errors), _median(worker.decode_errors), _median(worker.transfer_errors)
+            _median(worker.prefill_errors),
+            _median(worker.decode_errors),
+            _median(worker.transfer_errors),
+            _median(worker.ttft_errors),
+            _median(worker.tpot_errors),
         )
 
 
@@ -115,13 +136,17 @@ class _WorkerCosts:
         "_pair_s",
         "_prefill",
         "_prefill_linear",
+        "_start_residuals",
         "address",
         "decode_errors",
         "kv_token_bytes",
         "link_gb_s",
         "links",
         "prefill_errors",
+        "start_s",
+        "tpot_errors",
         "transfer_errors",
+        "ttft_errors",
     )
 
     def __init__(self, info: WorkerInfo) -> None:
@@ -133,6 +158,10 @@ class _WorkerCosts:
         self.prefill_errors: deque[float] = deque(maxlen=ERROR_WINDOW)
         self.decode_errors: deque[float] = deque(maxlen=ERROR_WINDOW)
         self.transfer_errors: deque[float] = deque(maxlen=ERROR_WINDOW)
+        self.ttft_errors: deque[float] = deque(maxlen=ERROR_WINDOW)
+        self.tpot_errors: deque[float] = deque(maxlen=ERROR_WINDOW)
+        self.start_s = 0.0
+        self._start_residuals: deque[float] = deque(maxlen=START_WINDOW)
         self._chunk = info.max_num_batched_tokens
         self._prefill_linear = linear_times(device, shape.weight_bytes, shape.linear_flops)
         self._decode_linear = linear_times(
@@ -171,6 +200,12 @@ class _WorkerCosts:
             self._observe_prefill(steps)
         else:
             self._observe_decode(steps)
+
+    def observe_first_token(self, predicted_s: float, real_s: float) -> None:
+        """The median, for what is far off is a queue that went otherwise and no call."""
+        self.ttft_errors.append(abs(predicted_s - real_s) / real_s)
+        self._start_residuals.append(real_s - (predicted_s - self.start_s))
+        self.start_s = max(0.0, median(self._start_residuals))
 
     def _observe_decode(self, steps: StepTimes) -> None:
         num_steps, seconds = steps.num_steps, max(steps.seconds, _SHORTEST_S)

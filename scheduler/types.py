@@ -119,14 +119,27 @@ class TransferTimes:
 
 @dataclass(frozen=True, slots=True)
 class PredictionErrors:
-    """Median of |predicted - real| / real over the newest steps or handoffs; None before the first.
+    """Median of |predicted - real| / real over the newest of each; None before the first.
 
     Each was predicted before the model learned from it.
     """
 
-    prefill: float | None = None
-    decode: float | None = None
-    transfer: float | None = None
+    prefill: float | None = None  # steps with prompts
+    decode: float | None = None  # steps without
+    transfer: float | None = None  # handoffs from here
+    ttft: float | None = None  # requests whose prompts were computed here, from placement to first token
+    tpot: float | None = None  # requests that decoded here, as predicted from the batch that they met
+
+
+NO_ERRORS = PredictionErrors()
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What is said of a request when it is placed, in seconds."""
+
+    ttft_s: float
+    tpot_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +173,7 @@ class WorkerSnapshot:
     tokens_in_flight: int  # their prompt tokens (prefill) or prompt + max_tokens (decode)
     requests_placed: int  # since it registered: lets equal workers take turns
     last_heard_s: float  # monotonic seconds of the scheduler's clock
+    errors: PredictionErrors = NO_ERRORS
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from scheduler.request import Request
 from workers import worker_pb2 as pb
 from workers.messages import logprobs_to_wire, prompt_logprobs_to_wire
 from workers.step_loop import StepLoop
+from workers.step_times import TransferLedger
 
 HEARTBEAT_INTERVAL_S = 1.0
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class PrefillRole:
         port: KVPort,
         stall_timeout_s: float,
     ) -> None:
+        self.times = TransferLedger()
         self._loop = loop
         self._storage = storage
         self._clock = clock
@@ -122,7 +124,10 @@ class PrefillRole:
                     outbox.put_nowait(message)
                 sending = self._sendings[request.request_id]
                 sending.transfer.complete(PrefillOutcome(first.token_id, request.num_cached_tokens))
+                started_s = self._clock()
                 await sending.task
+                num_bytes = len(sending.lease.block_ids) * self._storage.spec.block_bytes
+                self.times.add(target.address, num_bytes, self._clock() - started_s)
                 self._loop.batcher.manager.leases.commit(sending.lease)
                 self._loop.batcher.complete_handoff(request.request_id)
         finally:

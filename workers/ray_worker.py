@@ -16,7 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvcache.errors import ConfigError, UnavailableError
-from scheduler.controller import AskToRegister, RefuseWorker, WorkerLeft, WorkerRegistered, WorkerReported
+from scheduler.controller import AskToRegister, RefuseWorker, WorkerLeft, WorkerRegistered
 from scheduler.ray_actor import ActorHandle, find_scheduler
 from scheduler.types import DeviceProfile, WorkerInfo
 from workers.load_progress import LoadProgress
@@ -126,7 +126,7 @@ class WorkerActor:
     async def _send_heartbeats(self, info: WorkerInfo) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
-            report = WorkerReported(info.worker_id, info.incarnation, self._loaded.load())
+            report = self._loaded.report(info.incarnation)
             try:
                 commands = await self._scheduler.handle((report,))
             except UnavailableError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import ChainMap
 from collections.abc import AsyncIterator, Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from scheduler.batching import Batcher, SampledToken, StepOutput, StepPlan
 from scheduler.request import Request
 from workers.model.runner import ModelRunner
 from workers.step_progress import StepProgress
+from workers.step_times import StepLedger
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,7 @@ class StepLoop:
         self.kv_listener: KVListener | None = None  # the prefill role sends KV on as it comes
         self.prompt_tokens_computed = 0
         self.generation_tokens = 0
+        self.times = StepLedger()
         self.on_reserved: Callable[[Request], None] | None = None  # the decode role starts handoffs here
         self._runner = runner
         self._streams: dict[str, TokenStream] = {}
@@ -129,6 +132,7 @@ class StepLoop:
         """Runs until cancelled."""
         while True:
             self._work.clear()
+            started_s = time.monotonic()
             if self.on_reserved is not None:
                 for request in self.batcher.reserve_handoffs():
                     self.on_reserved(request)
@@ -137,6 +141,7 @@ class StepLoop:
                 await self._work.wait()
             else:
                 await self._step(plan)
+                self.times.add(plan.chunks, time.monotonic() - started_s)
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)

@@ -19,6 +19,7 @@ from kvcache.storage import BlockStorage, PagedStorage
 from kvcache.transfer.grpc_port import GrpcPort, KVTransferService
 from kvcache.transfer.receiver import KVReceiver
 from scheduler.batching import Batcher
+from scheduler.controller import WorkerReported
 from scheduler.types import DeviceProfile, Phase, WorkerInfo, WorkerLoad
 from workers import worker_pb2_grpc
 from workers.channels import SERVER_OPTIONS, ChannelPool
@@ -142,6 +143,16 @@ class Worker:
             transfer_seconds=transfers.receive_seconds,
             transfer_failures=tuple((fault.value, count) for fault, count in transfers.failures.items()),
             blocks_resumed=batcher.num_resumed_blocks,
+        )
+
+    def report(self, incarnation: int) -> WorkerReported:
+        """A heartbeat; what steps and handoffs took is told once."""
+        return WorkerReported(
+            self.options.worker_id,
+            incarnation,
+            self.load(),
+            self.step_loop.times.take(),
+            self._prefill.times.take(),
         )
 
     def _service(self) -> WorkerService:

@@ -14,6 +14,7 @@ from kvcache.spec import KVCacheSpec
 from scheduler.types import (
     ClusterSnapshot,
     DeviceProfile,
+    PredictionErrors,
     WorkerInfo,
     WorkerLoad,
     WorkerRole,
@@ -100,3 +101,11 @@ def test_who_went_and_who_came_is_told() -> None:
     assert membership_news(there, gone) == ["decode-0 was lost"]
     assert membership_news(gone, back) == ["decode-0 has joined"]
     assert membership_news(there, back) == ["decode-0 was lost", "decode-0 has joined"]
+
+
+def test_the_table_says_how_far_off_latencies_were_predicted() -> None:
+    worker = replace(view(WorkerLoad()).workers[0], errors=PredictionErrors(prefill=0.3, ttft=0.12, tpot=0.04))
+    assert status_table(ClusterSnapshot((worker,))).caption == (
+        "predictions off by (median): decode-0 TTFT 12%, TPOT 4%"
+    )
+    assert status_table(view(WorkerLoad())).caption is None

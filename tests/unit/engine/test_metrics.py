@@ -11,7 +11,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine.metrics import Metrics
 from kvcache.spec import KVCacheSpec
 from scheduler.request import FinishReason
-from scheduler.types import ClusterSnapshot, DeviceProfile, WorkerInfo, WorkerLoad, WorkerRole, WorkerSnapshot
+from scheduler.types import (
+    ClusterSnapshot,
+    DeviceProfile,
+    PredictionErrors,
+    WorkerInfo,
+    WorkerLoad,
+    WorkerRole,
+    WorkerSnapshot,
+)
 from tests.builders import make_shape
 from tests.fakes import FakeEngine, ManualClock, Script
 from tests.unit.engine.calls import COMPLETIONS, call
@@ -145,3 +153,13 @@ def test_requests_are_recorded_by_the_api() -> None:
     assert board.value("vllm:request_success_total", finished_reason="stop") == 2
     assert board.value("vllm:request_success_total", finished_reason="error") == 1
     assert board.value("vllm:generation_tokens_total") == 4
+
+
+def test_how_far_off_predictions_were_is_told_by_what_was_predicted(board: Board) -> None:
+    decode = replace(
+        worker("decode-0", WorkerRole.DECODE, WorkerLoad()), errors=PredictionErrors(decode=0.25, tpot=0.5)
+    )
+    board.cluster = ClusterSnapshot((decode,))
+    assert board.value("twinpool_cost_model_error", worker="decode-0", of="decode") == 0.25
+    assert board.value("twinpool_cost_model_error", worker="decode-0", of="tpot") == 0.5
+    assert 'of="ttft"' not in board.metrics.exposition().decode()

@@ -1,0 +1,128 @@
+"""What is predicted of a request when it is placed, and what is learned from how it turned out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from scheduler.controller import (
+    ClusterController,
+    PrefillDone,
+    RequestArrived,
+    RequestEnded,
+    WorkerRegistered,
+    WorkerReported,
+)
+from scheduler.cost_model import CostModel
+from scheduler.prediction import PredictionLog, Sizes, predict
+from scheduler.types import (
+    Placement,
+    Prediction,
+    PredictionErrors,
+    StepTimes,
+    TransferTimes,
+    WorkerAddress,
+    WorkerLoad,
+    WorkerRole,
+)
+from tests.builders import make_worker
+
+PREFILL, DECODE = make_worker("p", WorkerRole.PREFILL), make_worker("d", WorkerRole.DECODE)
+HANDED_OVER = Placement("r", WorkerAddress("d", "d.test:1"), WorkerAddress("p", "p.test:1"))
+IN_PLACE = Placement("r", WorkerAddress("d", "d.test:1"), None)
+SIZES = Sizes(prompt=100, output=40)
+
+
+@dataclass
+class Books:
+    batch_size: int = 0
+    batch_context_tokens: int = 0
+    backlog: float = 0.0
+
+    def backlog_s(self, now: float) -> float:
+        return max(0.0, self.backlog - now)
+
+
+@pytest.fixture
+def costs() -> CostModel:
+    model = CostModel()
+    for info in (PREFILL, DECODE):
+        model.add(info)
+    return model
+
+
+def test_a_first_token_comes_after_queue_computation_and_handoff(costs: CostModel) -> None:
+    prediction = predict(costs, HANDED_OVER, SIZES, Books(backlog=7.0), Books(), now=4.0)
+    assert prediction.ttft_s == 3.0 + costs.prefill_seconds("p", 100) + costs.transfer_seconds("p", "d", 100)
+
+
+def test_a_prompt_in_place_is_not_handed_over(costs: CostModel) -> None:
+    books = Books()
+    assert predict(costs, IN_PLACE, SIZES, books, books, now=4.0).ttft_s == costs.prefill_seconds("d", 100)
+
+
+def test_a_busy_decode_worker_takes_a_request_up_between_two_steps(costs: CostModel) -> None:
+    idle, busy = (predict(costs, HANDED_OVER, SIZES, Books(), Books(size, 10 * size), 0.0) for size in (0, 8))
+    assert busy.ttft_s - idle.ttft_s == pytest.approx(busy.tpot_s / 2)
+
+
+def test_tokens_take_as_long_as_a_step_of_the_batch_that_the_request_makes(costs: CostModel) -> None:
+    prediction = predict(costs, HANDED_OVER, SIZES, Books(), Books(3, 1000), 0.0)
+    assert prediction.tpot_s == costs.decode_step_seconds("d", 4, 1000 + 100 + 20)
+
+
+def test_calls_that_no_step_explains_are_learned_from_first_tokens(costs: CostModel) -> None:
+    """Each token comes 10 ms late, but for one whose queue went otherwise."""
+    log = PredictionLog(costs)
+    for number in range(20):
+        prediction = predict(costs, HANDED_OVER, SIZES, Books(), Books(), 0.0)
+        parts_s = prediction.ttft_s - costs.start_seconds("p")
+        log.begin(HANDED_OVER, prediction, now=0.0)
+        log.first_token("r", now=parts_s + (2.0 if number == 10 else 0.01))
+    assert costs.start_seconds("p") == pytest.approx(0.01)
+    assert costs.errors("p").ttft == pytest.approx(0.0, abs=1e-6)
+
+
+def test_tpot_is_judged_over_the_whole_answer(costs: CostModel) -> None:
+    log = PredictionLog(costs)
+    log.begin(HANDED_OVER, Prediction(ttft_s=1.0, tpot_s=0.10), now=5.0)
+    log.first_token("r", now=6.0)
+    log.end("r", num_output_tokens=11, now=6.8)  # ten tokens in 0.8 s
+    assert costs.errors("d").tpot == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 3])
+def test_an_answer_that_failed_or_was_short_says_nothing_of_tpot(costs: CostModel, num_tokens: int) -> None:
+    log = PredictionLog(costs)
+    log.begin(HANDED_OVER, Prediction(1.0, 0.1), now=0.0)
+    log.first_token("r", now=1.0)
+    log.end("r", num_tokens, now=2.0)
+    assert costs.errors("d").tpot is None
+
+
+def test_a_request_whose_worker_left_teaches_nothing(costs: CostModel) -> None:
+    log = PredictionLog(costs)
+    log.begin(HANDED_OVER, Prediction(1.0, 0.1), now=0.0)
+    costs.remove("p")
+    log.first_token("r", now=1.0)
+    log.first_token("unknown", now=1.0)
+    log.end("r", 20, now=3.0)
+    assert costs.errors("d").tpot == pytest.approx(abs(0.1 - 2 / 19) / (2 / 19))
+
+
+def test_the_controller_predicts_each_request_and_says_how_far_off_it_was() -> None:
+    controller = ClusterController()
+    for info in (PREFILL, DECODE):
+        controller.handle(WorkerRegistered(info), 0.0)
+    controller.handle(RequestArrived("r", 100, 20), 1.0)
+    controller.handle(PrefillDone("r"), 2.0)
+    controller.handle(RequestEnded("r", 20), 3.0)
+    steps = (StepTimes(3, 0, 0, 6, 200, 0.5), StepTimes(1, 100, 5050, 0, 0, 0.5))
+    controller.handle(WorkerReported("d", 1, WorkerLoad(), steps), 3.0)
+    controller.handle(WorkerReported("p", 1, WorkerLoad(), steps, (TransferTimes("d.test:1", 1, 1000, 0.5),)), 3.0)
+    errors = {worker.info.worker_id: worker.errors for worker in controller.snapshot().workers}
+    told = {
+        name: {key for key in PredictionErrors.__slots__ if getattr(of, key) is not None} for name, of in errors.items()
+    }
+    assert told == {"p": {"prefill", "decode", "transfer", "ttft"}, "d": {"prefill", "decode", "tpot"}}
