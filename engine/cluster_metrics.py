@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from kvcache.errors import TransferFault
 from scheduler.types import ClusterSnapshot, WorkerSnapshot
 
 PREFIX = "twinpool_"
@@ -54,6 +55,11 @@ _OUR_GAUGES = (
     ),
 )
 _OUR_COUNTERS = (
+    _WorkerMetric(
+        "kv_transfers_fenced",
+        "Messages of handoffs that were over: a worker taken for dead went on.",
+        lambda worker: dict(worker.load.transfer_failures).get(TransferFault.STALE_EPOCH.value, 0),
+    ),
     _WorkerMetric(
         "kv_blocks_resumed",
         "Blocks kept of handoffs that broke: they did not come again.",

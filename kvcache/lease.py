@@ -13,12 +13,15 @@ else while it is open, whatever happens to the request.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from kvcache.block_pool import BlockPool
 from kvcache.errors import InvariantError, TransferError, TransferFault
+
+REMEMBERED_ENDS = 4096  # transfers that have ended, by whose ids a late message is told from a wrong one
 
 
 class LeaseState(StrEnum):
@@ -73,6 +76,7 @@ class LeaseTable:
         self._pool = pool
         self._ttl_s = ttl_s
         self._open: dict[str, BlockLease] = {}
+        self._ended: OrderedDict[str, None] = OrderedDict()  # ids, the oldest first
 
     def __iter__(self) -> Iterator[BlockLease]:
         return iter(self._open.values())
@@ -114,9 +118,12 @@ class LeaseTable:
         """The open lease that a message from the other side speaks of.
 
         Raises:
-            TransferError: no such transfer here, it is over or has expired, or the epoch is not its own.
+            TransferError: no such transfer here, it has expired, or the epoch is not its own. An epoch ends with its
+                lease: what comes later, from a worker that was taken for dead, is of a stale one.
         """
         lease = self._open.get(transfer_id)
+        if lease is None and transfer_id in self._ended:
+            raise TransferError(TransferFault.STALE_EPOCH, f"epoch {epoch} of transfer {transfer_id} is over")
         if lease is None:
             raise TransferError(TransferFault.UNKNOWN_TRANSFER, f"no open transfer {transfer_id!r} here")
         if epoch != lease.epoch:
@@ -147,4 +154,7 @@ class LeaseTable:
 
     def _close(self, lease: BlockLease) -> None:
         del self._open[lease.transfer_id]
+        self._ended[lease.transfer_id] = None
+        if len(self._ended) > REMEMBERED_ENDS:
+            self._ended.popitem(last=False)
         self._pool.release(reversed(lease.block_ids))

@@ -279,6 +279,8 @@ class ClusterController:
             name = other.info.worker_id
             if other.info.model != info.model:
                 return f"{info.worker_id} serves model {info.model!r} and {name} serves {other.info.model!r}"
+            if other.info.vocab_size != info.vocab_size:
+                return f"vocab_size of {info.worker_id} is {info.vocab_size} and that of {name} {other.info.vocab_size}"
             obstacle = info.spec.obstacle(other.info.spec)
             exchanges_kv = WorkerRole.COLOCATED not in (info.role, other.info.role)
             if exchanges_kv and obstacle is not None:

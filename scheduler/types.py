@@ -90,6 +90,7 @@ class WorkerInfo:
     tensor_parallel_size: int = 1  # ranks; spec, num_blocks, shape and device are those of all together
     max_num_seqs: int = 64  # sequences in its batch
     max_num_batched_tokens: int = 512  # tokens it computes in one step
+    vocab_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,9 +162,14 @@ class TransferGate:
         self.num_held = 0
         self._after_chunks = after_chunks
         self._opened = asyncio.Event()
+        self._holds_more = True
 
     def open(self) -> None:
         self._opened.set()
+
+    def open_for_others(self) -> None:
+        """Those that are held stay so."""
+        self._holds_more = False
 
     async def holding(self) -> None:
         await until(lambda: self.num_held > 0, "a handoff that the gate holds")
@@ -172,7 +177,7 @@ class TransferGate:
     async def pass_through(self, messages: AsyncIterator[Message]) -> AsyncIterator[Message]:
         num_chunks = 0
         async for message in messages:
-            if num_chunks == self._after_chunks and not self._opened.is_set():
+            if num_chunks == self._after_chunks and self._holds_more and not self._opened.is_set():
                 self.num_held += 1
                 await self._opened.wait()
             num_chunks += isinstance(message, Chunk)

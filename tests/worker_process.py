@@ -32,7 +32,7 @@ _CONTEXT.set_forkserver_preload(["tests.worker_process"])  # imports once, then 
 
 
 class WorkerProcess:
-    """Handle of a running worker. The test ends it: by ``kill``, or ``check_and_end`` once it is idle."""
+    """Handle of a running worker. A test that does not kill it ends with ``check_leaks``."""
 
     def __init__(self, options: WorkerOptions) -> None:
         self._connection, theirs = _CONTEXT.Pipe()
@@ -64,13 +64,11 @@ class WorkerProcess:
         os.kill(self.info.process_id, signal.SIGCONT)
         await until(lambda: self.state != "T", "the process to run")
 
-    async def check_and_end(self) -> None:
-        """Fails when the worker has leaked anything."""
-        self._connection.send("check and end")
+    async def check_leaks(self) -> None:
+        """Fails when the worker, which has nothing to do now, has leaked anything."""
+        self._connection.send("check")
         await until(self._connection.poll, "the worker's answer", START_TIMEOUT_S)
-        problem = self._connection.recv()
-        self._process.join(START_TIMEOUT_S)
-        assert problem == ""
+        assert self._connection.recv() == ""
 
     def close(self) -> None:
         if self._process.is_alive():
@@ -110,4 +108,4 @@ async def _serve(options: WorkerOptions, connection: Connection) -> None:
         connection.send("")
     except Exception as error:  # noqa: BLE001  the process's top: told to the test
         connection.send(f"{type(error).__name__}: {error}")
-    await worker.stop()
+    await asyncio.Event().wait()  # killed

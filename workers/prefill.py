@@ -20,6 +20,7 @@ from workers.step_loop import StepLoop
 from workers.step_times import TransferLedger
 
 HEARTBEAT_INTERVAL_S = 1.0
+HEARTBEATS_PER_LEASE = 4  # at least: a lost one costs nothing
 logger = logging.getLogger(__name__)
 
 
@@ -50,14 +51,15 @@ class PrefillRole:
         storage: BlockStorage,
         clock: Callable[[], float],
         port: KVPort,
-        stall_timeout_s: float,
+        lease_ttl_s: float,
     ) -> None:
         self.times = TransferLedger()
         self._loop = loop
         self._storage = storage
         self._clock = clock
         self._port = port
-        self._stall_timeout_s = stall_timeout_s
+        self._stall_timeout_s = lease_ttl_s
+        self._heartbeat_interval_s = min(HEARTBEAT_INTERVAL_S, lease_ttl_s / HEARTBEATS_PER_LEASE)
         self._targets: dict[str, TransferTarget] = {}  # by request id, as long as the request lives
         self._sendings: dict[str, _Sending] = {}
         self._growing: list[_Growing] = []  # what the running step adds to
@@ -85,7 +87,7 @@ class PrefillRole:
         try:
             while True:
                 try:
-                    message = await asyncio.wait_for(outbox.get(), HEARTBEAT_INTERVAL_S)
+                    message = await asyncio.wait_for(outbox.get(), self._heartbeat_interval_s)
                 except TimeoutError:
                     message = pb.PrefillProgress(num_computed_tokens=request.num_computed_tokens)
                 if message is None:

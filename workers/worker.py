@@ -58,7 +58,7 @@ class Worker:
             storage,
             time.monotonic,
             GrpcPort(lambda address: self._channels(address).channel),
-            stall_timeout_s=options.lease_ttl_s,
+            lease_ttl_s=options.lease_ttl_s,
         )
         self.transfers = KVReceiver(self.manager, storage, time.monotonic, self._decode.receive, failures)
         self._server: grpc.aio.Server | None = None
@@ -123,6 +123,7 @@ class Worker:
             options.tensor_parallel_size,
             options.limits.max_num_seqs,
             options.limits.max_num_batched_tokens,
+            options.vocab_size,
         )
 
     def load(self) -> WorkerLoad:

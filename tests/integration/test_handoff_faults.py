@@ -123,7 +123,7 @@ def test_a_sender_that_vanishes_before_its_commit_leaves_nothing(checkpoint: Tin
                 await until(lambda: lease.state == "sending", "the decode worker to receive")
             await until(lambda: not lease.is_open, "the decode worker to notice", 1.0)
             refusal = await expect_refusal(cluster, handoff.messages(checkpoint.spec))
-            assert fault_in(refusal) == TransferFault.UNKNOWN_TRANSFER.value  # nobody can go on with it
+            assert fault_in(refusal) == TransferFault.STALE_EPOCH.value  # nobody can go on with it
             handoff.end(grpc.StatusCode.UNAVAILABLE)
             assert (await call.error()).code() is grpc.StatusCode.ABORTED
 
@@ -138,7 +138,7 @@ def test_a_handoff_cannot_be_sent_twice(checkpoint: TinyCheckpoint) -> None:
             messages = handoff.messages(checkpoint.spec)
             await send(cluster.channel("decode-0"), messages)
             refusal = await expect_refusal(cluster, messages)
-            assert fault_in(refusal) == TransferFault.UNKNOWN_TRANSFER.value
+            assert fault_in(refusal) == TransferFault.STALE_EPOCH.value
             handoff.end(grpc.StatusCode.OK)
             assert await call.finished() == (7,)
 
@@ -216,7 +216,7 @@ def test_a_silent_prefill_worker_lets_the_lease_run_out(checkpoint: TinyCheckpoi
             assert not cluster.keeps("victim")
             await until(lambda: fake.cancelled == 1, "the prefill worker to be told")
             refusal = await expect_refusal(cluster, handoff.messages(checkpoint.spec))  # the zombie's late words
-            assert fault_in(refusal) == TransferFault.UNKNOWN_TRANSFER.value
+            assert fault_in(refusal) == TransferFault.STALE_EPOCH.value
             await cluster.check_greedy(checkpoint.prompt(40), NUM_TOKENS)
 
     asyncio.run(scenario())

@@ -113,7 +113,7 @@ def test_counters_go_on_when_a_worker_restarts_and_stay_when_it_is_gone(board: B
         prefix_cache_hits=30,
         transfer_bytes=100,
         transfer_seconds=1.5,
-        transfer_failures=(("expired", 3), ("aborted", 1)),
+        transfer_failures=(("expired", 3), ("aborted", 1), ("stale_epoch", 2)),
         blocks_resumed=9,
     )
     first = worker("decode-0", WorkerRole.DECODE, load)
@@ -126,6 +126,7 @@ def test_counters_go_on_when_a_worker_restarts_and_stay_when_it_is_gone(board: B
     assert board.value("vllm:prefix_cache_hits_total", worker="decode-0") == 30
     assert board.value("twinpool_kv_transfer_seconds_total") == 1.5
     assert board.value("twinpool_kv_blocks_resumed_total") == 9
+    assert board.value("twinpool_kv_transfers_fenced_total") == 2
     assert board.value("twinpool_kv_transfer_failures_total", reason="expired") == 3
 
 

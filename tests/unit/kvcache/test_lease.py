@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 
 from kvcache.errors import InvariantError, TransferError, TransferFault
-from kvcache.lease import BlockLease, LeaseState
+from kvcache.lease import REMEMBERED_ENDS, BlockLease, LeaseState
 from kvcache.manager import KVCacheManager
 
 TTL_S = 10.0  # of the manager fixture
@@ -152,11 +152,19 @@ def test_an_unknown_transfer_is_refused(manager: KVCacheManager) -> None:
     close(manager, lease)
 
 
-def test_a_transfer_that_is_over_is_unknown(manager: KVCacheManager) -> None:
+def test_the_epoch_of_a_transfer_that_is_over_is_stale(manager: KVCacheManager) -> None:
     lease = open_lease(manager)
     manager.leases.abort(lease)
-    assert fault_of(manager, lease.transfer_id, 1, now=0.0) is TransferFault.UNKNOWN_TRANSFER
+    assert fault_of(manager, lease.transfer_id, 1, now=0.0) is TransferFault.STALE_EPOCH
     close(manager, lease)
+
+
+def test_of_transfers_that_are_over_the_oldest_are_forgotten(manager: KVCacheManager) -> None:
+    leases = [manager.leases.open(f"t{index}", "r", [], now=0.0) for index in range(REMEMBERED_ENDS + 1)]
+    for lease in leases:
+        manager.leases.abort(lease)
+    assert fault_of(manager, "t0", 1, now=0.0) is TransferFault.UNKNOWN_TRANSFER
+    assert fault_of(manager, "t1", 1, now=0.0) is TransferFault.STALE_EPOCH
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 3, 2**64 - 1])

@@ -132,7 +132,7 @@ class BlockLifecycle(RuleBasedStateMachine):
             else:
                 with pytest.raises(TransferError) as caught:
                     self.manager.leases.find(lease.transfer_id, lease.epoch, self.now)
-                fault = TransferFault.EXPIRED if lease.is_open else TransferFault.UNKNOWN_TRANSFER
+                fault = TransferFault.EXPIRED if lease.is_open else TransferFault.STALE_EPOCH
                 assert caught.value.fault is fault
 
     @rule(index=INDEX)
@@ -147,6 +147,16 @@ class BlockLifecycle(RuleBasedStateMachine):
         """Of any lease, ended ones too."""
         for lease in self.leases[index : index + 1]:
             self.end(lease)
+
+    @rule(index=INDEX, num_verified=st.integers(0, 7))
+    def break_half_way(self, index: int, num_verified: int) -> None:
+        """As a handoff that broke: what was verified of the sequence is cached, then its lease and its blocks go."""
+        for lease in self.leases[index : index + 1]:
+            table = self.tables.get(lease.request_id, [])
+            if lease.state is LeaseState.SENDING and tuple(table) == lease.block_ids:
+                self.end(lease)
+                self.cache(lease.request_id, 0, num_verified)
+                self.free(lease.request_id)
 
     def end(self, lease: BlockLease) -> None:
         was_open = lease.is_open

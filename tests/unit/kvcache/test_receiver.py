@@ -267,7 +267,7 @@ def test_after_an_abort_every_message_is_refused(handoff: Handoff, kind: str) ->
     next_before = handoff.target.read("next")
     with pytest.raises(TransferError) as caught:
         handoff.feed(incoming, kind)
-    assert caught.value.fault is TransferFault.UNKNOWN_TRANSFER
+    assert caught.value.fault is TransferFault.STALE_EPOCH
     assert handoff.target.read("next") == next_before
     handoff.target.manager.free("next")
 

@@ -1,0 +1,119 @@
+"""Workers that stop and come back (F6), and workers that are slow beyond a lease (F11): no wrong token, no leak."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from kvcache.errors import TransferFault
+from scheduler.types import WorkerRole
+from tests.cluster import TinyCheckpoint, greedily, local_cluster
+from tests.leaks import until
+from tests.worker_process import worker_process
+
+pytestmark = pytest.mark.integration
+
+NUM_TOKENS = 12
+PROMPT_TOKENS = 300
+ZOMBIE = "a-prefill"  # the first to be chosen
+LEASE_TTL_S = 0.8
+
+
+def test_the_late_words_of_a_stopped_prefill_worker_are_fenced(checkpoint: TinyCheckpoint) -> None:
+    """It is stopped with half of its KV verified and some more on the way, and comes back after two leases."""
+    prompt = checkpoint.prompt(PROMPT_TOKENS)
+
+    async def scenario() -> None:
+        async with (
+            local_cluster(checkpoint, prefill=1, decode=1, lease_ttl_s=LEASE_TTL_S) as cluster,
+            worker_process(cluster, ZOMBIE, WorkerRole.PREFILL, LEASE_TTL_S) as zombie,
+        ):
+            gate = cluster.hold_transfers("decode-0", after_chunks=28)
+            request = asyncio.create_task(cluster.complete(prompt, greedily(NUM_TOKENS)))
+            await gate.holding()
+            await zombie.stop()
+            gate.open_for_others()
+            assert (await request).token_ids == checkpoint.greedy(prompt, NUM_TOKENS)  # by another worker
+            assert cluster.failures("decode-0")[TransferFault.EXPIRED.value] == 1
+            assert TransferFault.STALE_EPOCH.value not in cluster.failures("decode-0")
+            await asyncio.sleep(LEASE_TTL_S)  # the second lease; its term has to pass, there is nothing to wait for
+            assert zombie.state == "T"
+            cluster.workers["decode-0"].manager.check_idle()
+
+            gate.open()  # what it had sent arrives now
+            await zombie.go_on()
+            await until(
+                lambda: cluster.failures("decode-0").get(TransferFault.STALE_EPOCH.value, 0) >= 1, "the late words"
+            )
+            cluster.workers["decode-0"].manager.check_idle()
+            for seed in (1, 2):  # both prefill workers are of use again
+                await cluster.check_greedy(checkpoint.prompt(40, seed=seed), NUM_TOKENS)
+            used = [placed.prefill.worker_id for placed in cluster.scheduler.placements if placed.prefill]
+            assert used[:2] == [ZOMBIE, "prefill-0"]
+            assert set(used[2:]) == {ZOMBIE, "prefill-0"}
+            await zombie.check_leaks()
+
+    asyncio.run(scenario())
+
+
+def test_a_prefill_worker_that_stops_for_less_than_a_lease_costs_nothing(checkpoint: TinyCheckpoint) -> None:
+    prompt = checkpoint.prompt(PROMPT_TOKENS)
+
+    async def scenario() -> None:
+        async with (
+            local_cluster(checkpoint, decode=1) as cluster,
+            worker_process(cluster, ZOMBIE, WorkerRole.PREFILL) as zombie,
+        ):
+            gate = cluster.hold_transfers("decode-0", after_chunks=28)
+            request = asyncio.create_task(cluster.complete(prompt, greedily(NUM_TOKENS)))
+            await gate.holding()
+            await zombie.stop()
+            await asyncio.sleep(0.3)
+            await zombie.go_on()
+            gate.open()
+            assert (await request).token_ids == checkpoint.greedy(prompt, NUM_TOKENS)
+            assert cluster.failures("decode-0") == {}
+            assert len(cluster.scheduler.placements) == 1
+            await zombie.check_leaks()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("slow", ["prefill-0", "decode-0"])
+def test_heartbeats_keep_the_lease_of_a_handoff_while_steps_take_longer_than_it(
+    checkpoint: TinyCheckpoint, slow: str
+) -> None:
+    async def scenario() -> None:
+        async with local_cluster(checkpoint, prefill=1, decode=1, lease_ttl_s=0.4) as cluster:
+            first = asyncio.create_task(cluster.check_greedy(checkpoint.prompt(20), NUM_TOKENS))
+            gate = cluster.hold_steps(slow, lambda plan: True)
+            await gate.holding()
+            second = asyncio.create_task(cluster.check_greedy(checkpoint.prompt(PROMPT_TOKENS), NUM_TOKENS))
+            await asyncio.sleep(1.2)  # three leases
+            gate.open()
+            await asyncio.gather(first, second)
+            assert cluster.failures("decode-0") == {}
+            assert len(cluster.scheduler.placements) == 2
+
+    asyncio.run(scenario())
+
+
+def test_a_decode_worker_that_takes_nothing_for_a_lease_is_given_up_and_its_half_is_never_read(
+    checkpoint: TinyCheckpoint,
+) -> None:
+    prompt = checkpoint.prompt(PROMPT_TOKENS)
+
+    async def scenario() -> None:
+        async with local_cluster(checkpoint, prefill=2, decode=1, lease_ttl_s=0.4) as cluster:
+            gate = cluster.hold_transfers("decode-0", after_chunks=2)
+            request = asyncio.create_task(cluster.complete(prompt, greedily(NUM_TOKENS)))
+            await gate.holding()
+            (lease,) = cluster.workers["decode-0"].manager.leases
+            await until(lambda: not lease.is_open, "the prefill worker to give up")
+            assert cluster.load("decode-0").generation_tokens == 0
+            gate.open()
+            assert (await request).token_ids == checkpoint.greedy(prompt, NUM_TOKENS)
+            assert len(cluster.scheduler.placements) == 2
+
+    asyncio.run(scenario())
