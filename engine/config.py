@@ -20,6 +20,8 @@ from pydantic_settings import (
 )
 
 from kvcache.errors import ConfigError
+from scheduler.placement import DEFAULT_POLICY, TPOT_TARGET_S, TTFT_TARGET_S, PlacementOptions
+from scheduler.policies import POLICIES
 from scheduler.types import WorkerRole
 from workers.model.checkpoint import DEFAULT_MODEL
 
@@ -111,6 +113,20 @@ class ServeConfig(BaseSettings):
         True, "KV cache and batching", "keep the KV of prompts and answers for prompts that begin the same"
     )
 
+    placement_policy: str = _option(
+        DEFAULT_POLICY, "Placement", f"which workers a request gets: {', '.join(POLICIES)}", "POLICY"
+    )
+    ttft_target_ms: float = _option(
+        1000 * TTFT_TARGET_S, "Placement", "time to the first token that the policy cost tries to keep", "MS", gt=0
+    )
+    tpot_target_ms: float = _option(
+        1000 * TPOT_TARGET_S,
+        "Placement",
+        "time per later token that the policy cost tries to keep, and lets nobody beside it miss",
+        "MS",
+        gt=0,
+    )
+
     host: str = _option("127.0.0.1", "Server", "address to listen on", "HOST", min_length=1)
     port: int = _option(8000, "Server", "port to listen on", "PORT", ge=1, le=65535)
     api_key: Annotated[tuple[str, ...], NoDecode] = _option(
@@ -136,6 +152,13 @@ class ServeConfig(BaseSettings):
             if not key or not key.isascii() or not key.isprintable() or key != key.strip():
                 raise ValueError("a key must be printable ASCII, not empty and without spaces around it")
         return keys
+
+    @field_validator("placement_policy")
+    @classmethod
+    def _check_policy(cls, name: str) -> str:
+        if name not in POLICIES:
+            raise ValueError(f"there is no such policy; there are {', '.join(POLICIES)}")
+        return name
 
     @model_validator(mode="after")
     def _check_pools(self) -> Self:
@@ -173,6 +196,10 @@ class ServeConfig(BaseSettings):
     def served_name(self) -> str:
         """What clients call the model."""
         return self.served_model_name or self.model
+
+    @property
+    def placement(self) -> PlacementOptions:
+        return PlacementOptions(self.placement_policy, self.ttft_target_ms / 1000, self.tpot_target_ms / 1000)
 
     @property
     def num_prefill_workers(self) -> int:

@@ -16,7 +16,7 @@ from engine.scheduler_client import SchedulerClient
 from engine.text_assembler import TextAssembler, TokenBatch
 from engine.tokenizer import Tokenizer
 from kvcache.errors import InvariantError, UnavailableError, WorkerLostError
-from scheduler.controller import PrefillDone, RequestArrived, RequestEnded
+from scheduler.events import PrefillDone, RequestArrived, RequestEnded
 from scheduler.request import FinishReason, SamplingParams, TokenLogprobs, check_sequence
 from scheduler.types import ClusterSnapshot, Phase, Placement
 from workers import worker_pb2 as pb

@@ -59,7 +59,7 @@ def serve(config: ServeConfig) -> None:
             _check_gpus(plan)
             _log_model(plan)
             preparing = beside.submit(_prepare_http, plan)
-            scheduler = cluster.enter_context(_running_cluster(plan, config.shutdown_timeout, progress))
+            scheduler = cluster.enter_context(_running_cluster(plan, config, progress))
             serve_http = preparing.result()
         gc.freeze()
         gc.enable()
@@ -85,15 +85,15 @@ def _prepare_http(plan: StartupPlan) -> Any:
 
 
 @contextlib.contextmanager
-def _running_cluster(plan: StartupPlan, shutdown_timeout_s: float, progress: StartProgress) -> Iterator[ActorHandle]:
+def _running_cluster(plan: StartupPlan, config: ServeConfig, progress: StartProgress) -> Iterator[ActorHandle]:
     """The scheduler with all workers loaded, measured and registered."""
-    scheduler = start_scheduler([options.worker_id for options in plan.workers])
+    scheduler = start_scheduler([options.worker_id for options in plan.workers], config.placement)
     workers = {options.worker_id: start_worker(options) for options in plan.workers}
     try:
         _await_workers(plan, workers, progress)
         yield scheduler
     finally:
-        _stop_workers(workers, shutdown_timeout_s)
+        _stop_workers(workers, config.shutdown_timeout)
 
 
 def _await_workers(plan: StartupPlan, workers: dict[str, ActorHandle], progress: StartProgress) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from kvcache.errors import TwinpoolError, UnavailableError
-from scheduler.controller import Command, Event, PlaceRequest, RefuseRequest, RequestArrived, RequestEnded
+from scheduler.events import Command, Event, PlaceRequest, RefuseRequest, RequestArrived, RequestEnded
 from scheduler.types import ClusterSnapshot, Placement
 
 SNAPSHOT_INTERVAL_S = 0.5

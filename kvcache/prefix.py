@@ -15,10 +15,14 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 from kvcache.errors import InvariantError
 
 MAX_SALT_BYTES = 32
+NAME_BYTES = 8  # so much of a block's name is published: enough to route by, where a wrong guess costs time only
+MAX_NEWS = 1 << 16  # kept for a listener that is slow, beside twice what is cached
 
 
 class HashChain:
@@ -41,6 +45,14 @@ class HashChain:
         return self._hashes
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixNews:
+    """Hashes that came to an index, and that went."""
+
+    added: tuple[bytes, ...] = ()
+    removed: tuple[bytes, ...] = ()
+
+
 class PrefixIndex:
     """Hash → the one block that holds this KV, and back. Who owns a block is not known here.
 
@@ -51,6 +63,7 @@ class PrefixIndex:
     def __init__(self) -> None:
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
+        self._news: dict[bytes, bool] | None = None  # what was not told yet, hash → is here; None: nobody listens
 
     def __len__(self) -> int:
         return len(self._block_of)
@@ -80,12 +93,42 @@ class PrefixIndex:
         if block_hash not in self._block_of:
             self._block_of[block_hash] = block_id
             self._hash_of[block_id] = block_hash
+            self._note(block_hash, is_here=True)
 
     def forget(self, block_id: int) -> None:
         """The block's content ends here. Harmless for a block that is not indexed."""
         block_hash = self._hash_of.pop(block_id, None)
         if block_hash is not None:
             del self._block_of[block_hash]
+            self._note(block_hash, is_here=False)
+
+    @property
+    def tells(self) -> bool:
+        """False: nobody asked for news yet, or nobody took them for so long that they were given up."""
+        return self._news is not None
+
+    def tell_anew(self) -> None:
+        """``take_news`` begins again, with all that is here."""
+        self._news = dict.fromkeys(self._block_of, True)
+
+    def take_news(self, limit: int) -> PrefixNews:
+        """Up to ``limit`` hashes that came or went since the last call, oldest first.
+
+        Whoever has taken all news since ``tell_anew`` knows what is here.
+        """
+        unsaid = self._news or {}
+        news = {block_hash: unsaid.pop(block_hash) for block_hash in list(islice(unsaid, limit))}
+        return PrefixNews(
+            tuple(block_hash for block_hash, is_here in news.items() if is_here),
+            tuple(block_hash for block_hash, is_here in news.items() if not is_here),
+        )
+
+    def _note(self, block_hash: bytes, *, is_here: bool) -> None:
+        if self._news is None:
+            return
+        self._news[block_hash] = is_here
+        if len(self._news) > MAX_NEWS + 2 * len(self._block_of):
+            self._news = None  # nobody takes them
 
     def check_integrity(self) -> None:
         """

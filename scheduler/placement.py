@@ -1,50 +1,134 @@
-"""Which worker does which phase of a request."""
+"""What every placement policy is given, and what it answers."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from kvcache.errors import UnavailableError
-from scheduler.types import Phase, Placement, WorkerAddress, WorkerRole, WorkerSnapshot
+from scheduler.cache_index import CacheIndex
+from scheduler.events import RequestArrived
+from scheduler.types import Phase, WorkerRole
+from scheduler.worker_state import WorkerState
+from scheduler.worker_table import Grouping, Ranking, WorkerTable
+
+DEFAULT_POLICY = "cost"
+TTFT_TARGET_S = 2.0
+TPOT_TARGET_S = 0.1
+NUM_HOLDERS = 4  # workers with a cached prefix that are looked at, for one request and block size
 
 
-def place_least_loaded(
-    request_id: str, workers: Iterable[WorkerSnapshot], avoid: Collection[str] = (), stay_on: str = ""
-) -> Placement:
-    """Puts each phase on the worker that would finish its present work first.
+@dataclass(frozen=True, slots=True)
+class PlacementOptions:
+    """What operators choose. The gateway places by the same ones while the scheduler is away."""
 
-    Work is counted in tokens in flight over what the device was measured to do: arithmetic for prefill,
-    memory reads for decode. A decode worker that also prefills does so in place, without a handoff.
-
-    Args:
-        avoid: ids of workers that this request has failed on already: taken only where there is no other.
-        stay_on: id of the worker that decodes it, if it is alive.
-
-    Raises:
-        UnavailableError: no live worker takes one of the phases; names it.
-    """
-    workers = tuple(workers)
-    known = [worker for worker in workers if worker.info.worker_id == stay_on]
-    decode = known[0] if known else _least_loaded(Phase.DECODE, workers, avoid)
-    if decode.info.role is WorkerRole.COLOCATED:
-        return Placement(request_id, _address(decode), None)
-    return Placement(request_id, _address(decode), _address(_least_loaded(Phase.PREFILL, workers, avoid)))
+    policy: str = DEFAULT_POLICY
+    ttft_target_s: float = TTFT_TARGET_S
+    tpot_target_s: float = TPOT_TARGET_S
+    seed: int = 0  # of the policies that draw
 
 
-def _least_loaded(phase: Phase, workers: tuple[WorkerSnapshot, ...], avoid: Collection[str]) -> WorkerSnapshot:
-    candidates = [worker for worker in workers if worker.info.role.takes(phase)]
-    if not candidates:
-        raise UnavailableError(f"No {phase.value} worker is available.")
-    others = [worker for worker in candidates if worker.info.worker_id not in avoid]
-    return min(others or candidates, key=lambda worker: _load_key(phase, worker))
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Where a request shall run. ``prefill`` is None for prefill in place, on the decode worker."""
+
+    decode: WorkerState
+    prefill: WorkerState | None = None
+
+    @property
+    def prefills(self) -> WorkerState:
+        """The worker that computes the prompt."""
+        return self.prefill or self.decode
 
 
-def _load_key(phase: Phase, worker: WorkerSnapshot) -> tuple[float, int, int, str]:
-    device = worker.info.device
-    rate = device.gemm_gflop_s if phase is Phase.PREFILL else device.read_gb_s
-    # Equal load, as in an idle cluster: the one that got fewer requests so far, so that work goes round.
-    return (worker.tokens_in_flight / rate, worker.requests_in_flight, worker.requests_placed, worker.info.worker_id)
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Everything a policy may look at. It changes nothing."""
+
+    workers: WorkerTable
+    cache: CacheIndex
+
+    def taking(self, phase: Phase) -> Sequence[WorkerState]:
+        """All workers of a phase, at least one.
+
+        Raises:
+            UnavailableError: there is none; names the phase.
+        """
+        workers = self.workers.taking(phase)
+        if not workers:
+            raise UnavailableError(f"No {phase.value} worker is available.")
+        return workers
+
+    def bound_to(self, request: RequestArrived) -> WorkerState | None:
+        """The decode worker that has part of the request's KV already, if it is alive."""
+        worker = self.workers.get(request.stay_on) if request.stay_on else None
+        return worker if worker is not None and worker.takes(Phase.DECODE) else None
+
+    def best(self, phase: Phase, avoid: Collection[str]) -> Sequence[WorkerState]:
+        """The best worker of each group by the policy's ranking, at least one.
+
+        Raises:
+            UnavailableError: as ``taking``.
+        """
+        self.taking(phase)
+        return self.workers.best(phase, avoid)
+
+    def holders(self, request: RequestArrived, limit: int) -> list[WorkerState]:
+        """Workers that have most of the prompt cached, up to ``limit`` for each block size."""
+        found = []
+        for prefix in request.prefixes:
+            for worker_id in self.cache.deepest(prefix, limit):
+                worker = self.workers.get(worker_id)
+                if worker is not None and worker_id not in request.avoid:
+                    found.append(worker)
+        return found
+
+    def cached_tokens(self, worker: WorkerState, request: RequestArrived) -> int:
+        """Tokens of the prompt that need not be computed there, or not be sent there. The last one always is."""
+        block_size = worker.info.spec.block_size
+        for prefix in request.prefixes:
+            if prefix.block_size == block_size:
+                most = (request.num_prompt_tokens - 1) // block_size * block_size
+                return min(self.cache.cached_tokens(worker.info.worker_id, prefix), most)
+        return 0
 
 
-def _address(worker: WorkerSnapshot) -> WorkerAddress:
-    return WorkerAddress(worker.info.worker_id, worker.info.address)
+class PlacementPolicy(Protocol):
+    """Chooses workers for one request after the other. It may keep a state, which only ``choose`` changes."""
+
+    @property
+    def ranking(self) -> Ranking | None:
+        """How the workers of a group are to be kept in order for it; None: it never asks for the best."""
+        ...
+
+    @property
+    def grouping(self) -> Grouping: ...
+
+    def choose(self, request: RequestArrived, num_output_tokens: int, cluster: Cluster, now: float) -> Choice:
+        """
+        Args:
+            num_output_tokens: how long the answer is expected to be.
+
+        Raises:
+            UnavailableError: no live worker takes one of the phases; names it.
+        """
+        ...
+
+
+def one_group(_worker: WorkerState) -> object:
+    return None
+
+
+def prefills_in_place(decode: WorkerState) -> bool:
+    """A worker of both roles computes the prompts of what it decodes itself."""
+    return decode.info.role is WorkerRole.COLOCATED
+
+
+def can_hand_over(prefill: WorkerState, decode: WorkerState) -> bool:
+    """Workers of two pools fit each other, or are refused; colocated ones need not."""
+    if prefill is decode:
+        return False
+    if WorkerRole.COLOCATED not in (prefill.info.role, decode.info.role):
+        return True
+    return prefill.info.spec.obstacle(decode.info.spec) is None

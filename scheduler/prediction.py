@@ -8,6 +8,7 @@ from typing import Protocol
 from scheduler.cost_model import CostModel
 from scheduler.types import Placement, Prediction
 
+MAX_OPEN = 1024
 FEWEST_TOKENS = 8  # of an answer that tells how long a token took: shorter ones are all beginning and end
 
 
@@ -61,11 +62,16 @@ class _Open:
 
 
 class PredictionLog:
-    """Compares predictions with what came, for the cost model."""
+    """Compares predictions with what came, for the cost model: of as many requests at once as make a fair sample."""
 
     def __init__(self, costs: CostModel) -> None:
         self._costs = costs
         self._open: dict[str, _Open] = {}
+
+    @property
+    def is_full(self) -> bool:
+        """Whether enough requests are compared at this moment."""
+        return len(self._open) >= MAX_OPEN
 
     def begin(self, placement: Placement, prediction: Prediction, now: float) -> None:
         self._open[placement.request_id] = _Open(placement, prediction, now)

@@ -10,7 +10,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from kvcache.errors import UnavailableError
-from scheduler.controller import ClusterController, Command, Event, Tick
+from scheduler.controller import ClusterController
+from scheduler.events import Command, Event, Tick
+from scheduler.placement import PlacementOptions
 from scheduler.types import ClusterSnapshot
 
 ActorHandle = Any  # Ray's own type says nothing of the actor's methods
@@ -25,8 +27,8 @@ class SchedulerActor:
     There is no timer: workers report twice a second, and each call lets the time pass.
     """
 
-    def __init__(self, expected_workers: Sequence[str]) -> None:
-        self._controller = ClusterController(expected_workers)
+    def __init__(self, expected_workers: Sequence[str], options: PlacementOptions) -> None:
+        self._controller = ClusterController(expected_workers, options=options, epoch=time.monotonic_ns())
         self._ticked_at = 0.0
 
     def handle(self, events: Sequence[Event]) -> list[list[Command]]:
@@ -85,7 +87,7 @@ def find_scheduler() -> RayScheduler:
     return RayScheduler(ray.get_actor(ACTOR_NAME))
 
 
-def start_scheduler(expected_workers: Sequence[str]) -> ActorHandle:
+def start_scheduler(expected_workers: Sequence[str], options: PlacementOptions) -> ActorHandle:
     """Starts the actor; Ray restarts it when its process dies, and the workers register again."""
     actor_class: Any = ray.remote(SchedulerActor)
-    return actor_class.options(name=ACTOR_NAME, num_cpus=0, max_restarts=-1).remote(tuple(expected_workers))
+    return actor_class.options(name=ACTOR_NAME, num_cpus=0, max_restarts=-1).remote(tuple(expected_workers), options)

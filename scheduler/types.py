@@ -165,6 +165,30 @@ class WorkerLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheDelta:
+    """Names of cached blocks that a worker has or lost since its delta before; of each name its first 8 bytes.
+
+    A name tells where to send a request and nothing else: a wrong one costs time, never a wrong token.
+    """
+
+    sequence: int  # 0: forget what was known of this worker; else one more than the delta before
+    added: bytes = b""  # NAME_BYTES each
+    removed: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixHashes:
+    """Names of a prompt's full blocks: of every block whose end is a multiple of ``tokens_per_hash``, in order.
+
+    A prompt's blocks depend on the block size, so there is one of these for each block size in the cluster.
+    """
+
+    block_size: int
+    tokens_per_hash: int  # a multiple of block_size
+    hashes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSnapshot:
     """One worker as the scheduler sees it."""
 
@@ -175,6 +199,7 @@ class WorkerSnapshot:
     requests_placed: int  # since it registered: lets equal workers take turns
     last_heard_s: float  # monotonic seconds of the scheduler's clock
     errors: PredictionErrors = NO_ERRORS
+    backlog_s: float = 0.0  # predicted seconds of prompts placed here whose first token is not out
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +208,7 @@ class ClusterSnapshot:
 
     workers: tuple[WorkerSnapshot, ...] = ()
     missing: tuple[str, ...] = field(default=())  # ids of workers that were launched and are not registered now
+    epoch: int = 0  # another number after every restart of the scheduler: what it knew of requests is gone
 
 
 @dataclass(frozen=True, slots=True)

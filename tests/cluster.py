@@ -26,7 +26,9 @@ from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from kvcache.transfer.wire import Chunk, Message
 from scheduler.batching import BatchLimits, StepOutput, StepPlan
-from scheduler.controller import ClusterController, Command, Event, PlaceRequest, WorkerRegistered
+from scheduler.controller import ClusterController
+from scheduler.events import Command, Event, PlaceRequest, WorkerRegistered
+from scheduler.placement import PlacementOptions
 from scheduler.request import FinishReason, SamplingParams, TokenLogprobs
 from scheduler.types import ClusterSnapshot, DeviceProfile, Placement, WorkerLoad, WorkerRole
 from tests.builders import make_shape
@@ -47,6 +49,7 @@ from workers.worker_options import WorkerOptions
 MAX_MODEL_LEN = 512
 BLOCK_SIZE = 16
 DEVICE = DeviceProfile("test", gemm_gflop_s=100.0, read_gb_s=10.0, memory_bytes=1 << 30)
+HANDING_OVER = PlacementOptions("least_loaded")  # prompts so short would be computed in place
 ROOMY = BatchLimits(max_num_seqs=64, max_num_batched_tokens=64)  # long prompts come in several chunks
 
 
@@ -187,11 +190,11 @@ class TransferGate:
 class InProcessScheduler:
     """A ``SchedulerPort``: the real controller, without the Ray actor around it. Remembers what it placed."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: PlacementOptions) -> None:
         self.placements: list[Placement] = []
         self.answers = asyncio.Event()  # cleared: calls get no answer until it is set again
         self.answers.set()
-        self._controller = ClusterController()
+        self._controller = ClusterController(options=options)
 
     async def handle(self, events: Sequence[Event]) -> list[list[Command]]:
         now = time.monotonic()
@@ -328,9 +331,10 @@ async def local_cluster(
     tensor_parallel_sizes: Mapping[WorkerRole, int] | None = None,
     prefix_caching: bool = True,
     specs: Mapping[WorkerRole, KVCacheSpec] | None = None,
+    placement: PlacementOptions = HANDING_OVER,
 ) -> AsyncIterator[LocalCluster]:
     """Starts workers named ``prefill-0``, ``decode-0`` and so on; at the end nothing may be left on a live one."""
-    scheduler = InProcessScheduler()
+    scheduler = InProcessScheduler(placement)
     client = SchedulerClient(scheduler)
     served = ServedModel((MODEL_NAME,), checkpoint.max_model_len, 0, (), checkpoint.vocab_size)
     cluster = LocalCluster(

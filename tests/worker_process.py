@@ -18,7 +18,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 from kvcache.transfer.sender import OutgoingTransfer
-from scheduler.controller import WorkerLeft, WorkerRegistered
+from scheduler.events import WorkerLeft, WorkerRegistered
 from scheduler.types import WorkerInfo, WorkerRole
 from tests.cluster import DEVICE, ROOMY, LocalCluster, worker_options
 from tests.leaks import check_no_leaks, until

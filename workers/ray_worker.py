@@ -16,7 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvcache.errors import ConfigError, UnavailableError
-from scheduler.controller import AskToRegister, RefuseWorker, WorkerLeft, WorkerRegistered
+from scheduler.events import AskToRegister, RefuseWorker, WorkerLeft, WorkerRegistered
 from scheduler.ray_actor import ActorHandle, find_scheduler
 from scheduler.types import DeviceProfile, WorkerInfo
 from workers.load_progress import LoadProgress

@@ -19,7 +19,7 @@ from kvcache.storage import BlockStorage, PagedStorage
 from kvcache.transfer.grpc_port import GrpcPort, KVTransferService
 from kvcache.transfer.receiver import KVReceiver
 from scheduler.batching import Batcher
-from scheduler.controller import WorkerReported
+from scheduler.events import WorkerReported
 from scheduler.types import DeviceProfile, Phase, WorkerInfo, WorkerLoad
 from workers import worker_pb2_grpc
 from workers.channels import SERVER_OPTIONS, ChannelPool

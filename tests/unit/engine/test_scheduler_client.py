@@ -10,7 +10,7 @@ import pytest
 from engine import scheduler_client
 from engine.scheduler_client import SchedulerClient
 from kvcache.errors import TwinpoolError, UnavailableError
-from scheduler.controller import Command, Event, PlaceRequest, PrefillDone, RefuseRequest, RequestArrived, RequestEnded
+from scheduler.events import Command, Event, PlaceRequest, PrefillDone, RefuseRequest, RequestArrived, RequestEnded
 from scheduler.types import ClusterSnapshot, Placement, WorkerAddress
 
 

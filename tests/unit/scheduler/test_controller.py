@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from scheduler.controller import (
+from scheduler.controller import ClusterController
+from scheduler.events import (
     AskToRegister,
-    ClusterController,
     Command,
     Event,
     PlaceRequest,
@@ -23,6 +23,7 @@ from scheduler.controller import (
     WorkerRemoved,
     WorkerReported,
 )
+from scheduler.placement import PlacementOptions
 from scheduler.types import WorkerInfo, WorkerLoad, WorkerRole, WorkerSnapshot
 from tests.builders import make_spec, make_worker
 
@@ -35,7 +36,7 @@ class Cluster:
     """A controller and its clock."""
 
     def __init__(self, *workers: WorkerInfo, expected: tuple[str, ...] = ()) -> None:
-        self.controller = ClusterController(expected, TIMEOUT_S)
+        self.controller = ClusterController(expected, TIMEOUT_S, PlacementOptions("least_loaded"))
         self.now = 100.0
         for worker in workers:
             assert self.handle(WorkerRegistered(worker)) == []

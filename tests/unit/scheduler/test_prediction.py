@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import pytest
 
-from scheduler.controller import (
-    ClusterController,
+from scheduler.controller import ClusterController
+from scheduler.cost_model import CostModel
+from scheduler.events import (
     PrefillDone,
     RequestArrived,
     RequestEnded,
     WorkerRegistered,
     WorkerReported,
 )
-from scheduler.cost_model import CostModel
 from scheduler.prediction import PredictionLog, Sizes, predict
 from scheduler.types import (
     Placement,

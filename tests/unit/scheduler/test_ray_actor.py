@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from scheduler import ray_actor
-from scheduler.controller import AskToRegister, WorkerRegistered, WorkerReported
+from scheduler.events import AskToRegister, WorkerRegistered, WorkerReported
+from scheduler.placement import PlacementOptions
 from scheduler.ray_actor import SchedulerActor
 from scheduler.types import WorkerLoad
 from tests.builders import make_worker
@@ -18,6 +19,9 @@ class Clock:
     def monotonic(self) -> float:
         return self.now
 
+    def monotonic_ns(self) -> int:
+        return round(self.now * 1e9)
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
@@ -27,7 +31,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_a_worker_that_falls_silent_while_others_speak_is_removed(clock: Clock) -> None:
-    actor = SchedulerActor(("a", "b"))
+    actor = SchedulerActor(("a", "b"), PlacementOptions())
     speaking, silent = make_worker("a"), make_worker("b")
     actor.handle([WorkerRegistered(speaking), WorkerRegistered(silent)])
     for _ in range(14):
@@ -37,7 +41,7 @@ def test_a_worker_that_falls_silent_while_others_speak_is_removed(clock: Clock) 
 
 
 def test_a_standstill_of_the_scheduler_removes_nobody(clock: Clock) -> None:
-    actor = SchedulerActor(("a",))
+    actor = SchedulerActor(("a",), PlacementOptions())
     worker = make_worker("a")
     actor.handle([WorkerRegistered(worker)])
     clock.now += 60.0

@@ -1,0 +1,94 @@
+"""Which workers have which blocks cached, from what they publish: hash → workers.
+
+A block's name stands for all tokens up to its end, so whoever has a deep block of a prompt has, as a rule, those
+before it: prefixes are evicted from their ends. So both questions below are answered by halving.
+"""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_left
+from collections.abc import Sequence
+
+from kvcache.prefix import NAME_BYTES, HashChain
+from scheduler.types import CacheDelta, PrefixHashes
+
+MAX_NAMES_PER_WORKER = 1 << 16  # a million tokens in blocks of 16; what a worker says beyond is not kept
+MAX_HASHES = 64  # of one prompt and block size
+MAX_HASHED_BLOCKS = 4096  # of one prompt: hashing a block takes two microseconds
+
+
+class CacheIndex:
+    """Holds at most ``MAX_NAMES_PER_WORKER`` names of each worker; says nothing of who is alive."""
+
+    def __init__(self) -> None:
+        self._holders: dict[int, dict[str, None]] = {}  # in order of entry: what is chosen must not depend on hashing
+        self._names: dict[str, set[int]] = {}
+        self._sequences: dict[str, int] = {}  # of the delta taken last
+
+    def apply(self, worker_id: str, delta: CacheDelta) -> bool:
+        """Takes a delta over; False, and nothing is known of the worker from then on, when one before it is missing."""
+        if delta.sequence == 0:
+            self.forget(worker_id)
+        elif self._sequences.get(worker_id) != delta.sequence - 1:
+            self.forget(worker_id)
+            return False
+        self._sequences[worker_id] = delta.sequence
+        names = self._names.setdefault(worker_id, set())
+        for name in unpack_names(delta.removed):
+            if name in names:
+                names.remove(name)
+                self._drop(name, worker_id)
+        for name in unpack_names(delta.added):
+            if len(names) == MAX_NAMES_PER_WORKER:
+                break
+            names.add(name)
+            self._holders.setdefault(name, {})[worker_id] = None
+        return True
+
+    def forget(self, worker_id: str) -> None:
+        self._sequences.pop(worker_id, None)
+        for name in self._names.pop(worker_id, ()):
+            self._drop(name, worker_id)
+
+    def cached_tokens(self, worker_id: str, prefix: PrefixHashes) -> int:
+        """How much of the prompt's beginning a worker has."""
+        depth = bisect_left(prefix.hashes, True, key=lambda name: worker_id not in self._holders.get(name, ()))
+        return depth * prefix.tokens_per_hash
+
+    def deepest(self, prefix: PrefixHashes, limit: int) -> list[str]:
+        """Up to ``limit`` workers that have something of the prompt, those with the most of it first."""
+        found: dict[str, None] = {}
+        depth = bisect_left(prefix.hashes, True, key=lambda name: name not in self._holders)
+        # Down by ever longer steps: those who share a system prompt only are seen too, at the price of few looks.
+        step = 1
+        while depth > 0 and len(found) < limit:
+            for worker_id in self._holders.get(prefix.hashes[depth - 1], ()):
+                found[worker_id] = None
+                if len(found) == limit:
+                    break
+            depth -= step
+            step *= 2
+        return list(found)
+
+    def _drop(self, name: int, worker_id: str) -> None:
+        holders = self._holders[name]
+        del holders[worker_id]
+        if not holders:
+            del self._holders[name]
+
+
+def pack_names(names: Sequence[bytes]) -> bytes:
+    return b"".join(name[:NAME_BYTES] for name in names)
+
+
+def unpack_names(packed: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(packed) // NAME_BYTES}Q", packed)
+
+
+def hashes_of_prompt(salt: bytes, block_size: int, token_ids: Sequence[int]) -> PrefixHashes:
+    """What the gateway sends along: at most ``MAX_HASHES`` names, evenly spread over the prompt's first blocks."""
+    num_blocks = min(len(token_ids) // block_size, MAX_HASHED_BLOCKS)
+    every = max(1, -(-num_blocks // MAX_HASHES))
+    names = HashChain(salt, block_size).hashes(token_ids[: num_blocks * block_size])[every - 1 :: every]
+    return PrefixHashes(block_size, every * block_size, unpack_names(pack_names(names)))

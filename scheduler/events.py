@@ -1,0 +1,120 @@
+"""What the controller hears, and what follows from it. Frozen dataclasses: they cross processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scheduler.types import CacheDelta, Placement, PrefixHashes, StepTimes, TransferTimes, WorkerInfo, WorkerLoad
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRegistered:
+    info: WorkerInfo
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReported:
+    """A heartbeat."""
+
+    worker_id: str
+    incarnation: int
+    load: WorkerLoad
+    steps: tuple[StepTimes, ...] = ()  # since the heartbeat before
+    transfers: tuple[TransferTimes, ...] = ()
+    cache: CacheDelta | None = None  # None: nothing changed
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLeft:
+    """Stopped on purpose."""
+
+    worker_id: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestArrived:
+    request_id: str
+    num_prompt_tokens: int
+    max_tokens: int
+    avoid: tuple[str, ...] = ()  # ids of workers that it has failed on already; others are preferred
+    stay_on: str = ""  # id of the decode worker that has part of its KV from a handoff that broke
+    prefixes: tuple[PrefixHashes, ...] = ()  # one for each block size in the cluster
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPlaced:
+    """Where a request runs that this scheduler has not placed, or has forgotten with a restart."""
+
+    placement: Placement
+    num_prompt_tokens: int
+    max_tokens: int
+    is_prefilled: bool  # its first token is out
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillDone:
+    """The first token is out: the prefill worker has no more work with this request."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEnded:
+    """Finished, failed or aborted."""
+
+    request_id: str
+    num_output_tokens: int = 0  # of one that finished; 0: says nothing of how long answers are
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed and nothing else."""
+
+
+Event = (
+    WorkerRegistered | WorkerReported | WorkerLeft | RequestArrived | RequestPlaced | PrefillDone | RequestEnded | Tick
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceRequest:
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class RefuseRequest:
+    request_id: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RefuseWorker:
+    """The worker must not serve: it does not fit the cluster. ``message`` names the field."""
+
+    worker_id: str
+    message: str
+    is_final: bool  # False: it may try again later
+
+
+@dataclass(frozen=True, slots=True)
+class AskToRegister:
+    """A heartbeat from a worker that is not known here, e.g. after a restart of the scheduler."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class AskForCache:
+    """A delta of the worker's cached blocks was lost: it shall begin anew, with all of them."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRemoved:
+    worker_id: str
+    message: str
+
+
+Command = PlaceRequest | RefuseRequest | RefuseWorker | AskToRegister | AskForCache | WorkerRemoved

@@ -1,0 +1,131 @@
+"""What the scheduler books on each worker, and predicts from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from scheduler.types import Phase, PredictionErrors, WorkerInfo, WorkerLoad, WorkerRole, WorkerSnapshot
+
+
+class CostPredictor(Protocol):
+    """What placing asks of ``scheduler.cost_model.CostModel``. All in seconds."""
+
+    def prefill_seconds(self, worker_id: str, num_tokens: int, num_cached_tokens: int = 0) -> float: ...
+
+    def decode_step_seconds(self, worker_id: str, batch_size: int, context_tokens: int) -> float: ...
+
+    def transfer_seconds(self, prefill_id: str, decode_id: str, num_tokens: int) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What one request brings to the workers it is placed on."""
+
+    num_prompt_tokens: int
+    max_tokens: int
+    num_output_tokens: int  # expected
+    prefill_s: float  # predicted, on the worker that prefills
+
+    @property
+    def context_tokens(self) -> int:
+        """Mean over its life in the batch."""
+        return self.num_prompt_tokens + self.num_output_tokens // 2
+
+
+@dataclass(slots=True, eq=False)
+class WorkerState:
+    """One process of one worker. Changed by its methods only; whoever calls them tells the ``WorkerTable``.
+
+    Prompts are computed in the order in which they were placed, more or less. So the work ahead is kept as the time
+    ``free_at_s`` at which it would be done: it shrinks as time passes without anybody counting, and workers stay
+    in their order while nothing happens to them.
+    """
+
+    info: WorkerInfo
+    load: WorkerLoad
+    last_heard_s: float
+    requests_in_flight: int = 0
+    tokens_in_flight: int = 0
+    requests_placed: int = 0
+    num_prefills: int = 0  # prompts placed here whose first token is not out
+    prefill_s: float = 0.0  # their predicted seconds
+    free_at_s: float = 0.0
+    num_decodes: int = 0
+    context_tokens: int = 0  # of them
+    num_foreign: int = 0  # sequences it reports that were not placed from here: of another gateway, or forgotten
+
+    @property
+    def worker_id(self) -> str:
+        return self.info.worker_id
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences that decode here, or will when their prompts are computed."""
+        return self.num_decodes + self.num_foreign if self.info.role is not WorkerRole.PREFILL else 0
+
+    @property
+    def batch_context_tokens(self) -> int:
+        if self.num_foreign and self.num_decodes:
+            return self.context_tokens * self.batch_size // self.num_decodes
+        return self.context_tokens
+
+    def takes(self, phase: Phase) -> bool:
+        return self.info.role.takes(phase)
+
+    def backlog_s(self, now: float) -> float:
+        """Predicted seconds until a prompt placed now would be begun."""
+        return max(0.0, self.free_at_s - now)
+
+    def begin_prefill(self, work: Workload, now: float) -> None:
+        """A prompt joins the queue."""
+        # When the oldest is late all behind it are still to come, whatever was predicted.
+        behind_s = self.prefill_s * (self.num_prefills - 1) / self.num_prefills if self.num_prefills else 0.0
+        self.free_at_s = max(self.free_at_s, now + behind_s) + work.prefill_s
+        self.num_prefills += 1
+        self.prefill_s += work.prefill_s
+
+    def end_prefill(self, work: Workload, now: float) -> None:
+        """Its first token is out, or it will never be: what is left is what was placed after it."""
+        self.num_prefills -= 1
+        self.prefill_s = self.prefill_s - work.prefill_s if self.num_prefills else 0.0
+        self.free_at_s = min(self.free_at_s, now + self.prefill_s)
+
+    def begin_decode(self, work: Workload) -> None:
+        self.num_decodes += 1
+        self.context_tokens += work.context_tokens
+
+    def end_decode(self, work: Workload) -> None:
+        self.num_decodes -= 1
+        self.context_tokens -= work.context_tokens
+
+    def begin_request(self, num_tokens: int) -> None:
+        self.requests_in_flight += 1
+        self.requests_placed += 1
+        self.tokens_in_flight += num_tokens
+
+    def end_request(self, num_tokens: int) -> None:
+        self.requests_in_flight -= 1
+        self.tokens_in_flight -= num_tokens
+
+    def hear(self, load: WorkerLoad, now: float) -> None:
+        """A heartbeat: corrects the books by what the worker itself counts."""
+        self.load = load
+        self.last_heard_s = now
+        self.num_foreign = max(0, load.running + load.waiting - self.requests_in_flight)
+        if self.num_prefills:
+            mean_s = self.prefill_s / self.num_prefills
+            waiting_s = mean_s * min(load.waiting, self.num_prefills - 1 + self.num_foreign)
+            self.free_at_s = max(self.free_at_s, now + waiting_s)
+
+    def snapshot(self, errors: PredictionErrors) -> WorkerSnapshot:
+        return WorkerSnapshot(
+            self.info,
+            self.load,
+            self.requests_in_flight,
+            self.tokens_in_flight,
+            self.requests_placed,
+            self.last_heard_s,
+            errors,
+            self.prefill_s,
+        )

@@ -1,0 +1,159 @@
+"""The live workers, kept so that no placement looks at all of them."""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+
+from scheduler.types import Phase
+from scheduler.worker_state import WorkerState
+
+Rank = tuple[float | str, ...]  # smaller is better; the last says who is meant, so that no two are equal
+Ranking = Callable[[Phase, WorkerState], Rank]
+Grouping = Callable[[WorkerState], object]  # workers of one group differ in their rank only
+_GARBAGE = 4  # outdated heap entries per worker before a heap is built anew
+
+
+@dataclass(slots=True)
+class _Heap:
+    """The workers of one group by rank. An entry is outdated when its worker has another rank by now, or is gone."""
+
+    entries: list[tuple[Rank, int, WorkerState]] = field(default_factory=list)
+    ranks: dict[WorkerState, Rank] = field(default_factory=dict)
+    num_puts: int = 0  # numbers the entries, so that no comparison gets as far as the workers
+
+    def put(self, worker: WorkerState, rank: Rank) -> None:
+        if self.ranks.get(worker) != rank:
+            self.ranks[worker] = rank
+            self.num_puts += 1
+            heapq.heappush(self.entries, (rank, self.num_puts, worker))
+            if len(self.entries) > _GARBAGE * len(self.ranks) + 64:
+                self.entries = [(rank, number, worker) for number, (worker, rank) in enumerate(self.ranks.items())]
+                heapq.heapify(self.entries)
+
+    def best(self, avoid: Collection[str]) -> WorkerState | None:
+        """The best worker that is not to be avoided."""
+        entries, ranks = self.entries, self.ranks
+        passed: list[tuple[Rank, int, WorkerState]] = []
+        found = None
+        while entries and found is None:
+            rank, _, worker = entries[0]
+            if ranks.get(worker) is not rank:
+                heapq.heappop(entries)
+            elif worker.info.worker_id in avoid:
+                passed.append(heapq.heappop(entries))
+            else:
+                found = worker
+        for entry in passed:
+            heapq.heappush(entries, entry)
+        return found
+
+
+@dataclass(slots=True)
+class _Members:
+    """Workers in a list, for those who draw or count: joins, leaves and the n-th are quick."""
+
+    workers: list[WorkerState] = field(default_factory=list)
+    positions: dict[WorkerState, int] = field(default_factory=dict)
+
+    def add(self, worker: WorkerState) -> None:
+        self.positions[worker] = len(self.workers)
+        self.workers.append(worker)
+
+    def remove(self, worker: WorkerState) -> None:
+        position = self.positions.pop(worker)
+        last = self.workers.pop()
+        if last is not worker:
+            self.workers[position] = last
+            self.positions[last] = position
+
+
+class WorkerTable:
+    """Workers by id, by phase, by rank within their group, and by when they were heard.
+
+    Args:
+        ranking: the order that a policy asks ``best`` for; None: it never does.
+        grouping: workers whose ranks cannot be compared, for they are of different kinds, are in different groups.
+    """
+
+    def __init__(self, ranking: Ranking | None = None, grouping: Grouping = lambda _worker: None) -> None:
+        self._ranking = ranking
+        self._grouping = grouping
+        self._workers: dict[str, WorkerState] = {}
+        self._members = {phase: _Members() for phase in Phase}
+        self._heaps: dict[Phase, dict[object, _Heap]] = {phase: {} for phase in Phase}
+        self._heap_of: dict[WorkerState, tuple[tuple[Phase, _Heap], ...]] = {}
+        self._heard: OrderedDict[WorkerState, None] = OrderedDict()  # longest silent first
+        self._num_unpriced = 0
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def __iter__(self) -> Iterator[WorkerState]:
+        return iter(self._workers.values())
+
+    def get(self, worker_id: str) -> WorkerState | None:
+        return self._workers.get(worker_id)
+
+    @property
+    def all_priced(self) -> bool:
+        """Whether costs can be told in money; else a second counts the same on every device."""
+        return not self._num_unpriced
+
+    def add(self, worker: WorkerState) -> None:
+        """Enters a worker, which must not be here, at the time of its ``last_heard_s``."""
+        self._workers[worker.worker_id] = worker
+        self._heard[worker] = None
+        self._num_unpriced += not worker.info.device.price_per_hour
+        group = self._grouping(worker)
+        phases = [phase for phase in Phase if worker.takes(phase)]
+        for phase in phases:
+            self._members[phase].add(worker)
+        self._heap_of[worker] = tuple(
+            (phase, self._heaps[phase].setdefault(group, _Heap())) for phase in phases if self._ranking is not None
+        )
+        self.changed(worker)
+
+    def remove(self, worker: WorkerState) -> None:
+        del self._workers[worker.worker_id], self._heard[worker]
+        self._num_unpriced -= not worker.info.device.price_per_hour
+        for phase in Phase:
+            if worker.takes(phase):
+                self._members[phase].remove(worker)
+        for phase, heap in self._heap_of.pop(worker):
+            del heap.ranks[worker]
+            if not heap.ranks:
+                self._heaps[phase] = {key: other for key, other in self._heaps[phase].items() if other is not heap}
+
+    def changed(self, worker: WorkerState) -> None:
+        """To be called after any change of a worker's books. Harmless for one that is not here."""
+        if self._ranking is not None:
+            for phase, heap in self._heap_of.get(worker, ()):
+                heap.put(worker, self._ranking(phase, worker))
+
+    def heard(self, worker: WorkerState) -> None:
+        """It was heard of just now."""
+        self._heard.move_to_end(worker)
+
+    def silent_since(self, time_s: float) -> list[WorkerState]:
+        """Those that were last heard of before ``time_s``."""
+        silent = []
+        for worker in self._heard:
+            if worker.last_heard_s >= time_s:
+                break
+            silent.append(worker)
+        return silent
+
+    def taking(self, phase: Phase) -> list[WorkerState]:
+        """All workers that take a phase, in no order of meaning. Do not change it."""
+        return self._members[phase].workers
+
+    def best(self, phase: Phase, avoid: Collection[str] = ()) -> list[WorkerState]:
+        """The best of each group; those of ``avoid`` only where there is nobody else in any group."""
+        heaps = self._heaps[phase].values()
+        found = [worker for heap in heaps if (worker := heap.best(avoid)) is not None]
+        if not found and avoid:
+            return self.best(phase)
+        return found
