@@ -7,14 +7,13 @@ before it: prefixes are evicted from their ends. So both questions below are ans
 from __future__ import annotations
 
 import struct
-from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from kvcache.prefix import NAME_BYTES, HashChain
-from scheduler.types import CacheDelta, PrefixHashes
+from scheduler.types import CacheDelta, PrefixHashes, WorkerInfo
 
 MAX_NAMES_PER_WORKER = 1 << 16  # a million tokens in blocks of 16; what a worker says beyond is not kept
-MAX_HASHES = 64  # of one prompt and block size
+MAX_HASHES = 32  # of one prompt and block size
 MAX_HASHED_BLOCKS = 4096  # of one prompt: hashing a block takes two microseconds
 
 
@@ -51,15 +50,24 @@ class CacheIndex:
         for name in self._names.pop(worker_id, ()):
             self._drop(name, worker_id)
 
-    def cached_tokens(self, worker_id: str, prefix: PrefixHashes) -> int:
-        """How much of the prompt's beginning a worker has."""
-        depth = bisect_left(prefix.hashes, True, key=lambda name: worker_id not in self._holders.get(name, ()))
-        return depth * prefix.tokens_per_hash
+    def cached_tokens(self, worker: WorkerInfo, prefixes: Mapping[int, PrefixHashes], num_prompt_tokens: int) -> int:
+        """Tokens of a prompt that a worker need not compute, or not be sent. The last one always is.
+
+        Args:
+            prefixes: by block size.
+        """
+        block_size = worker.spec.block_size
+        prefix = prefixes.get(block_size)
+        names = self._names.get(worker.worker_id)
+        if not names or prefix is None:
+            return 0
+        depth = _depth(prefix.hashes, names)
+        return min(depth * prefix.tokens_per_hash, (num_prompt_tokens - 1) // block_size * block_size)
 
     def deepest(self, prefix: PrefixHashes, limit: int) -> list[str]:
         """Up to ``limit`` workers that have something of the prompt, those with the most of it first."""
         found: dict[str, None] = {}
-        depth = bisect_left(prefix.hashes, True, key=lambda name: name not in self._holders)
+        depth = _depth(prefix.hashes, self._holders)
         # Down by ever longer steps: those who share a system prompt only are seen too, at the price of few looks.
         step = 1
         while depth > 0 and len(found) < limit:
@@ -76,6 +84,18 @@ class CacheIndex:
         del holders[worker_id]
         if not holders:
             del self._holders[name]
+
+
+def _depth(hashes: Sequence[int], known: Container[int]) -> int:
+    """How many of the first hashes are known, if none is after the first that is not."""
+    low, high = 0, len(hashes)
+    while low < high:
+        middle = (low + high) // 2
+        if hashes[middle] in known:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 def pack_names(names: Sequence[bytes]) -> bytes:

@@ -22,42 +22,58 @@ TYPICAL_OUTPUT_TOKENS = 128  # to weigh decoding against waiting prompts where n
 _LIKE = log(1.1)  # devices whose rates differ by less are of one kind: measured rates differ a little everywhere
 
 
-@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is the same for all workers that are looked at for one request."""
+
+    __slots__ = ("_cache", "_prefixes", "context_tokens", "in_money", "now", "num_prompt_tokens", "num_steps")
+
+    def __init__(self, request: RequestArrived, num_output_tokens: int, cluster: Cluster, now: float) -> None:
+        self.num_prompt_tokens = request.num_prompt_tokens
+        self.num_steps = num_output_tokens - 1
+        self.context_tokens = request.num_prompt_tokens + num_output_tokens // 2
+        self.in_money = cluster.workers.all_priced
+        self.now = now
+        self._cache = cluster.cache
+        self._prefixes = {prefix.block_size: prefix for prefix in request.prefixes}
+
+    def cached_tokens(self, worker: WorkerState) -> int:
+        return self._cache.cached_tokens(worker.info, self._prefixes, self.num_prompt_tokens)
+
+
+@dataclass(slots=True)  # not frozen: there are a dozen for every request
 class _Prefill:
-    """One worker that could compute the prompt for others."""
+    """A worker that could compute the prompt."""
 
     worker: WorkerState
     ready_s: float  # from now until the first token is sampled there
-    cost: float
+    delay_s: float  # that, and by how much those that decode there are delayed, all together
     price: float
-    keeps_pace: bool  # sequences that decode beside it keep their TPOT target
-
-
-@dataclass(frozen=True, slots=True)
-class _Decode:
-    """One worker that could decode, with what it would take to prefill there too."""
-
-    worker: WorkerState
-    wait_s: float  # for room in the batch
-    decode_s: float  # all tokens after the first
-    cost: float
-    price: float
-    num_missing_tokens: int  # of the prompt, that a handoff would have to bring
-    keeps_pace: bool
-    in_place: _Prefill
+    keeps_pace: bool  # those that decode there keep their TPOT target
 
 
 @dataclass(slots=True)
-class _Search:
-    """Keeps the better of two."""
+class _Decode:
+    """A worker that could decode."""
+
+    worker: WorkerState
+    wait_s: float  # for room in the batch
+    rest_s: float  # that, and all tokens after the first
+    cost: float  # of that, and of how much those that decode there are delayed
+    num_cached_tokens: int
+    keeps_pace: bool
+
+
+@dataclass(slots=True)
+class _Best:
+    """The better of what was offered."""
 
     value: float = inf
-    choice: Choice | None = None
+    decode: WorkerState | None = None
+    prefill: WorkerState | None = None
 
     def offer(self, value: float, decode: WorkerState, prefill: WorkerState | None) -> None:
         if value < self.value:
-            self.value = value
-            self.choice = Choice(decode, prefill)
+            self.value, self.decode, self.prefill = value, decode, prefill
 
 
 class CostPlacement:
@@ -74,134 +90,119 @@ class CostPlacement:
 
     def ranking(self, phase: Phase, worker: WorkerState) -> Rank:
         """By when a prompt would be begun; by how long a typical answer would take, behind prompts in place."""
-        if phase is Phase.PREFILL and worker.info.role is WorkerRole.PREFILL:
-            return (worker.free_at_s, worker.requests_placed, worker.info.worker_id)
-        step_s = self._costs.decode_step_seconds(
-            worker.info.worker_id, worker.batch_size + 1, worker.batch_context_tokens
+        info = worker.info
+        if info.role is WorkerRole.PREFILL:
+            return (worker.free_at_s, worker.requests_placed, info.worker_id)
+        worker.step_s = self._costs.decode_step_seconds(
+            info.worker_id, worker.batch_size or 1, worker.batch_context_tokens
         )
-        return (worker.prefill_s + step_s * TYPICAL_OUTPUT_TOKENS, worker.requests_placed, worker.info.worker_id)
+        typical_s = worker.prefill_s + worker.step_s * TYPICAL_OUTPUT_TOKENS
+        return (typical_s, worker.requests_placed, info.worker_id)
 
     def grouping(self, worker: WorkerState) -> object:
         """Workers that are predicted to take about as long as each other, at the same price."""
         info = worker.info
         device = info.device
-        rates = (device.gemm_gflop_s, device.read_gb_s)
-        likeness = tuple(round(log(rate) / _LIKE) for rate in rates)
+        likeness = tuple(round(log(rate) / _LIKE) for rate in (device.gemm_gflop_s, device.read_gb_s))
         return (info.role, info.spec, info.max_num_seqs, device.price_per_hour, likeness)
 
     def choose(self, request: RequestArrived, num_output_tokens: int, cluster: Cluster, now: float) -> Choice:
+        asked = _Asked(request, num_output_tokens, cluster, now)
         holders = cluster.holders(request, NUM_HOLDERS) if request.prefixes else []
-        decodes = [
-            self._decode(worker, request, num_output_tokens, cluster, now)
-            for worker in _candidates(Phase.DECODE, request, cluster, holders)
-        ]
-        prefills: list[_Prefill] = []
-        if any(not prefills_in_place(decode.worker) for decode in decodes) and cluster.workers.taking(Phase.PREFILL):
-            prefills = [
-                self._prefill(worker, request.num_prompt_tokens, cluster.cached_tokens(worker, request), cluster, now)
-                for worker in _candidates(Phase.PREFILL, request, cluster, holders)
-            ]
-        choice = self._cheapest(prefills, decodes)
-        if choice is None:
-            choice = self._earliest(prefills, decodes, keeping_pace=True)
-        if choice is None:
-            choice = self._earliest(prefills, decodes, keeping_pace=False)
-        assert choice is not None, "there is always prefill in place"
-        return choice
+        decodes = [self._decode(worker, asked) for worker in _candidates(Phase.DECODE, request, cluster, holders)]
+        prefills = []
+        if cluster.workers.taking(Phase.PREFILL):
+            candidates = _candidates(Phase.PREFILL, request, cluster, holders)
+            prefills = [self._prefill(worker, asked.cached_tokens(worker), asked) for worker in candidates]
+        best = self._cheapest(asked, decodes, prefills)
+        if best.decode is None:
+            best = self._earliest(asked, decodes, prefills, keeping_pace=True)
+        if best.decode is None:
+            best = self._earliest(asked, decodes, prefills, keeping_pace=False)
+        assert best.decode is not None, "prefill in place is always possible"
+        return Choice(best.decode, best.prefill)
 
-    def _prefill(
-        self, worker: WorkerState, num_prompt_tokens: int, num_cached_tokens: int, cluster: Cluster, now: float
-    ) -> _Prefill:
-        """What it takes to compute the prompt there. Those that decode there stand still meanwhile, chunk by chunk."""
+    def _prefill(self, worker: WorkerState, num_cached_tokens: int, asked: _Asked) -> _Prefill:
+        """Those that decode there stand still meanwhile, chunk by chunk; and somebody may join them at any moment."""
         info = worker.info
-        own_s = self._costs.prefill_seconds(info.worker_id, num_prompt_tokens, num_cached_tokens)
-        ready_s = worker.backlog_s(now) + own_s
-        price = info.device.price_per_hour if cluster.workers.all_priced else 1.0
+        ready_s = own_s = self._costs.prefill_seconds(info.worker_id, asked.num_prompt_tokens, num_cached_tokens)
+        if worker.free_at_s > asked.now:
+            ready_s += worker.free_at_s - asked.now
+        price = info.device.price_per_hour if asked.in_money else 1.0
         if info.role is WorkerRole.PREFILL:
-            return _Prefill(worker, ready_s, price * ready_s, price, keeps_pace=True)
-        batch_size, context_tokens = worker.batch_size, worker.batch_context_tokens
-        chunk = min(num_prompt_tokens - num_cached_tokens, info.max_num_batched_tokens)
-        pause_s = self._costs.prefill_seconds(info.worker_id, chunk)
+            return _Prefill(worker, ready_s, ready_s, price, True)
+        pause_s = own_s
+        if asked.num_prompt_tokens - num_cached_tokens > info.max_num_batched_tokens:
+            pause_s = self._costs.prefill_seconds(info.worker_id, info.max_num_batched_tokens, 0)
+        batch_size = worker.batch_size
         if batch_size:
-            pause_s += self._costs.decode_step_seconds(info.worker_id, batch_size, context_tokens)
-        cost = price * (ready_s + own_s * batch_size)
-        return _Prefill(worker, ready_s, cost, price, keeps_pace=pause_s <= self._tpot_target_s)
+            pause_s += worker.step_s
+        return _Prefill(worker, ready_s, ready_s + own_s * batch_size, price, pause_s <= self._tpot_target_s)
 
-    def _decode(
-        self, worker: WorkerState, request: RequestArrived, num_output_tokens: int, cluster: Cluster, now: float
-    ) -> _Decode:
-        info, costs = worker.info, self._costs
-        batch_size, context_tokens = worker.batch_size, worker.batch_context_tokens
-        own_tokens = request.num_prompt_tokens + num_output_tokens // 2
-        step_s = costs.decode_step_seconds(info.worker_id, batch_size + 1, context_tokens + own_tokens)
-        decode_s = step_s * (num_output_tokens - 1)
-        added_s = 0.0  # to each of the others
-        if batch_size:
-            now_s = costs.decode_step_seconds(info.worker_id, batch_size, context_tokens)
-            added_s = (step_s - now_s) * (num_output_tokens - 1)
-        wait_s = decode_s * _crowding(worker, own_tokens)
-        num_cached_tokens = cluster.cached_tokens(worker, request)
-        in_place = self._prefill(worker, request.num_prompt_tokens, num_cached_tokens, cluster, now)
-        price = in_place.price
-        return _Decode(
-            worker,
-            wait_s,
-            decode_s,
-            price * (wait_s + decode_s + added_s * batch_size),
-            price,
-            request.num_prompt_tokens - num_cached_tokens,
-            step_s <= self._tpot_target_s,
-            in_place,
-        )
+    def _decode(self, worker: WorkerState, asked: _Asked) -> _Decode:
+        info = worker.info
+        batch_size = worker.batch_size
+        context_tokens = worker.batch_context_tokens + asked.context_tokens
+        step_s = self._costs.decode_step_seconds(info.worker_id, batch_size + 1, context_tokens)
+        rest_s = step_s * asked.num_steps
+        # What does not fit waits until as much has ended.
+        excess = max((batch_size + 1) / info.max_num_seqs, context_tokens / worker.max_tokens) - 1
+        wait_s = rest_s * excess if excess > 0 else 0.0
+        rest_s += wait_s
+        delay_s = rest_s + (step_s - worker.step_s) * asked.num_steps * batch_size
+        price = info.device.price_per_hour if asked.in_money else 1.0
+        cost = price * delay_s
+        return _Decode(worker, wait_s, rest_s, cost, asked.cached_tokens(worker), step_s <= self._tpot_target_s)
 
-    def _cheapest(self, prefills: Sequence[_Prefill], decodes: Sequence[_Decode]) -> Choice | None:
+    def _cheapest(self, asked: _Asked, decodes: list[_Decode], prefills: list[_Prefill]) -> _Best:
         """The lowest cost of what keeps both targets, if anything does."""
-        search, target_s = _Search(), self._ttft_target_s
-        able = sorted(
-            (prefill for prefill in prefills if prefill.keeps_pace and prefill.ready_s <= target_s), key=_cost_of
-        )
+        best = _Best()
+        able = [(prefill.price * prefill.delay_s, prefill) for prefill in prefills if prefill.keeps_pace]
+        able.sort(key=_first)
+        decodes.sort(key=_cost)
         for decode in decodes:
-            if not decode.keeps_pace or decode.wait_s > target_s:
+            cost = decode.cost
+            if cost >= best.value:
+                break  # those that follow cost no less; so below
+            slack_s = self._ttft_target_s - decode.wait_s
+            if not decode.keeps_pace or slack_s < 0:
                 continue
-            if decode.in_place.keeps_pace and decode.wait_s + decode.in_place.ready_s <= target_s:
-                search.offer(decode.cost + decode.in_place.cost, decode.worker, None)
-            for prefill in able:
-                if decode.cost + prefill.cost >= search.value:
-                    break  # those that follow cost no less
-                if can_hand_over(prefill.worker, decode.worker) and not prefills_in_place(decode.worker):
-                    transfer_s = self._transfer_s(prefill, decode)
-                    if decode.wait_s + prefill.ready_s + transfer_s <= target_s:
-                        cost = decode.cost + prefill.cost + prefill.price * transfer_s
-                        search.offer(cost, decode.worker, prefill.worker)
-        return search.choice
+            own = self._prefill(decode.worker, decode.num_cached_tokens, asked)
+            if own.keeps_pace and own.ready_s <= slack_s:
+                best.offer(cost + own.price * own.delay_s, decode.worker, None)
+            for prefill_cost, prefill in able:
+                if cost + prefill_cost >= best.value:
+                    break
+                if prefill.ready_s <= slack_s and _fits(prefill, decode):
+                    transfer_s = self._transfer_s(asked, prefill, decode)
+                    if prefill.ready_s + transfer_s <= slack_s:
+                        best.offer(cost + prefill_cost + prefill.price * transfer_s, decode.worker, prefill.worker)
+        return best
 
     def _earliest(
-        self, prefills: Sequence[_Prefill], decodes: Sequence[_Decode], *, keeping_pace: bool
-    ) -> Choice | None:
-        """The earliest finish, if anything keeps the pace that may have to be kept.
-
-        A prompt in place counts what it delays others by as if it were its own.
-        """
-        search = _Search()
-        able = sorted((prefill for prefill in prefills if prefill.keeps_pace or not keeping_pace), key=_ready_of)
+        self, asked: _Asked, decodes: list[_Decode], prefills: list[_Prefill], *, keeping_pace: bool
+    ) -> _Best:
+        """The earliest finish, of what keeps the pace where it must. Delays of others by a prompt count as its own."""
+        best = _Best()
+        able = [(prefill.delay_s, prefill) for prefill in prefills if prefill.keeps_pace or not keeping_pace]
+        able.sort(key=_first)
         for decode in decodes:
             if keeping_pace and not decode.keeps_pace:
                 continue
-            rest_s = decode.wait_s + decode.decode_s
-            if decode.in_place.keeps_pace or not keeping_pace:
-                search.offer(rest_s + decode.in_place.cost / decode.price, decode.worker, None)
-            for prefill in able:
-                if rest_s + prefill.ready_s >= search.value:
+            own = self._prefill(decode.worker, decode.num_cached_tokens, asked)
+            if own.keeps_pace or not keeping_pace:
+                best.offer(decode.rest_s + own.delay_s, decode.worker, None)
+            for delay_s, prefill in able:
+                if decode.rest_s + delay_s >= best.value:
                     break
-                if can_hand_over(prefill.worker, decode.worker) and not prefills_in_place(decode.worker):
-                    finish_s = rest_s + prefill.cost / prefill.price + self._transfer_s(prefill, decode)
-                    search.offer(finish_s, decode.worker, prefill.worker)
-        return search.choice
+                if _fits(prefill, decode):
+                    finish_s = decode.rest_s + delay_s + self._transfer_s(asked, prefill, decode)
+                    best.offer(finish_s, decode.worker, prefill.worker)
+        return best
 
-    def _transfer_s(self, prefill: _Prefill, decode: _Decode) -> float:
-        return self._costs.transfer_seconds(
-            prefill.worker.info.worker_id, decode.worker.info.worker_id, decode.num_missing_tokens
-        )
+    def _transfer_s(self, asked: _Asked, prefill: _Prefill, decode: _Decode) -> float:
+        num_tokens = asked.num_prompt_tokens - decode.num_cached_tokens
+        return self._costs.transfer_seconds(prefill.worker.info.worker_id, decode.worker.info.worker_id, num_tokens)
 
 
 def _candidates(
@@ -211,17 +212,13 @@ def _candidates(
     return [*best, *(worker for worker in holders if worker.takes(phase) and worker not in best)]
 
 
-def _crowding(worker: WorkerState, own_tokens: int) -> float:
-    """By how much the sequences there, and this one, exceed what fits at once, as a part of that."""
-    info = worker.info
-    places = (worker.batch_size + 1) / info.max_num_seqs
-    tokens = (worker.batch_context_tokens + own_tokens) / (info.num_blocks * info.spec.block_size)
-    return max(0.0, places - 1, tokens - 1)
+def _fits(prefill: _Prefill, decode: _Decode) -> bool:
+    return not prefills_in_place(decode.worker) and can_hand_over(prefill.worker, decode.worker)
 
 
-def _cost_of(prefill: _Prefill) -> float:
-    return prefill.cost
+def _cost(decode: _Decode) -> float:
+    return decode.cost
 
 
-def _ready_of(prefill: _Prefill) -> float:
-    return prefill.ready_s
+def _first(entry: tuple[float, _Prefill]) -> float:
+    return entry[0]

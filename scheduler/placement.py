@@ -29,9 +29,9 @@ class PlacementOptions:
     seed: int = 0  # of the policies that draw
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Choice:
-    """Where a request shall run. ``prefill`` is None for prefill in place, on the decode worker."""
+    """Where a request shall run. ``prefill`` is None for prefill in place, on the decode worker. Do not change it."""
 
     decode: WorkerState
     prefill: WorkerState | None = None
@@ -85,13 +85,11 @@ class Cluster:
         return found
 
     def cached_tokens(self, worker: WorkerState, request: RequestArrived) -> int:
-        """Tokens of the prompt that need not be computed there, or not be sent there. The last one always is."""
-        block_size = worker.info.spec.block_size
-        for prefix in request.prefixes:
-            if prefix.block_size == block_size:
-                most = (request.num_prompt_tokens - 1) // block_size * block_size
-                return min(self.cache.cached_tokens(worker.info.worker_id, prefix), most)
-        return 0
+        """Tokens of the prompt that need not be computed there, or not be sent there."""
+        if not request.prefixes:
+            return 0
+        prefixes = {prefix.block_size: prefix for prefix in request.prefixes}
+        return self.cache.cached_tokens(worker.info, prefixes, request.num_prompt_tokens)
 
 
 class PlacementPolicy(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from scheduler.types import Phase, PredictionErrors, WorkerInfo, WorkerLoad, WorkerRole, WorkerSnapshot
@@ -18,9 +18,9 @@ class CostPredictor(Protocol):
     def transfer_seconds(self, prefill_id: str, decode_id: str, num_tokens: int) -> float: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Workload:
-    """What one request brings to the workers it is placed on."""
+    """What one request brings to the workers it is placed on. Do not change it."""
 
     num_prompt_tokens: int
     max_tokens: int
@@ -53,7 +53,12 @@ class WorkerState:
     free_at_s: float = 0.0
     num_decodes: int = 0
     context_tokens: int = 0  # of them
+    step_s: float = 0.0  # predicted for a decode step of its batch as it is; kept by a policy that asks for it
+    max_tokens: int = field(init=False)  # how many tokens' KV there is room for
     num_foreign: int = 0  # sequences it reports that were not placed from here: of another gateway, or forgotten
+
+    def __post_init__(self) -> None:
+        self.max_tokens = self.info.num_blocks * self.info.spec.block_size
 
     @property
     def worker_id(self) -> str:
