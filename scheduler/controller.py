@@ -128,9 +128,7 @@ class ClusterController:
             return [RefuseRequest(request.request_id, error.message)]
         prefills = choice.prefills
         num_cached_tokens = self._cluster.cached_tokens(prefills, request)
-        prefill_s = self._costs.prefill_seconds(
-            prefills.info.worker_id, request.num_prompt_tokens, num_cached_tokens
-        )
+        prefill_s = self._costs.prefill_seconds(prefills.info.worker_id, request.num_prompt_tokens, num_cached_tokens)
         work = Workload(request.num_prompt_tokens, request.max_tokens, num_output_tokens, prefill_s)
         prefill = _address(choice.prefill) if choice.prefill is not None else None
         placement = Placement(request.request_id, _address(choice.decode), prefill)

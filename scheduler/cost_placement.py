@@ -109,7 +109,9 @@ class CostPlacement:
     def choose(self, request: RequestArrived, num_output_tokens: int, cluster: Cluster, now: float) -> Choice:
         asked = _Asked(request, num_output_tokens, cluster, now)
         holders = cluster.holders(request, NUM_HOLDERS) if request.prefixes else []
-        decodes = [self._decode(worker, asked) for worker in _candidates(Phase.DECODE, request, cluster, holders)]
+        bound = cluster.bound_to(request)
+        candidates = [bound] if bound is not None else _candidates(Phase.DECODE, request, cluster, holders)
+        decodes = [self._decode(worker, asked) for worker in candidates]
         prefills = []
         if cluster.workers.taking(Phase.PREFILL):
             candidates = _candidates(Phase.PREFILL, request, cluster, holders)

@@ -16,6 +16,7 @@ from scheduler.events import (
     RefuseRequest,
     RequestArrived,
     RequestEnded,
+    WorkerLeft,
     WorkerRegistered,
     WorkerReported,
 )
@@ -61,7 +62,7 @@ class Placing:
         """The worker says that it has all full blocks of a prompt."""
         names = HashChain(b"", BLOCK_SIZE).hashes(prompt)
         delta = CacheDelta(sequence, pack_names(names))
-        return self.controller.handle(WorkerReported(worker_id, 1, WorkerLoad(), delta), 0.0)
+        return self.controller.handle(WorkerReported(worker_id, 1, WorkerLoad(), cache=delta), 0.0)
 
     def _next_id(self) -> str:
         self._num_requests += 1
@@ -224,5 +225,15 @@ def test_workers_of_other_block_sizes_are_found_by_hashes_of_their_own(policy: s
     workers = [make_worker(name, gemm_gflop_s=0.01, spec=make_spec(block_size=8)) for name in "abc"]
     placing = Placing(policy, *workers)
     names = HashChain(b"", 8).hashes(PROMPT)
-    placing.controller.handle(WorkerReported("b", 1, WorkerLoad(), CacheDelta(0, pack_names(names))), 0.0)
+    placing.controller.handle(WorkerReported("b", 1, WorkerLoad(), cache=CacheDelta(0, pack_names(names))), 0.0)
     assert placing.place_prompt(PROMPT, block_size=8) == "b"
+
+
+@EVERY_POLICY
+def test_a_sequence_stays_where_part_of_its_kv_is_as_long_as_that_worker_lives(policy: str) -> None:
+    cluster = Placing(policy, *(make_worker(name, DECODE) for name in "abc"), make_worker("p", PREFILL))
+    for number in range(4):
+        request = RequestArrived(f"kept{number}", 10, 5, avoid=("p",), stay_on="b")
+        assert cluster.place_request(request).split(" > ")[-1] == "b"
+    cluster.controller.handle(WorkerLeft("b", 1), 0.0)
+    assert cluster.place_request(RequestArrived("last", 10, 5, stay_on="b")).split(" > ")[-1] != "b"
