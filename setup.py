@@ -65,11 +65,16 @@ NATIVE_HEADERS = (
     "products",
     "linear",
     "interface",
+    "waiting",
+    "team",
+    "norms",
     "kv_cache",
     "decode_attention",
     "prompt_attention",
     "attention",
     "all_reduce",
+    "decoder",
+    "step",
 )
 EXTENSIONS = [
     Extension(

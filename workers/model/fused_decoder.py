@@ -22,7 +22,7 @@ from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import StepPlan
 from workers.model.attention_layers import LayerAttention
-from workers.native.library import SEQUENCE, Shape, Step, load_library
+from workers.native.library import SEQUENCE, Parts, Shape, Step, load_library
 from workers.parallel.rank import Rank, RankLostError
 from workers.step_progress import StepProgress
 
@@ -242,6 +242,7 @@ class FusedDecoder:
         assert library is not None, "find_misfit was not asked"
         self._library = library
         self._num_threads = num_threads
+        self.parts: Parts | None = None  # when set, each step adds where its time went
         self.weight_format = weight_format if weight_format is not None else WEIGHT_FORMATS[model.lm_head.weight.dtype]
         config = model.config
         self._rank = rank
@@ -311,6 +312,7 @@ class FusedDecoder:
             layers_done=progress.counter_address if progress is not None else None,
             wake_fd=progress.wake_fd if progress is not None else -1,
             group=ctypes.pointer(self._rank.native_group) if self._rank is not None else None,
+            parts=ctypes.pointer(self.parts) if self.parts is not None else None,
         )
         status = self._library.twinpool_step(self._decoder, ctypes.byref(step), self._num_threads)
         if status == _RANK_LOST:

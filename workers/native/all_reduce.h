@@ -9,19 +9,11 @@
 // everybody arrive in round n + 1, and so leave round n.
 #pragma once
 
-#include <atomic>
-#include <cstdint>
 #include <cstring>
-#include <ctime>
-
-#ifdef __linux__
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 #include "interface.h"
 #include "vectors.h"
+#include "waiting.h"
 
 namespace {
 
@@ -77,32 +69,8 @@ class AllReduce {
         continue;
       }
       if (is_lost().load(std::memory_order_relaxed) != 0 || naps_left-- <= 0) return false;
-      nap(counter, seen);
+      nap(counter, seen, kNapNs);
     }
-  }
-
-  static void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
-
-  static void nap(std::atomic<uint32_t>& counter, uint32_t seen) {
-    const timespec time = {0, kNapNs};
-#ifdef __linux__
-    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&counter), FUTEX_WAIT, seen, &time, nullptr, 0);
-#else
-    (void)counter, (void)seen;
-    nanosleep(&time, nullptr);
-#endif
-  }
-
-  static void wake(std::atomic<uint32_t>& counter) {
-#ifdef __linux__
-    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&counter), FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
-#else
-    (void)counter;
-#endif
   }
 
   std::atomic<uint32_t>& is_lost() { return *reinterpret_cast<std::atomic<uint32_t>*>(memory_); }

@@ -27,6 +27,13 @@ struct TwinpoolSequence {
   const int64_t* block_table;
 };
 
+// What a step's time goes to, as its first thread sees it: waiting counts to what is waited for.
+enum TwinpoolPart { kPartEmbedding = 0, kPartAttention, kPartLinears, kPartNorms, kPartHead, kNumParts };
+
+struct TwinpoolParts {
+  int64_t nanoseconds[kNumParts];
+};
+
 struct TwinpoolStep {
   int64_t num_rows, num_sequences, num_sampled;
   const int64_t* token_ids;          // [num_rows]
@@ -39,6 +46,7 @@ struct TwinpoolStep {
   int64_t* layers_done;              // or null: counts the layers whose KV is in the cache
   int64_t wake_fd;                   // where a byte is written each time that it has grown
   TwinpoolGroup* group;              // null: one rank does it all
+  TwinpoolParts* parts;              // or null: the step's time is added to it
 };
 
 // What a row of the cache is, one token in one head: head_size numbers, and behind those of one byte their float scale.

@@ -167,12 +167,12 @@ void write_row(KV* to, const float* from, int64_t size) {
   for (int64_t i = 0; i < size; ++i) round_number(to + i, from[i] / scale);
 }
 
-// One head of the new tokens of one sequence.
+// One head's keys and values of tokens first .. first + count - 1 of a sequence's new ones.
 template <typename KV>
-void write_head(const TwinpoolShape& d, KV* cache, const TwinpoolSequence& s, int kv_head, const float* key,
-                const float* value) {
+void write_head(const TwinpoolShape& d, KV* cache, const TwinpoolSequence& s, int kv_head, int64_t first, int64_t count,
+                const float* key, const float* value) {
   const int64_t stride = static_cast<int64_t>(d.num_kv_heads) * d.head_size, size = row_size<KV>(d);
-  for (int32_t i = 0; i < s.num_rows; ++i) {
+  for (int64_t i = first; i < first + count; ++i) {
     const int64_t index = (s.start + i) / d.block_size, offset = (s.start + i) % d.block_size;
     const int64_t from = (s.first_row + i) * stride + kv_head * d.head_size;
     for (int part = 0; part < 2; ++part) {
@@ -182,14 +182,6 @@ void write_head(const TwinpoolShape& d, KV* cache, const TwinpoolSequence& s, in
       write_row(block + offset * size, (part == 0 ? key : value) + from, d.head_size);
     }
   }
-}
-
-// The new keys and values of a whole step. Called by every thread of a team; waits.
-template <typename KV>
-void write_cache(const TwinpoolShape& d, KV* cache, const TwinpoolStep& step, const float* key, const float* value) {
-#pragma omp for schedule(static)
-  for (int64_t i = 0; i < step.num_sequences * d.num_kv_heads; ++i)
-    write_head(d, cache, step.sequences[i / d.num_kv_heads], static_cast<int>(i % d.num_kv_heads), key, value);
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ import numpy as np
 from kvcache.errors import ResourceError
 from workers.native.processor import processor_flags
 
-INTERFACE = 6  # grows with every change of what decoder.cpp and this file agree on
+INTERFACE = 7  # grows with every change of what decoder.cpp and this file agree on
 
 # Best first: name of the build (see setup.py) and the processor flags that it needs.
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
@@ -76,6 +76,12 @@ class Group(ctypes.Structure):
     ]
 
 
+class Parts(ctypes.Structure):
+    """``TwinpoolParts``: what a step's time goes to, in nanoseconds. A step adds to it."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("embedding", "attention", "linears", "norms", "head")]
+
+
 # ``TwinpoolSequence``: many at once are cheaper to make as an array than as ctypes structures.
 SEQUENCE = np.dtype(
     [
@@ -105,6 +111,7 @@ class Step(ctypes.Structure):
         ("layers_done", ctypes.c_void_p),
         ("wake_fd", ctypes.c_int64),
         ("group", ctypes.POINTER(Group)),
+        ("parts", ctypes.POINTER(Parts)),
     ]
 
 

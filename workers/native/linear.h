@@ -1,9 +1,9 @@
 // Linear layers: y = x W^T + b, shared out by panels among the threads of a team.
 //
-// What is called inside a parallel region here is called by all of its threads, and says whether it waits for them.
 #pragma once
 
 #include "products.h"
+#include "team.h"
 
 namespace {
 
@@ -53,38 +53,37 @@ struct Output {
   float* y;  // [rows][columns]
 };
 
-// Layers of one format over the same x, inside a parallel region; waits. With kAccumulate adds to y.
+// Layers of one format over the same x; waits. With kAccumulate adds to y.
 template <bool kAccumulate, int kCount>
-void linears(const Output (&outputs)[kCount], const Activations& x, int64_t rows) {
+void linears(Member& member, const Output (&outputs)[kCount], const Activations& x, int64_t rows) {
   int64_t ends[kCount], num_panels = 0;
   for (int i = 0; i < kCount; ++i) ends[i] = num_panels += panels_of(outputs[i].layer->columns);
   const int64_t row_block = kRowBlocks[outputs[0].layer->format];
+  const Range panels = member.share(num_panels);
   for (int64_t block = 0; block < rows; block += row_block) {
     const int64_t block_rows = std::min(row_block, rows - block);
-#pragma omp for schedule(static) nowait
-    for (int64_t index = 0; index < num_panels; ++index) {
-      int which = 0;
+    int which = 0;
+    for (int64_t index = panels.first; index < panels.last; ++index) {
       while (index >= ends[which]) ++which;
       const int64_t p = index - (which > 0 ? ends[which - 1] : 0);
       linear_panel<kAccumulate>(*outputs[which].layer, x, block, block_rows, p, outputs[which].y);
     }
   }
-#pragma omp barrier
+  member.wait();
 }
 
 template <bool kAccumulate>
-void linear(const Linear& layer, const Activations& x, int64_t rows, float* y) {
-  linears<kAccumulate>({Output{&layer, y}}, x, rows);
+void linear(Member& member, const Linear& layer, const Activations& x, int64_t rows, float* y) {
+  linears<kAccumulate>(member, {Output{&layer, y}}, x, rows);
 }
 
-// out = silu(x G^T) * (x U^T): gate and up side by side, so that neither is ever written. Inside a parallel region;
-// waits.
-void gated(const Linear& gate, const Linear& up, const Activations& x, int64_t rows, float* out) {
+// out = silu(x G^T) * (x U^T): gate and up side by side, so that neither is ever written. Waits.
+void gated(Member& member, const Linear& gate, const Linear& up, const Activations& x, int64_t rows, float* out) {
   const int64_t num_panels = panels_of(gate.columns), row_block = kRowBlocks[gate.format];
+  const Range panels = member.share(num_panels);
   for (int64_t block = 0; block < rows; block += row_block) {
     const int64_t block_rows = std::min(row_block, rows - block);
-#pragma omp for schedule(static) nowait
-    for (int64_t p = 0; p < num_panels; ++p) {
+    for (int64_t p = panels.first; p < panels.last; ++p) {
       const int64_t width = std::min<int64_t>(kPanel, gate.columns - p * kPanel);
       float g[kTileRows * kPanel], u[kTileRows * kPanel];
       for (int64_t row = 0; row < block_rows; row += kTileRows) {
@@ -102,7 +101,7 @@ void gated(const Linear& gate, const Linear& up, const Activations& x, int64_t r
       }
     }
   }
-#pragma omp barrier
+  member.wait();
 }
 
 }  // namespace

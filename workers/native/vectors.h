@@ -9,7 +9,6 @@
 #include <new>
 #include <vector>
 
-#include <omp.h>
 #include <sys/mman.h>
 #if defined(__AVX512F__)
 #include <immintrin.h>
