@@ -27,7 +27,6 @@ from benchmarks.engine_report import (
     Run,
     build_result,
     profile_tables,
-    profiled_case,
     result_table,
 )
 from benchmarks.engine_work import MAX_BATCHED_TOKENS, QUANTIZED, EngineSettings, num_blocks_needed, open_engine
@@ -57,9 +56,8 @@ async def measure(options: Options, settings: EngineSettings, bar: tqdm[Any]) ->
         split = None
         if options.profile:
             bar.set_description("profile")
-            case = profiled_case(decode)
             first_chunk = min(options.prefill_tokens[0], MAX_BATCHED_TOKENS)
-            split = await split_model(engine, first_chunk, case.batch, case.context)
+            split = await split_model(engine, first_chunk, options.decode_cases)
         return Measurements(engine.step_model_name, limits, prefill, decode, split)
 
 

@@ -1,12 +1,14 @@
-"""Where the time of a step goes inside a model that transformers runs, seen through ``torch.profiler``.
+"""Where the time of a step goes inside the model.
 
-The profiler's own library writes lines to standard error that no setting of it silences.
+The native decoder adds up the time of its parts itself. A model that transformers runs is seen through
+``torch.profiler``, whose own library writes lines to standard error that no setting of it silences.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,41 +16,56 @@ from functools import partial
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks.engine_options import DecodeCase
 from benchmarks.engine_work import WARM_UP_STEPS, Engine, wrapped
 from workers.model.attention import torch_backend
+from workers.model.fused_decoder import FusedDecoder
+from workers.native.library import Parts
 
 WHOLE = "model"
-PARTS = ("embedding", "attention", "linears", "norms")
+PARTS = ("embedding", "attention", "linears", "norms", "head")  # the head is one of the linears for transformers
 PROFILED_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSplit:
-    """Seconds of one step by part of the model; the profiler's own work makes all of them longer."""
+    """Mean seconds of one step by part of the model."""
 
-    decode: dict[str, float]
+    decode: dict[DecodeCase, dict[str, float]]
     prefill: dict[str, float]
+    slowed_by_profiler: bool
 
 
-async def split_model(engine: Engine, num_tokens: int, batch: int, context: int) -> ModelSplit | None:
-    """One prompt of ``num_tokens``, then some decode steps. None where the model is one native call."""
-    if engine.module is None:
-        return None
+async def split_model(engine: Engine, num_tokens: int, cases: Sequence[DecodeCase]) -> ModelSplit:
+    """Some decode steps of each case, then one prompt of ``num_tokens``."""
+    seconds: list[dict[str, float]] = []
     with ExitStack() as stack:
-        stack.enter_context(wrapped(engine.module, "forward", partial(record_function, WHOLE)))
-        # Paged attention itself; the projections around it are linears.
-        stack.enter_context(wrapped(torch_backend, "paged_attention", partial(record_function, "attention")))
-        for module in engine.module.modules():
-            part = part_of(module)
-            if part is not None:
-                stack.enter_context(wrapped(module, "forward", partial(record_function, part)))
-        seconds: list[dict[str, float]] = []
-        stack.enter_context(wrapped(engine.step_model, "logits", lambda: _recorded(seconds)))
-        await engine.decode(batch, context, PROFILED_STEPS)
-        decode = mean_split(seconds[WARM_UP_STEPS:])
+        if isinstance(engine.step_model, FusedDecoder):
+            record = partial(_recorded_natively, engine.step_model, seconds)
+        else:
+            record = partial(_recorded, seconds)
+            _name_parts(engine, stack)
+        stack.enter_context(wrapped(engine.step_model, "logits", record))
+        decode = {}
+        for case in cases:
+            seconds.clear()
+            await engine.decode(case.batch, case.context, PROFILED_STEPS)
+            decode[case] = mean_split(seconds[WARM_UP_STEPS:])
         seconds.clear()
         await engine.prefill(num_tokens)
-        return ModelSplit(decode, prefill=mean_split(seconds))
+    return ModelSplit(decode, mean_split(seconds), slowed_by_profiler=engine.module is not None)
+
+
+def _name_parts(engine: Engine, stack: ExitStack) -> None:
+    """For the profiler, until the end of ``stack``."""
+    assert engine.module is not None, "transformers runs the model"
+    stack.enter_context(wrapped(engine.module, "forward", partial(record_function, WHOLE)))
+    # Paged attention itself; the projections around it are linears.
+    stack.enter_context(wrapped(torch_backend, "paged_attention", partial(record_function, "attention")))
+    for module in engine.module.modules():
+        part = part_of(module)
+        if part is not None:
+            stack.enter_context(wrapped(module, "forward", partial(record_function, part)))
 
 
 def part_of(module: nn.Module) -> str | None:
@@ -68,6 +85,18 @@ def mean_split(steps: list[dict[str, float]]) -> dict[str, float]:
         total.update(step)
     means = {part: total[part] / len(steps) for part in PARTS}
     return {**means, "other": total[WHOLE] / len(steps) - sum(means.values())}
+
+
+@contextmanager
+def _recorded_natively(model: FusedDecoder, seconds: list[dict[str, float]]) -> Iterator[None]:
+    model.parts = Parts()
+    started_s = time.perf_counter()
+    try:
+        yield
+        whole_s = time.perf_counter() - started_s
+        seconds.append({WHOLE: whole_s} | {part: getattr(model.parts, part) / 1e9 for part in PARTS})
+    finally:
+        model.parts = None
 
 
 @contextmanager

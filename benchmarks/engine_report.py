@@ -28,7 +28,7 @@ class Measurements:
     limits: MachineLimits
     prefill: dict[int, list[Run]]  # by prompt length
     decode: dict[DecodeCase, list[Run]]
-    split: ModelSplit | None  # with --profile, where transformers runs the model
+    split: ModelSplit | None  # with --profile
 
     def prefill_tok_s(self, num_tokens: int) -> float:
         return median(num_tokens / seconds_of(run) for run in self.prefill[num_tokens])
@@ -170,32 +170,25 @@ def result_table(result: Result) -> Table:
 
 
 def profile_tables(measured: Measurements) -> list[Table]:
-    """A decode step of the first case with the largest batch, and the first step of the first prompt."""
-    case = profiled_case(measured.decode)
+    """Every decode case's steps, and the first step of the first prompt."""
     length = next(iter(measured.prefill))
-    decode = median_step([step for run in measured.decode[case] for step in run])
-    prefill = median_step([run[0] for run in measured.prefill[length]])
-    columns = (f"decode {case.batch}, context {case.context}", f"first step of prefill {length}")
-    pieces = _table("A step, medians", columns)
+    steps = {
+        f"decode {case.batch}, context {case.context}": median_step([step for run in runs for step in run])
+        for case, runs in measured.decode.items()
+    }
+    steps[f"first step of prefill {length}"] = median_step([run[0] for run in measured.prefill[length]])
+    pieces = _table("A step, medians", tuple(steps))
     for piece in PIECES:
-        name = piece.replace("_", " ")
-        pieces.add_row(
-            name, _share(getattr(decode, piece), decode.total), _share(getattr(prefill, piece), prefill.total)
-        )
+        shares = (_share(getattr(step, piece), step.total) for step in steps.values())
+        pieces.add_row(piece.replace("_", " "), *shares)
     if measured.split is None:
-        pieces.caption = "The model is one native call; its parts cannot be seen from outside."
         return [pieces]
-    parts = _table("Inside the model, slowed down by torch.profiler", columns)
-    decode_parts, prefill_parts = measured.split.decode, measured.split.prefill
-    for part in decode_parts:
-        decode_cell = _share(decode_parts[part], sum(decode_parts.values()))
-        parts.add_row(part, decode_cell, _share(prefill_parts[part], sum(prefill_parts.values())))
+    slowed = ", slowed down by torch.profiler" if measured.split.slowed_by_profiler else ""
+    parts = _table(f"Inside the model{slowed}", tuple(steps))
+    splits = [*measured.split.decode.values(), measured.split.prefill]
+    for part in splits[0]:
+        parts.add_row(part, *(_share(split[part], sum(split.values())) for split in splits))
     return [pieces, parts]
-
-
-def profiled_case(cases: dict[DecodeCase, list[Run]]) -> DecodeCase:
-    """The first of those with the largest batch."""
-    return max(cases, key=lambda case: case.batch)
 
 
 def _share(seconds: float, total: float) -> str:

@@ -20,6 +20,7 @@ from benchmarks.engine_ready import measure_fresh_process
 from benchmarks.engine_work import EngineSettings, StepTimes, num_blocks_needed, open_engine
 from kvcache.errors import ResourceError
 from workers.model.checkpoint import describe_checkpoint
+from workers.native.library import load_library
 
 pytestmark = pytest.mark.integration
 
@@ -63,16 +64,18 @@ def numbers_in(value: Any) -> list[float]:
     return [value] if isinstance(value, int | float) else []
 
 
+@pytest.mark.parametrize("step_model", ["auto", "transformers"])
 def test_one_run_writes_every_figure_and_shows_where_the_time_goes(
-    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], step_model: str
 ) -> None:
     json_path = tmp_path / "r.json"
     flags = ["--model", str(tiny_llama), "--json", str(json_path), "--runs", "1", "--context", "5", "--profile"]
-    flags += ["--step-model", "transformers", "--prefill-tokens", "9", "520", "--batches", "1", "32"]
+    flags += ["--step-model", step_model, "--prefill-tokens", "9", "520", "--batches", "1", "32"]
     assert main(flags) == 0
     result = json.loads(json_path.read_bytes())
     assert (result["model"], result["dtype"], result["threads"]) == ("tiny-llama", "float32", 1)
-    assert (result["step_model"], result["runs"]) == ("transformers", 1)
+    assert result["runs"] == 1
+    assert result["step_model"] == ("fused" if step_model == "auto" and load_library() else "transformers")
     assert set(result["prefill_tok_s"]) == {"9", "520"}
     assert set(result["decode_tok_s"]) == set(result["decode_tok_s_context_1024"]) == {"1", "32"}
     assert 0 < result["python_fraction_batch_32"] < 1

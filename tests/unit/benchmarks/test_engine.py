@@ -159,6 +159,7 @@ def test_what_is_no_known_part_of_the_model_is_other() -> None:
         "attention": 3.0,
         "linears": 4.0,
         "norms": 1.0,
+        "head": 0.0,
         "other": 1.5,
     }
 
@@ -197,15 +198,18 @@ def test_without_batch_32_its_fractions_are_null_and_not_those_of_another_batch(
     assert result.python_fraction_batch_32 is None and result.step_fractions_batch_32 is None
 
 
-def test_tables_show_every_case_and_say_when_the_model_cannot_be_split() -> None:
+def test_tables_show_every_case_and_the_parts_of_the_model_when_asked() -> None:
     options = parse_options(["--batches", "8", "--prefill-tokens", "512"])
     result = build_result(options, COSTS, measured(options), [FreshProcess(3.0, 5)])
     names = [str(cell) for cell in result_table(result).columns[0].cells]
     assert names[:3] == ["prefill 512", "decode 8, context 32", "decode 8, context 1024"]
     (pieces,) = profile_tables(measured(options))
-    assert "one native call" in str(pieces.caption)
+    assert [column.header for column in pieces.columns][1:] == [*names[1:3], "first step of prefill 512"]
     parts = mean_split([{"model": 10.0, "linears": 4.0}])
-    assert len(profile_tables(measured(options, ModelSplit(parts, parts)))) == 2
+    split = ModelSplit(dict.fromkeys(options.decode_cases, parts), parts, slowed_by_profiler=False)
+    _, inside = profile_tables(measured(options, split))
+    assert [str(cell) for cell in inside.columns[0].cells] == [*parts]
+    assert all("40.0%" in str(list(column.cells)[2]) for column in inside.columns[1:])
 
 
 @pytest.mark.parametrize(

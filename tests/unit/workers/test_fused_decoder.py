@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,6 +259,40 @@ def test_neither_threads_nor_neighbours_change_a_bit_of_a_long_sequence(
     expected = logits(1, with_neighbour=False)
     assert torch.equal(logits(2, with_neighbour=False), expected)
     assert torch.equal(logits(2, with_neighbour=True), expected)
+
+
+@pytest.mark.parametrize("weight_format", WeightFormat)
+def test_threads_change_no_bit_of_a_large_batch(tmp_path: Path, build: str, weight_format: WeightFormat) -> None:
+    """Threads share its rows, where each of them does all rows of a small one."""
+    config = CONFIGS["llama"]()
+    model = make_model(tmp_path, config)
+    spec = spec_of(config)
+
+    def logits(num_threads: int) -> list[torch.Tensor]:
+        fused = FusedDecoder(model, spec, SEQUENCE_LENGTH, num_threads, weight_format)
+        storage = PagedStorage(spec, 60)
+        return [fused.logits(plan, storage) for plan in (*decoding_steps()[:2], *steps(spec.block_size))]
+
+    expected = logits(1)
+    for num_threads in (2, 3):
+        assert all(torch.equal(*pair) for pair in zip(logits(num_threads), expected, strict=True))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_step_tells_where_its_time_went_when_asked(tmp_path: Path, build: str, num_threads: int) -> None:
+    config = CONFIGS["llama"]()
+    spec = spec_of(config)
+    fused = FusedDecoder(make_model(tmp_path, config), spec, SEQUENCE_LENGTH, num_threads)
+    storage = PagedStorage(spec, 60)
+    plan = steps(spec.block_size)[0]
+    unasked = fused.logits(plan, storage)
+    fused.parts = library.Parts()
+    started_ns = time.perf_counter_ns()
+    assert torch.equal(fused.logits(plan, storage), unasked)
+    whole_ns = time.perf_counter_ns() - started_ns
+    told_ns = [getattr(fused.parts, name) for name, _ in library.Parts._fields_]
+    assert all(part_ns > 0 for part_ns in told_ns)
+    assert sum(told_ns) <= whole_ns
 
 
 def test_what_a_sequence_computes_does_not_depend_on_its_neighbours(tmp_path: Path, build: str) -> None:
