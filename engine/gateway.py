@@ -16,9 +16,10 @@ from engine.scheduler_client import SchedulerClient
 from engine.text_assembler import TextAssembler, TokenBatch
 from engine.tokenizer import Tokenizer
 from kvcache.errors import InvariantError, UnavailableError, WorkerLostError
+from scheduler.cache_index import hashes_of_prompt
 from scheduler.events import PrefillDone, RequestArrived, RequestEnded
 from scheduler.request import FinishReason, SamplingParams, TokenLogprobs, check_sequence
-from scheduler.types import ClusterSnapshot, Phase, Placement
+from scheduler.types import ClusterSnapshot, Phase, Placement, PrefixHashes
 from workers import worker_pb2 as pb
 from workers.channels import ChannelPool
 from workers.messages import error_from_rpc, logprobs_from_wire, sampling_to_wire
@@ -114,8 +115,9 @@ class AsyncEngine:
             if delivered:
                 left = sampling.max_tokens - len(delivered)
                 rest = replace(sampling, max_tokens=left, prompt_logprobs=None)  # they came with the first token
+            prefixes = self._prefixes(prompt, cache_salt)
             placement = await self._scheduler.place(
-                RequestArrived(uuid.uuid4().hex, len(prompt), rest.max_tokens, tuple(avoid), stay_on)
+                RequestArrived(uuid.uuid4().hex, len(prompt), rest.max_tokens, tuple(avoid), stay_on, prefixes)
             )
             request = _request(placement, prompt, rest, len(delivered), cache_salt)
             try:
@@ -134,6 +136,11 @@ class AsyncEngine:
                 if len(avoid) == MAX_PLACEMENTS:
                     raise
                 logger.warning("A sequence is placed again after %d tokens: %s", len(delivered), error)
+
+    def _prefixes(self, prompt: Sequence[int], cache_salt: bytes) -> tuple[PrefixHashes, ...]:
+        """By which the scheduler finds workers that have the prompt's beginning, whatever their block size."""
+        sizes = dict.fromkeys(worker.info.spec.block_size for worker in self.cluster.workers)
+        return tuple(hashes_of_prompt(cache_salt, size, prompt) for size in sizes if size <= len(prompt))
 
     async def _run(
         self, placement: Placement, request: pb.GenerateRequest, sampling: SamplingParams

@@ -37,7 +37,7 @@ async def serve_http(
     server_socket: socket.socket,
 ) -> None:
     """Answers requests until a signal says stop. Imported late: with the API it takes a second."""
-    client = SchedulerClient(RayScheduler(scheduler))
+    client = SchedulerClient(RayScheduler(scheduler), config.placement)
     await client.start()
     engine = AsyncEngine(_served_model(config, plan), tokenizer, client)
     metrics = Metrics(engine.model.names[0], lambda: engine.cluster)

@@ -6,7 +6,7 @@ virtual time, and a gateway whose scheduler is away places with one that it make
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvcache.errors import UnavailableError
@@ -84,11 +84,21 @@ class ClusterController:
         self._mean_output_tokens = OUTPUT_TOKENS_GUESS
 
     @classmethod
-    def from_snapshot(cls, snapshot: ClusterSnapshot, options: PlacementOptions, now: float) -> ClusterController:
-        """Goes on from what a snapshot says: the workers and how busy they were, but none of their requests."""
+    def from_snapshot(
+        cls, snapshot: ClusterSnapshot, placed: Iterable[RequestPlaced], options: PlacementOptions, now: float
+    ) -> ClusterController:
+        """Goes on from what somebody knows who is not told of everything: a gateway whose scheduler is away.
+
+        Args:
+            placed: the requests that it knows of. Others are seen in the workers' load.
+        """
         controller = cls(options=options, epoch=snapshot.epoch)
         for worker in snapshot.workers:
-            controller._enter(worker.info, worker.load, now)
+            controller.handle(WorkerRegistered(worker.info), now)
+        for request in placed:
+            controller.handle(request, now)
+        for worker in snapshot.workers:
+            controller.handle(WorkerReported(worker.info.worker_id, worker.info.incarnation, worker.load), now)
         return controller
 
     def handle(self, event: Event, now: float) -> list[Command]:
@@ -207,15 +217,13 @@ class ClusterController:
             return []
         if known is not None:
             self._forget(known)
-        self._enter(info, WorkerLoad(blocks_free=info.num_blocks), now)
+        self._enter(info, now)
         return []
 
-    def _enter(self, info: WorkerInfo, load: WorkerLoad, now: float) -> None:
-        worker = WorkerState(info, WorkerLoad(), now)
-        worker.hear(load, now)
+    def _enter(self, info: WorkerInfo, now: float) -> None:
         self._costs.add(info)
         self._pairing.add(info)
-        self._workers.add(worker)
+        self._workers.add(WorkerState(info, WorkerLoad(blocks_free=info.num_blocks), now))
 
     def _hear(self, worker: WorkerState, load: WorkerLoad, now: float) -> None:
         worker.hear(load, now)

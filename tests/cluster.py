@@ -335,7 +335,7 @@ async def local_cluster(
 ) -> AsyncIterator[LocalCluster]:
     """Starts workers named ``prefill-0``, ``decode-0`` and so on; at the end nothing may be left on a live one."""
     scheduler = InProcessScheduler(placement)
-    client = SchedulerClient(scheduler)
+    client = SchedulerClient(scheduler, placement)
     served = ServedModel((MODEL_NAME,), checkpoint.max_model_len, 0, (), checkpoint.vocab_size)
     cluster = LocalCluster(
         checkpoint, scheduler, AsyncEngine(served, checkpoint.tokenizer, client), {}, {}, ChannelPool()

@@ -16,7 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvcache.errors import ConfigError, UnavailableError
-from scheduler.events import AskToRegister, RefuseWorker, WorkerLeft, WorkerRegistered
+from scheduler.events import AskForCache, AskToRegister, RefuseWorker, WorkerLeft, WorkerRegistered
 from scheduler.ray_actor import ActorHandle, find_scheduler
 from scheduler.types import DeviceProfile, WorkerInfo
 from workers.load_progress import LoadProgress
@@ -130,9 +130,13 @@ class WorkerActor:
             try:
                 commands = await self._scheduler.handle((report,))
             except UnavailableError:
+                self._loaded.cache_news.begin_anew()  # who knows what arrived
                 continue  # tokens go on flowing; the next heartbeat finds the restarted scheduler
-            if any(isinstance(command, AskToRegister) for command in commands[0]):
-                await self._registered(info)
+            for command in commands[0]:
+                if isinstance(command, AskToRegister):
+                    await self._registered(info)
+                if isinstance(command, AskToRegister | AskForCache):
+                    self._loaded.cache_news.begin_anew()
 
     async def _stop(self) -> None:
         if self._heartbeats is not None and self._info is not None:

@@ -22,6 +22,7 @@ from scheduler.batching import Batcher
 from scheduler.events import WorkerReported
 from scheduler.types import DeviceProfile, Phase, WorkerInfo, WorkerLoad
 from workers import worker_pb2_grpc
+from workers.cache_news import CacheNews
 from workers.channels import SERVER_OPTIONS, ChannelPool
 from workers.decode import DecodeRole
 from workers.model.cuda_model import choose_cuda_model, kv_cache_bytes, largest_step, record_decode
@@ -61,6 +62,7 @@ class Worker:
             lease_ttl_s=options.lease_ttl_s,
         )
         self.transfers = KVReceiver(self.manager, storage, time.monotonic, self._decode.receive, failures)
+        self.cache_news = CacheNews(self.manager.pool.prefixes)
         self._server: grpc.aio.Server | None = None
         self._stepping: asyncio.Task[None] | None = None
 
@@ -147,13 +149,14 @@ class Worker:
         )
 
     def report(self, incarnation: int) -> WorkerReported:
-        """A heartbeat; what steps and handoffs took is told once."""
+        """A heartbeat; what steps and handoffs took, and what came to the cache and went, is told once."""
         return WorkerReported(
             self.options.worker_id,
             incarnation,
             self.load(),
             self.step_loop.times.take(),
             self._prefill.times.take(),
+            self.cache_news.take(),
         )
 
     def _service(self) -> WorkerService:

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import pytest
 
 from engine import scheduler_client
-from engine.scheduler_client import SchedulerClient
+from engine.scheduler_client import SchedulerClient, SchedulerPort
 from kvcache.errors import TwinpoolError, UnavailableError
-from scheduler.events import Command, Event, PlaceRequest, PrefillDone, RefuseRequest, RequestArrived, RequestEnded
-from scheduler.types import ClusterSnapshot, Placement, WorkerAddress
+from scheduler.controller import ClusterController
+from scheduler.events import (
+    Command,
+    Event,
+    PlaceRequest,
+    PrefillDone,
+    RefuseRequest,
+    RequestArrived,
+    RequestEnded,
+    WorkerRegistered,
+)
+from scheduler.placement import PlacementOptions
+from scheduler.types import ClusterSnapshot, Placement, WorkerAddress, WorkerInfo
+from tests.builders import make_worker
+
+LEAST_LOADED = PlacementOptions("least_loaded")
+AnyScheduler = TypeVar("AnyScheduler", bound=SchedulerPort)
 
 
 class ScriptedScheduler:
@@ -43,10 +59,46 @@ class ScriptedScheduler:
         return [PlaceRequest(Placement(event.request_id, WorkerAddress("decode-0", "here:1"), None))]
 
 
-def run(scenario: Callable[[SchedulerClient, ScriptedScheduler], Awaitable[None]]) -> None:
+class RestartableScheduler:
+    """The real controller, which can be away, stand still, and come back without a memory."""
+
+    def __init__(self, *workers: WorkerInfo) -> None:
+        self.workers = workers
+        self.is_away = False
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self._controller = ClusterController(options=LEAST_LOADED, epoch=1)
+        self.register()
+
+    async def handle(self, events: Sequence[Event]) -> list[list[Command]]:
+        await self.gate.wait()
+        if self.is_away:
+            raise UnavailableError("restarting")
+        return [self._controller.handle(event, 0.0) for event in events]
+
+    async def snapshot(self) -> ClusterSnapshot:
+        if self.is_away:
+            raise UnavailableError("restarting")
+        return self._controller.snapshot()
+
+    def restart(self) -> None:
+        self.is_away = False
+        self._controller = ClusterController(options=LEAST_LOADED, epoch=2)
+
+    def register(self) -> None:
+        for worker in self.workers:
+            assert self._controller.handle(WorkerRegistered(worker), 0.0) == []
+
+    def in_flight(self) -> dict[str, int]:
+        return {worker.info.worker_id: worker.requests_in_flight for worker in self._controller.snapshot().workers}
+
+
+Scenario = Callable[[SchedulerClient, AnyScheduler], Awaitable[None]]
+
+
+def run(scenario: Scenario[AnyScheduler], scheduler: AnyScheduler) -> None:
     async def main() -> None:
-        scheduler = ScriptedScheduler()
-        client = SchedulerClient(scheduler)
+        client = SchedulerClient(scheduler, LEAST_LOADED)
         await client.start()
         try:
             await scenario(client, scheduler)
@@ -59,6 +111,7 @@ def run(scenario: Callable[[SchedulerClient, ScriptedScheduler], Awaitable[None]
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler_client, "RETRY_INTERVAL_S", 0.0)
+    monkeypatch.setattr(scheduler_client, "SNAPSHOT_INTERVAL_S", 0.001)
 
 
 def arrival(name: str, num_prompt_tokens: int = 5) -> RequestArrived:
@@ -78,7 +131,7 @@ def test_what_comes_while_a_call_is_under_way_travels_in_the_next_call() -> None
         assert [placement.request_id for placement in placements] == ["a", "b", "c", "d"]
         assert scheduler.batches == [[arrival("a")], [arrival("b"), arrival("c"), arrival("d"), PrefillDone("z")]]
 
-    run(scenario)
+    run(scenario, ScriptedScheduler())
 
 
 def test_a_refusal_is_raised_and_the_books_are_closed() -> None:
@@ -88,21 +141,22 @@ def test_a_refusal_is_raised_and_the_books_are_closed() -> None:
         await client.place(arrival("b"))
         assert RequestEnded("a") in [event for batch in scheduler.batches for event in batch]
 
-    run(scenario)
+    run(scenario, ScriptedScheduler())
 
 
 def test_a_scheduler_that_is_away_is_told_later_what_it_must_know() -> None:
     async def scenario(client: SchedulerClient, scheduler: ScriptedScheduler) -> None:
         scheduler.failures = [UnavailableError("restarting")]
         client.tell(RequestEnded("old"))
-        with pytest.raises(UnavailableError, match="restarting"):
+        with pytest.raises(UnavailableError, match="does not answer"):
             await client.place(arrival("a"))
+        await until(lambda: not client.is_scheduler_away)
         await client.place(arrival("b"))
         later = [event for batch in scheduler.batches[1:] for event in batch]
         assert later[0] == RequestEnded("old")
         assert arrival("a") not in later
 
-    run(scenario)
+    run(scenario, ScriptedScheduler())
 
 
 def test_a_bug_in_the_scheduler_fails_its_batch_and_nothing_after_it(caplog: pytest.LogCaptureFixture) -> None:
@@ -112,7 +166,7 @@ def test_a_bug_in_the_scheduler_fails_its_batch_and_nothing_after_it(caplog: pyt
             await client.place(arrival("a"))
         assert (await client.place(arrival("b"))).request_id == "b"
 
-    run(scenario)
+    run(scenario, ScriptedScheduler())
     assert "could not take" in caplog.text
 
 
@@ -128,7 +182,7 @@ def test_a_cancelled_request_is_taken_off_the_books() -> None:
         await client.place(arrival("b"))
         assert RequestEnded("a") in scheduler.batches[1]
 
-    run(scenario)
+    run(scenario, ScriptedScheduler())
 
 
 def test_no_answer_is_an_error_and_no_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,4 +193,84 @@ def test_no_answer_is_an_error_and_no_wait_for_ever(monkeypatch: pytest.MonkeyPa
         with pytest.raises(UnavailableError, match="does not answer"):
             await client.place(arrival("a"))
 
-    run(scenario)
+    run(scenario, ScriptedScheduler())
+
+
+# While the scheduler is away
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110  the client is told nothing of its own state
+            await asyncio.sleep(0.001)
+
+
+def test_requests_are_placed_from_the_last_snapshot_and_know_of_each_other() -> None:
+    async def scenario(client: SchedulerClient, scheduler: RestartableScheduler) -> None:
+        first = await client.place(arrival("a"))
+        scheduler.is_away = True
+        others = [await client.place(arrival(name)) for name in "bcd"]
+        placed = [placement.decode.worker_id for placement in (first, *others)]
+        assert sorted(placed) == ["x", "x", "y", "y"]
+        assert client.is_scheduler_away
+
+    run(scenario, RestartableScheduler(make_worker("x"), make_worker("y")))
+
+
+def test_a_scheduler_that_stands_still_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_client, "PLACE_TIMEOUT_S", 0.01)
+
+    async def scenario(client: SchedulerClient, scheduler: RestartableScheduler) -> None:
+        scheduler.gate.clear()
+        assert (await client.place(arrival("a"))).decode.worker_id == "x"
+        scheduler.gate.set()
+        await until(lambda: not client.is_scheduler_away and scheduler.in_flight() == {"x": 1})
+        client.tell(RequestEnded("a"))
+        await until(lambda: scheduler.in_flight() == {"x": 0})
+
+    run(scenario, RestartableScheduler(make_worker("x")))
+
+
+def test_a_restarted_scheduler_is_asked_again_when_it_has_its_workers_and_is_told_what_runs() -> None:
+    async def scenario(client: SchedulerClient, scheduler: RestartableScheduler) -> None:
+        for name in "ab":
+            await client.place(arrival(name))
+        scheduler.is_away = True
+        await client.place(arrival("c"))
+        client.tell(RequestEnded("a"))
+        scheduler.restart()
+        await client.place(arrival("d"))
+        assert client.is_scheduler_away
+        assert [worker.info.worker_id for worker in client.cluster.workers] == ["x"]
+        scheduler.register()
+        await until(lambda: not client.is_scheduler_away)
+        await until(lambda: scheduler.in_flight() == {"x": 3})
+        for name in "bcd":
+            client.tell(RequestEnded(name))
+        await until(lambda: scheduler.in_flight() == {"x": 0})
+
+    run(scenario, RestartableScheduler(make_worker("x")))
+
+
+def test_a_restart_that_nobody_saw_is_noticed_by_the_epoch() -> None:
+    async def scenario(client: SchedulerClient, scheduler: RestartableScheduler) -> None:
+        await client.place(arrival("a"))
+        scheduler.restart()
+        scheduler.register()
+        await until(lambda: scheduler.in_flight() == {"x": 1})
+        assert not client.is_scheduler_away
+
+    run(scenario, RestartableScheduler(make_worker("x")))
+
+
+def test_workers_that_do_not_come_back_are_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_client, "RELEARN_S", 0.01)
+
+    async def scenario(client: SchedulerClient, scheduler: RestartableScheduler) -> None:
+        scheduler.workers = scheduler.workers[:1]
+        scheduler.restart()
+        scheduler.register()
+        await until(lambda: len(client.cluster.workers) == 1)
+        assert (await client.place(arrival("a"))).decode.worker_id == "x"
+
+    run(scenario, RestartableScheduler(make_worker("x"), make_worker("y")))

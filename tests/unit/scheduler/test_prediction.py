@@ -113,7 +113,7 @@ def test_a_request_whose_worker_left_teaches_nothing(costs: CostModel) -> None:
 
 
 def test_the_controller_predicts_each_request_and_says_how_far_off_it_was() -> None:
-    controller = ClusterController(options=PlacementOptions("least_loaded"))  # hands short prompts over too
+    controller = ClusterController(options=PlacementOptions("least_loaded"))
     for info in (PREFILL, DECODE):
         controller.handle(WorkerRegistered(info), 0.0)
     controller.handle(RequestArrived("r", 100, 20), 1.0)
