@@ -11,7 +11,7 @@ from importlib import metadata
 
 from engine import config as configuration
 from engine.cluster_view import show_status
-from engine.startup import secure_ray
+from engine.startup import prepare_ray
 from kvcache.errors import ConfigError, StartupError, TwinpoolError
 from workers.model.checkpoint import DEFAULT_MODEL, prepare_checkpoint
 
@@ -86,7 +86,7 @@ def _serve(options: argparse.Namespace) -> None:
     )
     for noisy in ("httpx", "httpcore", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    secure_ray()  # before the import of ray, which reads the environment once
+    prepare_ray(joins=settings.address is not None)  # before the import of ray, which reads the environment once
     from engine.launch import serve  # with torch, ray and transformers: seconds that other commands need not wait
 
     serve(settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -27,6 +28,9 @@ from workers.model.checkpoint import DEFAULT_MODEL
 
 ENVIRONMENT_PREFIX = "TWINPOOL_"
 OTHER_VARIABLES = frozenset({"TWINPOOL_CACHE"})
+ADDRESS = re.compile(r"(\[[0-9A-Fa-f:]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
+AMOUNT = re.compile(r"[0-9]+(\.[0-9]{1,4})?")  # Ray counts in steps of 0.0001
+RESERVED_RESOURCES = frozenset({"CPU", "GPU", "memory", "object_store_memory"})
 
 
 def _option(
@@ -38,7 +42,10 @@ def _option(
 
 KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 # Options of which a pool may have its own: prefill_NAME and decode_NAME beside NAME.
-POOL_OPTIONS = ("tensor_parallel_size", "block_size", "kv_cache_dtype")
+POOL_OPTIONS = ("tensor_parallel_size", "block_size", "kv_cache_dtype", "node_label", "resource")
+NODE_OPTIONS = ("node_label", "resource")
+# Given several times as a flag, and separated by commas in the environment.
+LIST_OPTIONS = ("api_key", *(f"{pool}{name}" for name in NODE_OPTIONS for pool in ("", "prefill_", "decode_")))
 
 
 class ServeConfig(BaseSettings):
@@ -73,6 +80,35 @@ class ServeConfig(BaseSettings):
     )
     decode_tensor_parallel_size: int | None = _option(
         None, "Pools", "the same for decode workers alone (default: --tensor-parallel-size)", ge=1, le=256
+    )
+
+    address: str | None = _option(
+        None, "Cluster", "running Ray cluster to join: auto, or HOST:PORT (default: one of its own)", "ADDRESS"
+    )
+    worker_host: str | None = _option(
+        None,
+        "Cluster",
+        "address that workers listen on (default: 127.0.0.1; in a cluster that was joined, their node's)",
+        "HOST",
+        min_length=1,
+    )
+    node_label: Annotated[tuple[str, ...], NoDecode] = _option(
+        (), "Cluster", "label that the nodes of workers must have; may be repeated", "KEY=VALUE"
+    )
+    prefill_node_label: Annotated[tuple[str, ...] | None, NoDecode] = _option(
+        None, "Cluster", "the same for prefill workers alone (default: --node-label)", "KEY=VALUE"
+    )
+    decode_node_label: Annotated[tuple[str, ...] | None, NoDecode] = _option(
+        None, "Cluster", "the same for decode workers alone (default: --node-label)", "KEY=VALUE"
+    )
+    resource: Annotated[tuple[str, ...], NoDecode] = _option(
+        (), "Cluster", "how much of one of Ray's custom resources each rank takes; may be repeated", "NAME=AMOUNT"
+    )
+    prefill_resource: Annotated[tuple[str, ...] | None, NoDecode] = _option(
+        None, "Cluster", "the same for prefill workers alone (default: --resource)", "NAME=AMOUNT"
+    )
+    decode_resource: Annotated[tuple[str, ...] | None, NoDecode] = _option(
+        None, "Cluster", "the same for decode workers alone (default: --resource)", "NAME=AMOUNT"
     )
 
     block_size: int = _option(16, "KV cache and batching", "tokens per KV block", ge=1, le=1024)
@@ -139,9 +175,10 @@ class ServeConfig(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _split_keys(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("api_key"), str):
-            values["api_key"] = tuple(key.strip() for key in values["api_key"].split(","))
+    def _split_lists(cls, values: Any) -> Any:
+        for name in LIST_OPTIONS if isinstance(values, dict) else ():
+            if isinstance(values.get(name), str):
+                values[name] = tuple(item.strip() for item in values[name].split(","))
         return values
 
     @field_validator("api_key")
@@ -159,6 +196,47 @@ class ServeConfig(BaseSettings):
         if name not in POLICIES:
             raise ValueError(f"there is no such policy; there are {', '.join(POLICIES)}")
         return name
+
+    @field_validator("address")
+    @classmethod
+    def _check_address(cls, address: str | None) -> str | None:
+        if address is not None and address != "auto" and not ADDRESS.fullmatch(address):
+            raise ValueError("it must be auto, or HOST:PORT of the cluster's head")
+        return address
+
+    @field_validator("worker_host")
+    @classmethod
+    def _check_worker_host(cls, host: str | None) -> str | None:
+        if host in ("0.0.0.0", "::"):
+            raise ValueError("workers tell each other this address, so it must be one that others can reach")
+        return host
+
+    @field_validator(*(name for name in LIST_OPTIONS if name.endswith("label")))
+    @classmethod
+    def _check_labels(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for label in labels or ():
+            key, _, value = label.partition("=")
+            if not key or not value:
+                raise ValueError(f"{label!r} is not KEY=VALUE")
+        return labels
+
+    @field_validator(*(name for name in LIST_OPTIONS if name.endswith("resource")))
+    @classmethod
+    def _check_resources(cls, resources: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for resource in resources or ():
+            name, _, amount = resource.partition("=")
+            if not name or not AMOUNT.fullmatch(amount) or float(amount) <= 0:
+                raise ValueError(f"{resource!r} is not NAME=AMOUNT with an amount above 0")
+            if name in RESERVED_RESOURCES:
+                raise ValueError(f"{name} is worked out from other options; this is for custom resources")
+        return resources
+
+    @model_validator(mode="after")
+    def _check_cluster(self) -> Self:
+        given = [name for name in LIST_OPTIONS if name != "api_key" and getattr(self, name)]
+        if given and self.address is None:
+            raise ValueError(f"{given[0]} chooses among the nodes of a running Ray cluster: set address too")
+        return self
 
     @model_validator(mode="after")
     def _check_pools(self) -> Self:
@@ -233,6 +311,15 @@ class ServeConfig(BaseSettings):
 
     def kv_cache_dtype_of(self, role: WorkerRole) -> str:
         return str(getattr(self, self.option_of(role, "kv_cache_dtype")))
+
+    def node_labels_of(self, role: WorkerRole) -> tuple[tuple[str, str], ...]:
+        labels = getattr(self, self.option_of(role, "node_label"))
+        return tuple((key, value) for key, _, value in (label.partition("=") for label in labels))
+
+    def resources_of(self, role: WorkerRole) -> tuple[tuple[str, float], ...]:
+        """Custom resources of each rank."""
+        resources = getattr(self, self.option_of(role, "resource"))
+        return tuple((name, float(amount)) for name, _, amount in (each.partition("=") for each in resources))
 
     def option_of(self, role: WorkerRole, name: str) -> str:
         """Which option decides ``name`` (of POOL_OPTIONS) for workers of this role: the pool's own, if it is set."""
@@ -354,7 +441,7 @@ def _add_argument(group: Any, name: str, field: FieldInfo, metavar: str, short: 
     common["metavar"] = metavar
     if name == "model":
         group.add_argument("model", nargs="?", **common)
-    elif name == "api_key":
-        group.add_argument("--api-key", action="append", **common)
+    elif name in LIST_OPTIONS:
+        group.add_argument(flag_of(name), action="append", **common)
     else:
         group.add_argument(*short, flag_of(name), **common)

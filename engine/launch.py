@@ -12,28 +12,30 @@ import functools
 import gc
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 
 from engine.config import ServeConfig
-from engine.ray_session import check_interrupted, interrupt_on_signals, ray_session
+from engine.fleet import Fleet
+from engine.machine_limits import is_loopback
+from engine.ray_session import check_interrupted, cluster_nodes, interrupt_on_signals, joined_cluster, ray_session
 from engine.start_progress import StartProgress, start_progress
 from engine.startup import StartupPlan, bind_server_socket, check_installation, make_plan
-from kvcache.errors import ResourceError, TwinpoolError
+from kvcache.errors import ResourceError
 from kvcache.spec import KVCacheSpec
-from scheduler.ray_actor import ActorHandle, start_scheduler
+from scheduler.ray_actor import ActorHandle, PolledScheduler, start_scheduler
 from scheduler.types import WorkerInfo
 from workers.load_progress import LoadProgress
 from workers.model.checkpoint import prepare_checkpoint
-from workers.ray_worker import start_worker
+from workers.ray_worker import RayWorker
 from workers.worker_options import WorkerOptions
 
-START_TIMEOUT_S = 900.0  # to load all workers; Ray restarts one that crashes, so a crash alone does not end the wait
-POLL_INTERVAL_S = 0.1
+START_TIMEOUT_S = 900.0  # until all workers are loaded, the wait for room in a busy cluster included
+START_POLL_INTERVAL_S = 0.05
 logger = logging.getLogger(__name__)
 
 
@@ -53,9 +55,7 @@ def serve(config: ServeConfig) -> None:
     ):
         path = prepare_checkpoint(config.model)
         with start_progress() as progress:
-            planning = beside.submit(make_plan, config, path)
-            cluster.enter_context(ray_session(1 + config.num_workers))  # with the scheduler
-            plan = planning.result()
+            plan = cluster.enter_context(_ray_and_plan(config, path, beside))
             _check_gpus(plan)
             _log_model(plan)
             preparing = beside.submit(_prepare_http, plan)
@@ -67,6 +67,19 @@ def serve(config: ServeConfig) -> None:
             asyncio.run(serve_http(config, plan, scheduler, server_socket))
         finally:
             interrupt_on_signals()  # the event loop has taken its own handlers away
+
+
+@contextlib.contextmanager
+def _ray_and_plan(config: ServeConfig, path: Path, beside: ThreadPoolExecutor) -> Iterator[StartupPlan]:
+    """Ray, and what will be started on it. A cluster of our own starts while the plan is made; one that is joined is
+    asked first what it has."""
+    if config.address is not None:
+        with joined_cluster(config.address):
+            yield make_plan(config, path, cluster_nodes())
+        return
+    planning = beside.submit(make_plan, config, path)
+    with ray_session(1 + config.num_ranks):  # with the scheduler
+        yield planning.result()
 
 
 def _check_gpus(plan: StartupPlan) -> None:
@@ -88,58 +101,55 @@ def _prepare_http(plan: StartupPlan) -> Any:
 def _running_cluster(plan: StartupPlan, config: ServeConfig, progress: StartProgress) -> Iterator[ActorHandle]:
     """The scheduler with all workers loaded, measured and registered."""
     scheduler = start_scheduler([options.worker_id for options in plan.workers], config.placement)
-    workers = {options.worker_id: start_worker(options) for options in plan.workers}
+    fleet = Fleet(plan.workers, RayWorker, PolledScheduler(scheduler))
     try:
-        _await_workers(plan, workers, progress)
+        _await_workers(plan, fleet, progress)
+        fleet.start_thread()
         yield scheduler
     finally:
-        _stop_workers(workers, config.shutdown_timeout)
+        fleet.close(config.shutdown_timeout)
 
 
-def _await_workers(plan: StartupPlan, workers: dict[str, ActorHandle], progress: StartProgress) -> None:
+def _await_workers(plan: StartupPlan, fleet: Fleet, progress: StartProgress) -> None:
+    """Returns when all have registered. At the start the first failure is the end: it would come again."""
     started = time.monotonic()
-    logger.info("Starting workers: %s", ", ".join(workers))
-    try:
-        loaded = _await_loaded(workers, progress)
-        _log_loaded(plan, loaded)
-        for options in plan.workers:  # one after the other: they share the machine that they measure
-            _log_worker(ray.get(workers[options.worker_id].join.remote()), options)
-    except RayTaskError as error:
-        if isinstance(error.cause, TwinpoolError):
-            raise ResourceError(f"A worker could not start: {error.cause}") from None
-        raise ResourceError(f"A worker could not start: {error}") from error
-    except RayError as error:
-        raise ResourceError(f"A worker process could not start: {error}") from error
+    logger.info("Starting workers: %s", ", ".join(fleet.members))
+    progress.stage(f"Loading weights on {len(fleet.members)} workers" if len(fleet.members) > 1 else "Loading weights")
+    told: set[str] = set()
+    while not fleet.is_complete:
+        fleet.step()
+        check_interrupted()
+        _check_start(fleet, time.monotonic() - started)
+        progress.load(sum(member.progress.part for member in fleet.members.values()) / len(fleet.members))
+        if not told and all(member.progress.is_ready for member in fleet.members.values()):
+            _log_loaded(plan, [member.progress for member in fleet.members.values()])
+        for member in fleet.members.values():
+            if member.info is not None and member.worker_id not in told:
+                told.add(member.worker_id)
+                _log_worker(member.info, member.options)
+        time.sleep(START_POLL_INTERVAL_S)
+    _warn_of_open_ports([member.info for member in fleet.members.values() if member.info is not None])
     logger.info("Workers ready after %.1f s", time.monotonic() - started)
 
 
-def _await_loaded(workers: dict[str, ActorHandle], progress: StartProgress) -> dict[str, LoadProgress]:
-    """Asks all how far they are until all are ready; the first failure is raised at once."""
-    progress.stage(f"Loading weights on {len(workers)} workers" if len(workers) > 1 else "Loading weights")
-    deadline = time.monotonic() + START_TIMEOUT_S
-    known = dict.fromkeys(workers, LoadProgress())
-    asked: dict[ray.ObjectRef[LoadProgress], str] = {}
-    while not all(state.is_ready for state in known.values()):
-        for worker_id in set(known).difference(asked.values()):
-            if not known[worker_id].is_ready:
-                asked[workers[worker_id].progress.remote()] = worker_id
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=POLL_INTERVAL_S)
-        for answer in answered:
-            known[asked.pop(answer)] = ray.get(answer)
-        progress.load(sum(state.part for state in known.values()) / len(known))
-        check_interrupted()
-        if time.monotonic() > deadline:
-            late = sum(not state.is_ready for state in known.values())
-            raise ResourceError(f"{late} workers have not started within {START_TIMEOUT_S:g} s.")
-        time.sleep(POLL_INTERVAL_S)
-    return known
+def _check_start(fleet: Fleet, elapsed_s: float) -> None:
+    for member in fleet.members.values():
+        if member.num_starts and member.process is None:
+            raise ResourceError(f"A worker could not start: {member.failure or 'its process has ended'}")
+    if elapsed_s > START_TIMEOUT_S:
+        late = [member for member in fleet.members.values() if member.info is None]
+        without_room = [member.worker_id for member in late if member.process and not member.process.has_room()]
+        reason = f"; Ray has no room yet for {', '.join(without_room)}" if without_room else ""
+        raise ResourceError(f"{len(late)} workers have not started within {START_TIMEOUT_S:g} s{reason}.")
 
 
-def _stop_workers(workers: dict[str, ActorHandle], timeout_s: float) -> None:
-    """Asks all to stop; whoever does not in time is killed with the session."""
-    stopping = [worker.stop.remote() for worker in workers.values()]
-    with contextlib.suppress(RayError):  # a worker that is dead already has stopped
-        ray.wait(stopping, num_returns=len(stopping), timeout=timeout_s)
+def _warn_of_open_ports(workers: Sequence[WorkerInfo]) -> None:
+    """Whoever can reach a worker's port can call it, past the API key."""
+    reachable = [info.address for info in workers if not is_loopback(info.address)]
+    if reachable:
+        logger.warning(
+            "Workers listen on %s without TLS: keep these ports inside a network that you trust.", ", ".join(reachable)
+        )
 
 
 def _log_model(plan: StartupPlan) -> None:
@@ -152,11 +162,11 @@ def _log_model(plan: StartupPlan) -> None:
     )
 
 
-def _log_loaded(plan: StartupPlan, loaded: dict[str, LoadProgress]) -> None:
+def _log_loaded(plan: StartupPlan, loaded: Sequence[LoadProgress]) -> None:
     logger.info(
         "Weights loaded: %.0f MiB per worker in %.1f s",
         plan.checkpoint.weight_bytes / (1 << 20),
-        max(state.load_seconds for state in loaded.values()),
+        max(state.load_seconds for state in loaded),
     )
     for options in {worker.role: worker for worker in plan.workers}.values():
         if options.num_blocks is not None:

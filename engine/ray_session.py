@@ -1,4 +1,4 @@
-"""A Ray cluster of our own on this machine, and the signals that end it."""
+"""A Ray cluster of our own on this machine, or one that is joined, and the signals that end it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -17,6 +18,7 @@ from ray.exceptions import RayError
 
 from engine.process_tree import adopt_orphans, end_children
 from kvcache.errors import ResourceError
+from scheduler.room import Node
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no token and no KV goes through it
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -70,3 +72,35 @@ def ray_session(num_processes: int) -> Iterator[None]:
         ray.shutdown()
         end_children()  # agents of a session that ended while it began
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def joined_cluster(address: str) -> Iterator[None]:
+    """A running Ray cluster, which goes on after us: our actors have a namespace of their own, and end with us.
+
+    Raises:
+        ResourceError: there is none at ``address``, or it does not let us in.
+    """
+    try:
+        ray.init(
+            address=address,
+            namespace=f"twinpool-{uuid.uuid4().hex[:12]}",  # a second server in the same cluster does not meet us
+            logging_level=logging.WARNING,
+        )
+    except (RayError, OSError, RuntimeError, ValueError, AssertionError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ResourceError(f"The Ray cluster at --address {address} cannot be joined: {reason}") from error
+    try:
+        check_interrupted()
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cluster_nodes() -> list[Node]:
+    """All live nodes of the cluster, with what they have in all."""
+    return [
+        Node(node["NodeID"], node["NodeManagerAddress"], dict(node["Resources"]), dict(node.get("Labels") or {}))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]

@@ -6,24 +6,28 @@ import errno
 import os
 import secrets
 import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 
+from engine.cluster_room import check_room, device_of_cluster, own_room, room_in_cluster, threads_per_rank
 from engine.config import ServeConfig, flag_of
-from engine.machine_limits import available_memory_bytes, usable_cores
+from engine.machine_limits import available_memory_bytes
 from kvcache.errors import ConfigError, ResourceError
 from kvcache.heads import Shard, check_size
 from kvcache.spec import KVCacheSpec
 from kvcache.transfer.wire import MAX_BLOCK_BYTES
 from scheduler.batching import BatchLimits
+from scheduler.room import Node
 from scheduler.types import WorkerRole
 from workers.device import Device, choose_device, count_gpus
 from workers.model.checkpoint import CheckpointInfo, describe_checkpoint
 from workers.model.shape import model_shape
 from workers.native.library import load_library
-from workers.worker_options import WorkerOptions
+from workers.worker_options import NODE_ADDRESS, WorkerOptions
 
+LOOPBACK = "127.0.0.1"
 PACKAGES = ("kvcache", "scheduler", "workers", "engine")
 CPU_KV_CACHE_BYTES = 1 << 30
 GPU_MEMORY_UTILIZATION = 0.9
@@ -58,14 +62,17 @@ def check_installation() -> None:
             raise ResourceError(f"The package {name!r} of Twinpool is hidden by another one at {origin}.")
 
 
-def secure_ray() -> None:
-    """Keeps the cluster to this machine and to itself: loopback, and a token that only its processes have.
+def prepare_ray(*, joins: bool) -> None:
+    """Keeps a cluster of our own to this machine and to itself: loopback, and a token that only its processes have.
 
-    Call before ray is imported: it reads these variables then.
+    A cluster that is joined has a token of its own, which Ray reads from RAY_AUTH_TOKEN or its file. Call before ray is
+    imported: it reads these variables then.
     """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if joins:
+        return
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # a peer that ends is our news to tell, not the library's
     # Despite its name this is what makes Ray take the loopback address for its own on Linux as well.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -91,22 +98,32 @@ def bind_server_socket(host: str, port: int) -> socket.socket:
     return server
 
 
-def make_plan(config: ServeConfig, path: Path) -> StartupPlan:
+def make_plan(config: ServeConfig, path: Path, nodes: Sequence[Node] | None = None) -> StartupPlan:
     """Reads the shape of the checkpoint in ``path``, and works out what each worker gets. Imports transformers.
+
+    Args:
+        nodes: of the cluster that was joined; None for a cluster of our own on this machine.
 
     Raises:
         ModelError: the checkpoint is damaged or cannot run.
-        ConfigError, ResourceError: the options do not fit the model or the machine.
+        ConfigError, ResourceError: the options do not fit the model, the machine or the cluster.
     """
-    device = choose_device(config.device)
-    _check_device(config, device)
+    num_gpus = count_gpus() if nodes is None else sum(int(node.resources.get("GPU", 0)) for node in nodes)
+    device = choose_device(config.device) if nodes is None else device_of_cluster(config, num_gpus)
+    _check_device(config, device, num_gpus)
     checkpoint = describe_checkpoint(path, dtype=config.dtype, device=device)
     max_model_len = _max_model_len(config, checkpoint)
     if config.quantization != "none" and load_library() is None:
         raise ConfigError(f"--quantization {config.quantization} needs the native decoder, which was not built here.")
     specs = {role: _spec(config, checkpoint, role) for _, role in _roles(config)}
     _check_ranks(config, checkpoint)
-    _check_memory(config, checkpoint, device)
+    worker_bytes = _worker_bytes(config, checkpoint, device)
+    if nodes is None:
+        _check_memory(config, checkpoint, device, worker_bytes)
+        rooms = {role: own_room(config, role, device) for role in specs}
+    else:
+        rooms = {role: room_in_cluster(config, role, device, nodes, worker_bytes[role]) for role in specs}
+        check_room(config, nodes, rooms)
     is_left_to_gpu = device == "cuda" and config.kv_cache_memory_bytes is None
     workers = tuple(
         WorkerOptions(
@@ -123,13 +140,16 @@ def make_plan(config: ServeConfig, path: Path) -> StartupPlan:
             vocab_size=checkpoint.vocab_size,
             dtype=checkpoint.dtype,
             limits=BatchLimits(config.max_num_seqs, config.max_num_batched_tokens),
-            num_threads=_threads_per_rank(config, role),
+            num_threads=threads_per_rank(config, role, nodes),
             tensor_parallel_size=config.tensor_parallel_size_of(role),
             device=device,
             gpu_memory_utilization=config.gpu_memory_utilization or GPU_MEMORY_UTILIZATION,
             quantization=config.quantization,
             prefix_caching=config.enable_prefix_caching,
             log_level=config.log_level,
+            host=config.worker_host or (LOOPBACK if nodes is None else NODE_ADDRESS),
+            model_source=config.model,
+            room=rooms[role],
         )
         for worker_id, role in _roles(config)
     )
@@ -158,13 +178,7 @@ def _roles(config: ServeConfig) -> list[tuple[str, WorkerRole]]:
     return [(f"{role.value}-{index}", role) for role in WorkerRole for index in range(config.num_workers_of(role))]
 
 
-def _threads_per_rank(config: ServeConfig, role: WorkerRole) -> int:
-    if config.threads_per_worker is not None:
-        return config.threads_per_worker // config.tensor_parallel_size_of(role)
-    return max(1, usable_cores() // config.num_ranks)
-
-
-def _check_device(config: ServeConfig, device: Device) -> None:
+def _check_device(config: ServeConfig, device: Device, num_gpus: int) -> None:
     if device == "cpu":
         if config.gpu_memory_utilization is not None:
             raise ConfigError("--gpu-memory-utilization is for GPUs, and the workers will compute on the CPU.")
@@ -176,7 +190,6 @@ def _check_device(config: ServeConfig, device: Device) -> None:
         if config.num_workers_of(role) and size > 1:
             option = flag_of(config.option_of(role, "tensor_parallel_size"))
             raise ConfigError(f"{option} is {size}: tensor parallelism is not run on a GPU yet; add --device cpu.")
-    num_gpus = count_gpus()
     if config.num_workers > num_gpus:
         raise ResourceError(
             f"{config.num_workers} workers need a GPU each and {num_gpus} can be used here; start fewer"
@@ -224,21 +237,26 @@ def _kv_cache_bytes(config: ServeConfig) -> int:
     return int(given) if given is not None else CPU_KV_CACHE_BYTES
 
 
-def _check_memory(config: ServeConfig, checkpoint: CheckpointInfo, device: Device) -> None:
-    """Of the host. What a GPU holds is checked by the worker that has it."""
-    if device == "cuda":
-        per_worker = checkpoint.weight_bytes  # they pass through
-        purpose = "each need"
-    else:
-        # Twice the weights: while they are packed and compared, a worker holds them as loaded and as packed.
-        per_worker = 2 * checkpoint.weight_bytes + _kv_cache_bytes(config)
-        purpose = f"and {_mebibytes(_kv_cache_bytes(config))} of KV cache each need"
-    needed = per_worker * config.num_workers + PROCESS_BYTES * config.num_ranks
+def _worker_bytes(config: ServeConfig, checkpoint: CheckpointInfo, device: Device) -> dict[WorkerRole, int]:
+    """Host memory of one worker. What a GPU holds is checked by the worker that has it."""
+    # Twice the weights: while they are packed and compared, a worker holds them as loaded and as packed. To a GPU
+    # they only pass through.
+    on_cpu = device == "cpu"
+    per_worker = 2 * checkpoint.weight_bytes + _kv_cache_bytes(config) if on_cpu else checkpoint.weight_bytes
+    return {role: per_worker + PROCESS_BYTES * config.tensor_parallel_size_of(role) for role in WorkerRole}
+
+
+def _check_memory(
+    config: ServeConfig, checkpoint: CheckpointInfo, device: Device, worker_bytes: Mapping[WorkerRole, int]
+) -> None:
+    """Of this machine."""
+    purpose = f"and {_mebibytes(_kv_cache_bytes(config))} of KV cache " if device == "cpu" else ""
+    needed = sum(worker_bytes[role] * config.num_workers_of(role) for role in WorkerRole)
     available = available_memory_bytes()
     if needed > available:
         raise ResourceError(
             f"Too little memory: {config.num_workers} workers with {_mebibytes(checkpoint.weight_bytes)} of weights"
-            f" {purpose} {_mebibytes(needed)}; {_mebibytes(available)} are available."
+            f" {purpose}each need {_mebibytes(needed)}; {_mebibytes(available)} are available."
         )
 
 

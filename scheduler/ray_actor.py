@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvcache.errors import UnavailableError
 from scheduler.controller import ClusterController
@@ -87,7 +88,38 @@ def find_scheduler() -> RayScheduler:
     return RayScheduler(ray.get_actor(ACTOR_NAME))
 
 
+class PolledScheduler:
+    """The scheduler for a thread that polls: it tells, it never waits, and it sees what was answered last."""
+
+    def __init__(self, actor: ActorHandle) -> None:
+        self._actor = actor
+        self._asked: ray.ObjectRef[ClusterSnapshot] | None = None
+
+    def tell(self, *events: Event) -> None:
+        """Sends events. They are lost when the scheduler is away: what matters is told again."""
+        self._actor.handle.remote(events)
+
+    def poll(self) -> ClusterSnapshot | None:
+        """A view of the cluster that is new since the last call; asks for the next one."""
+        if self._asked is None:
+            self._asked = self._actor.snapshot.remote()
+        if not ray.wait([self._asked], timeout=0)[0]:
+            return None
+        asked, self._asked = self._asked, None
+        try:
+            snapshot: ClusterSnapshot = ray.get(asked)
+        except RayError:
+            return None
+        return snapshot
+
+
 def start_scheduler(expected_workers: Sequence[str], options: PlacementOptions) -> ActorHandle:
-    """Starts the actor; Ray restarts it when its process dies, and the workers register again."""
-    actor_class: Any = ray.remote(SchedulerActor)
-    return actor_class.options(name=ACTOR_NAME, num_cpus=0, max_restarts=-1).remote(tuple(expected_workers), options)
+    """Starts the actor; Ray restarts it when its process dies, and the workers register again.
+
+    On the caller's node, where it can: other nodes may leave.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    placed: Any = ray.remote(SchedulerActor).options(
+        name=ACTOR_NAME, num_cpus=0, max_restarts=-1, scheduling_strategy=here
+    )
+    return placed.remote(tuple(expected_workers), options)

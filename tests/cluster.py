@@ -87,6 +87,11 @@ class TinyCheckpoint:
         self._reference = load_reference(folder)
         self._answers: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = {}
 
+    def save_tokenizer(self) -> None:
+        """Makes the folder one that the real command can serve."""
+        tiny_backend().save(str(self.path / "tokenizer.json"))
+        (self.path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
     @property
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size

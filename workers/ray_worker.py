@@ -8,19 +8,28 @@ import logging
 import os
 import threading
 import time
-import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import (
+    get_current_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from kvcache.errors import ConfigError, UnavailableError
+from kvcache.errors import ConfigError, TwinpoolError, UnavailableError
 from scheduler.events import AskForCache, AskToRegister, RefuseWorker, WorkerLeft, WorkerRegistered
 from scheduler.ray_actor import ActorHandle, find_scheduler
 from scheduler.types import DeviceProfile, WorkerInfo
 from workers.load_progress import LoadProgress
-from workers.worker_options import WorkerOptions
+from workers.model.checkpoint import prepare_checkpoint
+from workers.worker_options import NODE_ADDRESS, WorkerOptions
 
 if TYPE_CHECKING:
     from workers.worker import Worker
@@ -30,13 +39,16 @@ logger = logging.getLogger(__name__)
 
 
 class WorkerActor:
-    """One worker process. The launcher asks for ``progress``, then calls ``join``; a restarted one joins by itself."""
+    """One worker process. Whoever started it asks for ``progress``, then calls ``join``; ``run`` ends with it."""
 
-    def __init__(self, options: WorkerOptions) -> None:
+    def __init__(self, options: WorkerOptions, incarnation: int) -> None:
+        """``incarnation``: how often this worker was started, this time included; whoever starts it counts."""
         _prepare_process(options)
-        self._options = options
+        host = options.host if options.host != NODE_ADDRESS else ray.util.get_node_ip_address()
+        self._options = replace(options, host=host)
         self._scheduler = find_scheduler()
-        self._incarnation = time.monotonic_ns()  # only compared with other processes of this worker, on this machine
+        self._incarnation = incarnation
+        self._has_stopped = threading.Event()
         self._failure: Exception | None = None
         self._worker: Worker | None = None
         self._info: WorkerInfo | None = None
@@ -45,7 +57,7 @@ class WorkerActor:
         self._followers: list[ActorHandle] = []
         self._progress = LoadProgress()
         # Beside the actor's own thread, so that it can say how far it is.
-        threading.Thread(target=self._load, args=(_was_restarted(),), name="load", daemon=True).start()
+        threading.Thread(target=self._load, name="load", daemon=True).start()
 
     def progress(self) -> LoadProgress:
         """How far loading is; returns at once.
@@ -57,8 +69,16 @@ class WorkerActor:
             raise self._failure
         return self._progress
 
-    def _load(self, joins: bool) -> None:
+    async def run(self) -> None:
+        """Returns after ``stop``; its caller so hears when this process has ended otherwise.
+
+        Ray runs an actor's methods on one event loop when one of them is a coroutine: the wait must not hold it.
+        """
+        await asyncio.to_thread(self._has_stopped.wait)
+
+    def _load(self) -> None:
         try:
+            self._options = with_checkpoint(self._options)
             build_worker = _import_build_worker()
             started_s = time.monotonic()
             self._worker = worker = build_worker(
@@ -72,15 +92,10 @@ class WorkerActor:
             threading.Thread(target=self._event_loop.run_forever, name="worker", daemon=True).start()
             asyncio.run_coroutine_threadsafe(worker.start(), self._event_loop).result()
             self._event_loop.call_soon_threadsafe(self._watch, worker)
-            if joins:
-                self.join()
             self._report(LoadProgress(1.0, self._progress.load_seconds, is_ready=True))
         except Exception as error:  # the thread's top; progress() raises it where it is read
-            level = logging.CRITICAL if joins else logging.DEBUG  # of a restarted worker nobody asks for progress
-            logger.log(level, "Worker %s could not be loaded.", self._options.worker_id, exc_info=error)
+            logger.debug("Worker %s could not be loaded.", self._options.worker_id, exc_info=error)
             self._failure = error
-            if joins:
-                self._end_process(str(error))
 
     def _report(self, progress: LoadProgress) -> None:
         self._progress = progress
@@ -102,6 +117,7 @@ class WorkerActor:
         """Ends what is running and gives everything back."""
         if self._progress.is_ready:
             asyncio.run_coroutine_threadsafe(self._stop(), self._event_loop).result()
+        self._has_stopped.set()
 
     async def _register(self, device: DeviceProfile) -> WorkerInfo:
         info = self._loaded.info(self._incarnation, device)
@@ -153,7 +169,7 @@ class WorkerActor:
         worker.stepping.add_done_callback(self._end_process_on_failure)
 
     def _end_process_on_failure(self, task: asyncio.Task[None]) -> None:
-        """A worker that no longer steps, or is no longer heard of, is of no use: Ray starts a new process."""
+        """A worker that no longer steps, or is no longer heard of, is of no use: a new process is started."""
         error = None if task.cancelled() else task.exception()
         if error is not None:
             self._end_process(f"{type(error).__name__}: {error}", error)
@@ -166,10 +182,15 @@ class WorkerActor:
 
     def _start_followers(self, address: str) -> Callable[[], bool]:
         """Starts the other ranks beside this process; they are this actor's own, and end when it ends."""
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        group = get_current_placement_group()
+        assert group is not None, "a worker is started in one"
         actor_class: ActorHandle = ray.remote(FollowerActor)
-        placed = actor_class.options(num_cpus=0, scheduling_strategy=here)
-        self._followers = [placed.remote(self._options, rank) for rank in range(1, self._options.tensor_parallel_size)]
+        self._followers = [
+            actor_class.options(num_cpus=0, scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank)).remote(
+                self._options, rank
+            )
+            for rank in range(1, self._options.tensor_parallel_size)
+        ]
         running = [follower.run.remote(address) for follower in self._followers]
         return lambda: bool(ray.wait(running, timeout=0)[0])
 
@@ -193,7 +214,9 @@ def _prepare_process(options: WorkerOptions) -> None:
     level = options.log_level.upper() if options.log_level != "info" else "WARNING"  # the launcher tells the rest
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     # Read by torch and huggingface_hub when they are imported, which is later.
-    os.environ |= {"OMP_NUM_THREADS": str(options.num_threads), "HF_HUB_OFFLINE": "1"}
+    os.environ["OMP_NUM_THREADS"] = str(options.num_threads)
+    if Path(options.model_path).exists():
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def _import_build_worker() -> Callable[
@@ -208,20 +231,94 @@ def _import_build_worker() -> Callable[
     return build_worker
 
 
-def _was_restarted() -> bool:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Ray calls a deprecated function of its own
-        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+def with_checkpoint(options: WorkerOptions) -> WorkerOptions:
+    """The launcher's path where that exists; on another machine the same model is fetched.
+
+    Raises:
+        ModelError: it is not here and cannot be fetched.
+    """
+    if Path(options.model_path).exists() or not options.model_source:
+        return options
+    return replace(options, model_path=str(prepare_checkpoint(options.model_source, show_progress=False)))
 
 
-def start_worker(options: WorkerOptions) -> ActorHandle:
-    """Starts the process of one worker and returns at once."""
-    actor_class: ActorHandle = ray.remote(WorkerActor)
-    # No runtime environment: it would keep Ray from taking one of the processes that it has started already.
-    placed = actor_class.options(
-        name=options.worker_id,
-        num_cpus=0,
-        num_gpus=int(options.device == "cuda"),  # its own, and the only one it sees
-        max_restarts=-1,
-    )
-    return placed.remote(options)
+class RayWorker:
+    """One process of a worker from its launcher's side: asked for, placed, started, at work, ended.
+
+    Its ranks have a placement group, all on one node; the actor waits until Ray has found room for it. Not restarted by
+    Ray, which knows no pause between crashes: see ``engine.fleet``. One thread calls.
+    """
+
+    def __init__(self, options: WorkerOptions, incarnation: int) -> None:
+        room = options.room
+        self._group = placement_group(
+            [dict(room.resources) for _ in range(room.num_ranks)],
+            strategy="STRICT_PACK",
+            bundle_label_selector=[dict(room.labels) for _ in range(room.num_ranks)] if room.labels else None,
+        )
+        actor_class: ActorHandle = ray.remote(WorkerActor)
+        # No runtime environment: it would keep Ray from taking one of the processes that it has started already.
+        self._actor = actor_class.options(
+            num_cpus=0,
+            num_gpus=int(options.device == "cuda"),  # its own, and the only one it sees
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, 0),
+        ).remote(options, incarnation)
+        self._running = self._actor.run.remote()
+        self._asked: ray.ObjectRef[LoadProgress] | None = None
+        self._joining: ray.ObjectRef[WorkerInfo] | None = None
+
+    def progress(self) -> LoadProgress | None:
+        """The newest answer, or None when there is no new one.
+
+        Raises:
+            TwinpoolError: why it cannot be loaded.
+            UnavailableError: the process has ended.
+        """
+        if self._asked is None:
+            self._asked = self._actor.progress.remote()
+        if not _is_answered(self._asked):
+            return None
+        asked, self._asked = self._asked, None
+        return _result(asked)
+
+    def join(self) -> WorkerInfo | None:
+        """Lets a loaded worker measure its device and register; what it said then, once it has.
+
+        Raises:
+            TwinpoolError: as ``progress``; ConfigError: the scheduler refuses it.
+        """
+        if self._joining is None:
+            self._joining = self._actor.join.remote()
+        return _result(self._joining) if _is_answered(self._joining) else None
+
+    def has_ended(self) -> bool:
+        """Whether the process is gone, or has stopped as it was told to."""
+        return _is_answered(self._running)
+
+    def has_room(self) -> bool:
+        """Whether Ray has found room for it."""
+        return bool(placement_group_table(self._group).get("state") == "CREATED")
+
+    def stop(self) -> None:
+        """Tells a worker to end what is running; returns at once."""
+        self._actor.stop.remote()
+
+    def close(self) -> None:
+        """Ends the process if it has not ended, and gives its room back."""
+        ray.kill(self._actor)
+        remove_placement_group(self._group)
+
+
+def _is_answered(reference: ray.ObjectRef[Any]) -> bool:
+    return bool(ray.wait([reference], timeout=0)[0])
+
+
+def _result(reference: ray.ObjectRef[Any]) -> Any:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, TwinpoolError):
+            raise error.cause from None
+        raise
+    except RayError as error:
+        raise UnavailableError(f"its process has ended ({type(error).__name__})") from error

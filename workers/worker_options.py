@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 from kvcache.spec import KVCacheSpec
 from scheduler.batching import BatchLimits
+from scheduler.room import Room
 from scheduler.types import ModelShape, WorkerRole
 from workers.device import Device
+
+ANY_ROOM = Room()
+NODE_ADDRESS = "node"  # as ``WorkerOptions.host``: that of the node where the worker happens to run
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +29,9 @@ class WorkerOptions:
     vocab_size: int
     dtype: str  # of the model; the spec has that of the KV
     limits: BatchLimits
-    host: str = "127.0.0.1"
+    host: str = "127.0.0.1"  # or NODE_ADDRESS
+    model_source: str = ""  # what the operator calls the model: fetched where ``model_path`` does not exist
+    room: Room = ANY_ROOM  # what it takes of a node
     num_threads: int = 1  # of each rank
     tensor_parallel_size: int = 1  # ranks that compute the model together; ``spec`` has the heads of all
     lease_ttl_s: float = 10.0

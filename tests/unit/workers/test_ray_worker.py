@@ -36,9 +36,8 @@ OPTIONS = WorkerOptions(
 def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], WorkerActor]:
     def start_with(build: Callable[..., Any]) -> WorkerActor:
         monkeypatch.setattr(ray_worker, "find_scheduler", lambda: None)
-        monkeypatch.setattr(ray_worker, "_was_restarted", lambda: False)
         monkeypatch.setattr(ray_worker, "_import_build_worker", lambda: build)
-        return WorkerActor(OPTIONS)
+        return WorkerActor(OPTIONS, 1)
 
     return start_with
 
