@@ -13,7 +13,7 @@ from kvcache.spec import KVCacheSpec
 from scheduler.batching import BatchLimits
 from scheduler.events import WorkerLeft
 from scheduler.types import ClusterSnapshot, WorkerInfo, WorkerRole
-from tests.builders import make_worker
+from tests.builders import make_shape, make_worker
 from tests.fakes import ManualClock
 from workers.load_progress import LoadProgress
 from workers.worker_options import WorkerOptions
@@ -29,6 +29,7 @@ OPTIONS = WorkerOptions(
     vocab_size=100,
     dtype="float32",
     limits=BatchLimits(1, 16),
+    shape=make_shape(),
 )
 
 
