@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 
 from kvcache.block_pool import BlockPool
@@ -83,6 +83,12 @@ class KVCacheManager:
     def block_table(self, request_id: str) -> list[int]:
         """The sequence's blocks in logical order. Do not change it."""
         return self._tables.get(request_id, [])
+
+    def num_blocks_held_by(self, request_ids: Iterable[str], besides: Collection[int] = ()) -> int:
+        """Blocks that only these sequences hold, but for those in ``besides``: freed when all of them are."""
+        held = Counter(chain.from_iterable(self.block_table(request_id) for request_id in request_ids))
+        kept = frozenset(besides)
+        return sum(self.pool.references(block) == count and block not in kept for block, count in held.items())
 
     def cache(self, request_id: str, hashes: Sequence[bytes], first_block: int = 0) -> None:
         """Others may read the sequence's blocks from ``first_block`` on from now on: one for each of ``hashes``.

@@ -2,12 +2,15 @@
 
 Continuous batching (Orca, OSDI 2022) with chunked prefill under a token budget (Sarathi-Serve, OSDI 2024).
 A prompt chunk and a decoding sequence are the same thing here: a sequence with tokens whose KV is missing.
+
+Sequences have an order (``Request.order``): class, then priority, then arrival. Who is first in it joins first, gets
+its share of a step's budget first and is preempted last. A batch sequence is also preempted to let an interactive
+one join. The first of all is never preempted, so it makes progress; the others follow when there is room.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, count
@@ -17,6 +20,7 @@ from kvcache.lease import BlockLease
 from kvcache.manager import KVCacheManager
 from kvcache.prefix import HashChain
 from scheduler.request import FinishReason, Request, RequestStatus, SamplingParams, TokenHistory, TokenLogprobs
+from scheduler.urgency import ServiceClass
 
 MAX_PROMPT_LOGITS = 128  # rows of one step: a row is as long as the vocabulary
 
@@ -101,8 +105,8 @@ class Batcher:
         self.prefix_cache_hits = 0  # those of them whose KV was here already
         self.num_resumed_blocks = 0  # kept of handoffs that broke
         self._requests: dict[str, Request] = {}
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []  # oldest first
+        self._waiting: list[Request] = []  # both in order
+        self._running: list[Request] = []
         self._hashes: dict[str, HashChain] = {}  # of the sequences in _requests
         self._arrivals = count()
         self._in_step: frozenset[str] = frozenset()
@@ -148,17 +152,21 @@ class Batcher:
         request.arrival = next(self._arrivals)
         self._requests[request.request_id] = request
         self._hashes[request.request_id] = HashChain(request.cache_salt, self.manager.spec.block_size)
-        self._waiting.append(request)
+        self._wait(request)
 
     def reserve_handoffs(self) -> list[Request]:
-        """Gives blocks to waiting sequences whose prompt another worker computes, oldest first.
+        """Gives blocks to waiting sequences whose prompt another worker computes, in order.
 
         They are in WAITING_FOR_KV afterwards; the caller starts their handoffs. Their first
         ``num_computed_tokens`` tokens are cached here and need not be sent.
         """
         reserved = []
-        while self._waiting and self._waiting[0].remote_prefill and self._admit(self._waiting[0]):
-            request = self._waiting.popleft()
+        while self._waiting and self._waiting[0].remote_prefill:
+            request = self._waiting[0]
+            self._make_room(request)
+            if not self._admit(request):
+                break
+            self._waiting.pop(0)
             request.move_to(RequestStatus.WAITING_FOR_KV)
             reserved.append(request)
         return reserved
@@ -220,10 +228,12 @@ class Batcher:
         """The next step, or None when there is nothing to compute. Call ``apply`` before the next ``plan``."""
         if self._in_step:
             raise InvariantError("plan was called twice without apply")
+        self._admit_over_batch()
         chunks = self._plan_decode()
         budget = self.limits.max_num_batched_tokens - len(chunks)
-        budget -= self._plan_prompts(chunks, budget)
-        self._plan_waiting(chunks, budget)
+        for service_class in ServiceClass:
+            budget -= self._plan_prompts(chunks, budget, service_class)
+            budget -= self._plan_waiting(chunks, budget, service_class)
         self._in_step = frozenset(chunk.request_id for chunk in chunks)
         return StepPlan(tuple(chunks)) if chunks else None
 
@@ -274,8 +284,19 @@ class Batcher:
         else:
             self._finish(request, FinishReason.ABORT)
 
+    def _admit_over_batch(self) -> None:
+        """Interactive sequences for one step's budget that can join only in the place of batch ones."""
+        budget = self.limits.max_num_batched_tokens
+        while budget > 0 and self._waiting and not self._waiting[0].remote_prefill:
+            request = self._waiting[0]
+            if not self._make_room(request) or not self._admit(request):
+                break
+            self._waiting.pop(0)
+            self._join(request)
+            budget -= request.num_uncomputed_tokens
+
     def _plan_decode(self) -> list[ScheduledChunk]:
-        """One token for every decoding sequence, oldest first, preempting the youngest where blocks run out."""
+        """One token for every decoding sequence, in order, preempting the last where blocks run out."""
         chunks: list[ScheduledChunk] = []
         for request in tuple(self._running):
             if len(chunks) == self.limits.max_num_batched_tokens:
@@ -285,20 +306,28 @@ class Batcher:
                 chunks.append(self._chunk(request, 1))
         return chunks
 
-    def _plan_prompts(self, chunks: list[ScheduledChunk], budget: int) -> int:
-        """Shares what is left of the budget among prompts under way, oldest first. Returns the tokens used."""
+    def _plan_prompts(self, chunks: list[ScheduledChunk], budget: int, service_class: ServiceClass) -> int:
+        """Shares what is left of the budget among a class's prompts under way, in order. Returns the tokens used."""
         used = 0
         for request in self._running:
-            if request.num_uncomputed_tokens > 1 and used < budget:
+            is_prompt = request.num_uncomputed_tokens > 1 and request.urgency.service_class is service_class
+            if is_prompt and used < budget:
                 used += self._add_prompt_chunk(chunks, request, budget - used)
         return used
 
-    def _plan_waiting(self, chunks: list[ScheduledChunk], budget: int) -> None:
-        """Lets waiting sequences join, in order, while budget, blocks and places last."""
-        while budget > 0 and self._waiting and not self._waiting[0].remote_prefill and self._admit(self._waiting[0]):
-            request = self._waiting.popleft()
+    def _plan_waiting(self, chunks: list[ScheduledChunk], budget: int, service_class: ServiceClass) -> int:
+        """Lets a class's waiting sequences join, in order, while budget, blocks and places last."""
+        used = 0
+        while used < budget and self._waiting:
+            request = self._waiting[0]
+            if request.remote_prefill or request.urgency.service_class is not service_class:
+                break
+            if not self._admit(request):
+                break
+            self._waiting.pop(0)
             self._join(request)
-            budget -= self._add_prompt_chunk(chunks, request, budget)
+            used += self._add_prompt_chunk(chunks, request, budget - used)
+        return used
 
     def _add_prompt_chunk(self, chunks: list[ScheduledChunk], request: Request, budget: int) -> int:
         """Plans the next tokens of a prompt under both budgets, of tokens and of rows of prompt logits."""
@@ -332,22 +361,50 @@ class Batcher:
         )
 
     def _admit(self, request: Request) -> bool:
-        """Takes blocks for all tokens of a waiting sequence, cached ones for its prefix, or says not now.
-
-        One block per growing sequence stays free, so that joining does not cause a preemption at once.
-        """
+        """Takes blocks for all tokens of a waiting sequence, cached ones for its prefix, or says not now."""
         if self.num_running >= self.limits.max_num_seqs:
             return False
-        num_tokens = len(request.token_ids)
         prefix = self._find_prefix(request)
-        headroom = sum(not running.prefill_only for running in self._running)
-        if self.manager.num_blocks_to_begin(num_tokens, prefix) + headroom > self.manager.num_free:
+        if not self._could_begin(request, prefix):
             return False
-        if not self.manager.begin(request.request_id, num_tokens, prefix):
+        if not self.manager.begin(request.request_id, len(request.token_ids), prefix):
             return False
         request.num_computed_tokens = len(prefix) * self.manager.spec.block_size
         self._count_hits(request)
         return True
+
+    def _make_room(self, request: Request) -> bool:
+        """Preempts batch sequences for an interactive one, the last first, as many as it takes.
+
+        Call it between steps only. False, and nothing done, where that is not needed or would not help.
+        """
+        preemptible = self._preemptible_for(request)
+        if not preemptible or self.num_running - len(preemptible) >= self.limits.max_num_seqs:
+            return False
+        prefix = self._find_prefix(request)
+        if self._could_begin(request, prefix) or not self._could_begin(request, prefix, preemptible):
+            return False
+        while preemptible and not self._could_begin(request, prefix):
+            self._preempt(preemptible.pop())
+        return True
+
+    def _preemptible_for(self, request: Request) -> list[Request]:
+        """Those that may be preempted to let a waiting sequence join, in order."""
+        if request.urgency.is_batch:
+            return []
+        return [running for running in self._running if running.urgency.is_batch and not running.prefill_only]
+
+    def _could_begin(self, request: Request, prefix: Sequence[int], without: Sequence[Request] = ()) -> bool:
+        """Whether there are a place and blocks, once those in ``without`` have given back theirs.
+
+        One block per growing sequence stays free, so that joining does not cause a preemption at once.
+        """
+        if self.num_running - len(without) >= self.limits.max_num_seqs:
+            return False
+        growing = sum(not running.prefill_only for running in self._running) - len(without)
+        needed = self.manager.num_blocks_to_begin(len(request.token_ids), prefix) + growing
+        given_back = self.manager.num_blocks_held_by((each.request_id for each in without), besides=prefix)
+        return needed <= self.manager.num_free + given_back
 
     def _find_prefix(self, request: Request) -> list[int]:
         """Cached blocks to begin with. Tokens whose logits are needed are computed, and so is always the last."""
@@ -402,11 +459,14 @@ class Batcher:
         request.remote_prefill = False
         self.num_preemptions += 1
         request.move_to(RequestStatus.WAITING)
-        self._waiting.appendleft(request)
+        self._wait(request)
+
+    def _wait(self, request: Request) -> None:
+        insort(self._waiting, request, key=lambda waiting: waiting.order)
 
     def _join(self, request: Request) -> None:
         request.move_to(RequestStatus.RUNNING)
-        insort(self._running, request, key=lambda running: running.arrival)
+        insort(self._running, request, key=lambda running: running.order)
 
     def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None = None) -> SampledToken:
         finish_reason = request.append_token(token_id)

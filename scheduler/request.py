@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from kvcache.errors import InvariantError, RequestError
+from scheduler.urgency import Urgency
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +221,8 @@ class Request:
     remote_prefill: bool = False  # another worker computes the prompt and hands its KV over
     cache_salt: bytes = b""  # sequences share cached blocks only with those of the same salt
     num_delivered_tokens: int = 0  # the last so many of the prompt are output of a worker that was lost
-    arrival: int = 0  # order of arrival on this worker; the oldest is preempted last
+    urgency: Urgency = Urgency()
+    arrival: int = 0  # order of arrival on this worker
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
@@ -231,6 +233,11 @@ class Request:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Sorts who is served first to first, and who is preempted first to last."""
+        return *self.urgency.key, self.arrival
 
     @property
     def num_prompt_tokens(self) -> int:

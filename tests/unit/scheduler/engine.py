@@ -8,9 +8,12 @@ from collections.abc import Callable, Container, Sequence
 from kvcache.manager import KVCacheManager
 from scheduler.batching import Batcher, BatchLimits, SampledToken, ScheduledChunk, StepOutput, StepPlan
 from scheduler.request import Request, SamplingParams
+from scheduler.urgency import ServiceClass, Urgency
 from tests.builders import BLOCK_SIZE, make_manager, make_sampling
 
 VOCAB_SIZE = 50
+INTERACTIVE = Urgency()
+BATCH = Urgency(ServiceClass.BATCH)
 
 
 def next_token(token_ids: Sequence[int]) -> int:
@@ -95,12 +98,15 @@ class Engine:
         stop_token_ids: tuple[int, ...] = (),
         prompt: Sequence[int] | None = None,
         cache_salt: bytes = b"",
+        urgency: Urgency = INTERACTIVE,
     ) -> Request:
         """Without ``prompt``, one of that length that depends on the last letter of the name."""
         if prompt is None:
             prompt = [(ord(request_id[-1]) + 7 * position) % VOCAB_SIZE for position in range(num_prompt_tokens)]
         sampling = make_sampling(max_tokens, stop_token_ids)
-        request = Request(request_id, tuple(prompt), sampling, prefill_only, remote_prefill, cache_salt)
+        request = Request(
+            request_id, tuple(prompt), sampling, prefill_only, remote_prefill, cache_salt, urgency=urgency
+        )
         self.batcher.add(request)
         self.requests[request_id] = request
         self.outputs[request_id] = []

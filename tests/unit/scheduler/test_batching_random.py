@@ -10,7 +10,8 @@ from kvcache.errors import OverloadedError, RequestError
 from scheduler.batching import BatchLimits, StepPlan
 from scheduler.request import RequestStatus
 from tests.builders import check_interleavings
-from tests.unit.scheduler.engine import Engine
+from scheduler.urgency import Urgency
+from tests.unit.scheduler.engine import BATCH, INTERACTIVE, Engine
 
 INDEX = st.integers(0, 11)
 KIND = st.sampled_from(["local", "remote", "prefill_only"])
@@ -49,8 +50,11 @@ class BatcherUnderLoad(RuleBasedStateMachine):
         kind=KIND,
         follows=INDEX,
         cache_salt=st.sampled_from([b"", b"", b"", b"another"]),
+        urgency=st.sampled_from([INTERACTIVE, INTERACTIVE, BATCH, Urgency(priority=-1)]),
     )
-    def arrive(self, num_prompt_tokens: int, max_tokens: int, kind: str, follows: int, cache_salt: bytes) -> None:
+    def arrive(
+        self, num_prompt_tokens: int, max_tokens: int, kind: str, follows: int, cache_salt: bytes, urgency: Urgency
+    ) -> None:
         """Many prompts begin like another: as that one alone, or with what came after it."""
         batcher, manager = self.engine.batcher, self.engine.manager
         earlier = list(self.engine.requests.values())[-1 - follows % 3 :][:1]
@@ -65,6 +69,7 @@ class BatcherUnderLoad(RuleBasedStateMachine):
                 cache_salt=cache_salt,
                 prefill_only=kind == "prefill_only",
                 remote_prefill=kind == "remote",
+                urgency=urgency,
             )
         except RequestError:
             refused_rightly = room > manager.max_tokens
