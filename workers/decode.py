@@ -18,7 +18,7 @@ from scheduler.batching import SampledToken
 from scheduler.request import Request, TokenLogprobs
 from workers import worker_pb2 as pb
 from workers.channels import Peer
-from workers.messages import error_from_rpc, logprobs_from_wire, sampling_to_wire
+from workers.messages import error_from_rpc, logprobs_from_wire, sampling_to_wire, urgency_to_wire
 from workers.step_loop import StepLoop
 
 logger = logging.getLogger(__name__)
@@ -204,6 +204,7 @@ class DecodeRole:
             num_held_tokens=lease.first_block * self._loop.batcher.manager.spec.block_size,
             cache_salt=request.cache_salt,
             num_delivered_tokens=request.num_delivered_tokens,
+            urgency=urgency_to_wire(request.urgency),
         )
 
 

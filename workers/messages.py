@@ -18,6 +18,7 @@ from kvcache.errors import (
 from kvcache.transfer.grpc_port import transfer_error_from
 from kvcache.transfer.wire import FAULT_METADATA_KEY
 from scheduler.request import SamplingParams, TokenLogprobs
+from scheduler.urgency import ServiceClass, Urgency, check_priority
 from workers import worker_pb2 as pb
 
 PARAM_METADATA_KEY = "twinpool-param"
@@ -64,6 +65,19 @@ def sampling_from_wire(sampling: pb.SamplingParams) -> SamplingParams:
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
     )
+
+
+def urgency_to_wire(urgency: Urgency) -> pb.Urgency:
+    return pb.Urgency(is_batch=urgency.is_batch, priority=urgency.priority)
+
+
+def urgency_from_wire(urgency: pb.Urgency) -> Urgency:
+    """
+    Raises:
+        RequestError: the priority is out of bounds.
+    """
+    check_priority(urgency.priority)
+    return Urgency(ServiceClass.BATCH if urgency.is_batch else ServiceClass.INTERACTIVE, urgency.priority)
 
 
 def logprobs_to_wire(logprobs: TokenLogprobs) -> pb.TokenLogprobs:

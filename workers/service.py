@@ -15,7 +15,7 @@ from scheduler.request import Request, check_sequence
 from workers import worker_pb2 as pb
 from workers import worker_pb2_grpc as pb_grpc
 from workers.decode import DecodeRole
-from workers.messages import abort_rpc, logprobs_to_wire, prompt_logprobs_to_wire, sampling_from_wire
+from workers.messages import abort_rpc, logprobs_to_wire, prompt_logprobs_to_wire, sampling_from_wire, urgency_from_wire
 from workers.prefill import PrefillRole
 
 MAX_ID_LENGTH = 128
@@ -87,6 +87,7 @@ class WorkerService(pb_grpc.WorkerServicer):
             sampling,
             cache_salt=request.cache_salt,
             num_delivered_tokens=request.num_delivered_tokens,
+            urgency=urgency_from_wire(request.urgency),
         )
 
 

@@ -68,21 +68,31 @@ class TokenLogprobs(_message.Message):
     top_logprobs: _containers.RepeatedScalarFieldContainer[float]
     def __init__(self, logprob: _Optional[float] = ..., rank: _Optional[int] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
+class Urgency(_message.Message):
+    __slots__ = ("is_batch", "priority")
+    IS_BATCH_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    is_batch: bool
+    priority: int
+    def __init__(self, is_batch: _Optional[bool] = ..., priority: _Optional[int] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "prefill_address", "cache_salt", "num_delivered_tokens")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "prefill_address", "cache_salt", "num_delivered_tokens", "urgency")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     PREFILL_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     NUM_DELIVERED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    URGENCY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
     prefill_address: str
     cache_salt: bytes
     num_delivered_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., prefill_address: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., num_delivered_tokens: _Optional[int] = ...) -> None: ...
+    urgency: Urgency
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., prefill_address: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., num_delivered_tokens: _Optional[int] = ..., urgency: _Optional[_Union[Urgency, _Mapping]] = ...) -> None: ...
 
 class TokenEvent(_message.Message):
     __slots__ = ("first_index", "token_ids", "finish_reason", "num_cached_tokens", "logprobs", "prompt_logprobs")
@@ -101,7 +111,7 @@ class TokenEvent(_message.Message):
     def __init__(self, first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., num_cached_tokens: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "target_address", "transfer_id", "epoch", "num_held_tokens", "cache_salt", "num_delivered_tokens")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "target_address", "transfer_id", "epoch", "num_held_tokens", "cache_salt", "num_delivered_tokens", "urgency")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +121,7 @@ class PrefillRequest(_message.Message):
     NUM_HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     NUM_DELIVERED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    URGENCY_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
@@ -120,7 +131,8 @@ class PrefillRequest(_message.Message):
     num_held_tokens: int
     cache_salt: bytes
     num_delivered_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., target_address: _Optional[str] = ..., transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_held_tokens: _Optional[int] = ..., cache_salt: _Optional[bytes] = ..., num_delivered_tokens: _Optional[int] = ...) -> None: ...
+    urgency: Urgency
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., target_address: _Optional[str] = ..., transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_held_tokens: _Optional[int] = ..., cache_salt: _Optional[bytes] = ..., num_delivered_tokens: _Optional[int] = ..., urgency: _Optional[_Union[Urgency, _Mapping]] = ...) -> None: ...
 
 class PrefillProgress(_message.Message):
     __slots__ = ("num_computed_tokens", "prompt_logprobs", "first_token_logprobs")

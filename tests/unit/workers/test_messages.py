@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
+from kvcache.errors import RequestError
 from scheduler.request import SamplingParams, TokenLogprobs
+from scheduler.urgency import MAX_PRIORITY, ServiceClass, Urgency
 from workers import worker_pb2 as pb
 from workers.messages import (
     LOGPROBS_IN_MESSAGE,
@@ -11,6 +15,8 @@ from workers.messages import (
     prompt_logprobs_to_wire,
     sampling_from_wire,
     sampling_to_wire,
+    urgency_from_wire,
+    urgency_to_wire,
 )
 
 FULL = SamplingParams(
@@ -54,3 +60,15 @@ def test_log_probabilities_come_back_bit_by_bit() -> None:
 def test_a_long_prompt_s_log_probabilities_go_in_bounded_messages() -> None:
     slices = list(prompt_logprobs_to_wire([LOGPROBS] * (2 * LOGPROBS_IN_MESSAGE + 5)))
     assert [len(each) for each in slices] == [LOGPROBS_IN_MESSAGE, LOGPROBS_IN_MESSAGE, 5]
+
+
+def test_class_and_priority_come_back() -> None:
+    for urgency in (Urgency(), Urgency(ServiceClass.BATCH, -MAX_PRIORITY), Urgency(priority=MAX_PRIORITY)):
+        assert urgency_from_wire(urgency_to_wire(urgency)) == urgency
+    assert urgency_from_wire(pb.GenerateRequest().urgency) == Urgency()
+
+
+@pytest.mark.parametrize("priority", [MAX_PRIORITY + 1, -MAX_PRIORITY - 1])
+def test_a_priority_out_of_bounds_is_refused_at_the_wire(priority: int) -> None:
+    with pytest.raises(RequestError, match="priority"):
+        urgency_from_wire(pb.Urgency(priority=priority))
