@@ -116,12 +116,14 @@ def _await_workers(plan: StartupPlan, fleet: Fleet, progress: StartProgress) -> 
     logger.info("Starting workers: %s", ", ".join(fleet.members))
     progress.stage(f"Loading weights on {len(fleet.members)} workers" if len(fleet.members) > 1 else "Loading weights")
     told: set[str] = set()
+    is_loading = True
     while not fleet.is_complete:
         fleet.step()
         check_interrupted()
         _check_start(fleet, time.monotonic() - started)
         progress.load(sum(member.progress.part for member in fleet.members.values()) / len(fleet.members))
-        if not told and all(member.progress.is_ready for member in fleet.members.values()):
+        if is_loading and all(member.progress.is_ready for member in fleet.members.values()):
+            is_loading = False
             _log_loaded(plan, [member.progress for member in fleet.members.values()])
         for member in fleet.members.values():
             if member.info is not None and member.worker_id not in told:

@@ -9,8 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvcache.errors import OverloadedError, RequestError
 from scheduler.batching import BatchLimits, StepPlan
 from scheduler.request import RequestStatus
-from tests.builders import check_interleavings
 from scheduler.urgency import Urgency
+from tests.builders import check_interleavings
 from tests.unit.scheduler.engine import BATCH, INTERACTIVE, Engine
 
 INDEX = st.integers(0, 11)
