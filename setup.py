@@ -50,6 +50,8 @@ DEV_REQUIRES = [
 # compiles what it needs on first use, with the CUDA toolkit's nvcc. Without it a GPU runs the portable attention.
 GPU_REQUIRES = ["flashinfer-python>=0.7.2,<0.8"]
 
+PLOTS_REQUIRES = ["matplotlib>=3.10"]  # the picture of `twinpool probe --output`
+
 # One build of the native decoder per instruction set; workers/native/library.py chooses at run time. Where there is
 # no compiler, or not this kind of processor, the build is skipped and the portable code serves.
 NATIVE_FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast"]
@@ -96,9 +98,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["kvcache*", "scheduler*", "workers*", "engine*", "benchmarks*"]),
-    package_data={"": ["*.proto", "*.pyi", "*.h"]},
+    package_data={"": ["*.proto", "*.pyi", "*.h", "device_profiles.yaml"]},
     ext_modules=EXTENSIONS,
     install_requires=INSTALL_REQUIRES,
-    extras_require={"dev": DEV_REQUIRES, "gpu": GPU_REQUIRES},
+    extras_require={"dev": [*DEV_REQUIRES, *PLOTS_REQUIRES], "gpu": GPU_REQUIRES, "plots": PLOTS_REQUIRES},
     entry_points={"console_scripts": ["twinpool = engine.cli:main"]},
 )

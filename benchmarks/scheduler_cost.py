@@ -51,8 +51,8 @@ class Kind:
     output_tokens: int
 
 
-# About half of what one core can prefill, and batches of some sequences to decode.
-MIX = (Kind(1.2, (32, 128), 32), Kind(0.5, (128, 384), 24), Kind(0.1, (800, 1200), 8))
+# About a third of what one core can prefill, and batches of some sequences to decode.
+MIX = (Kind(1.0, (32, 128), 32), Kind(0.3, (128, 384), 24), Kind(0.05, (800, 1200), 16))
 
 
 @dataclass(frozen=True, slots=True)

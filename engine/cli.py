@@ -8,9 +8,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 from engine import config as configuration
 from engine.cluster_view import show_status
+from engine.probe_view import ProbeOptions, show_probe
 from engine.startup import prepare_ray
 from kvcache.errors import ConfigError, StartupError, TwinpoolError
 from workers.model.checkpoint import DEFAULT_MODEL, prepare_checkpoint
@@ -75,7 +78,38 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--api-key", default=key, help="key, when the server asks for one (or TWINPOOL_API_KEY)")
     status.add_argument("--json", action="store_true", help="print the raw answer")
     status.set_defaults(run=_status)
+    _add_probe(commands)
     return parser
+
+
+def _add_probe(commands: Any) -> None:
+    probe = commands.add_parser(
+        "probe",
+        help="measure what this device can do, as the scheduler sees it",
+        description="Measures linear layers by rows, memory and decode attention, as a worker of the model computes"
+        " them. What --json prints of one device is a file for --device-profile.",
+        allow_abbrev=False,
+    )
+    probe.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="whose steps are timed (default: %(default)s)")
+    probe.add_argument(
+        "--device-profile",
+        action="append",
+        default=[],
+        metavar="PROFILE",
+        help="a file or a shipped name, shown beside this device; may be repeated",
+    )
+    probe.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    probe.add_argument("--quantization", choices=("none", "int8", "int4"), default="none")
+    probe.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: all cores)")
+    probe.add_argument("--json", action="store_true", help="print JSON: of this device, or of all in a list")
+    probe.add_argument("--output", type=Path, metavar="FILE", help="draw the rooflines: an .svg or .png file")
+    probe.set_defaults(run=_probe)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of threads from 1 to 1024")
+    return int(text)
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -94,6 +128,20 @@ def _serve(options: argparse.Namespace) -> None:
 
 def _fetch(options: argparse.Namespace) -> None:
     print(prepare_checkpoint(options.model))
+
+
+def _probe(options: argparse.Namespace) -> None:
+    show_probe(
+        ProbeOptions(
+            model=options.model,
+            profiles=tuple(options.device_profile),
+            dtype=options.dtype,
+            quantization=options.quantization,
+            threads=options.threads,
+            as_json=options.json,
+            output=options.output,
+        )
+    )
 
 
 def _status(options: argparse.Namespace) -> None:

@@ -42,7 +42,7 @@ def _option(
 
 KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 # Options of which a pool may have its own: prefill_NAME and decode_NAME beside NAME.
-POOL_OPTIONS = ("tensor_parallel_size", "block_size", "kv_cache_dtype", "node_label", "resource")
+POOL_OPTIONS = ("tensor_parallel_size", "block_size", "kv_cache_dtype", "device_profile", "node_label", "resource")
 NODE_OPTIONS = ("node_label", "resource")
 # Given several times as a flag, and separated by commas in the environment.
 LIST_OPTIONS = ("api_key", *(f"{pool}{name}" for name in NODE_OPTIONS for pool in ("", "prefill_", "decode_")))
@@ -68,6 +68,19 @@ class ServeConfig(BaseSettings):
     colocated: int = _option(0, "Pools", "workers that do both phases, instead of or beside two pools", ge=0, le=256)
     device: Literal["auto", "cpu", "cuda"] = _option(
         "auto", "Pools", "what workers compute on; auto is cuda, a GPU for each, where torch finds one", "DEVICE"
+    )
+    device_profile: str | None = _option(
+        None,
+        "Pools",
+        "what the scheduler takes workers' devices for, instead of measuring them: a file, or a shipped name such as"
+        " h100-sxm",
+        "PROFILE",
+    )
+    prefill_device_profile: str | None = _option(
+        None, "Pools", "the same for prefill workers alone (default: --device-profile)", "PROFILE"
+    )
+    decode_device_profile: str | None = _option(
+        None, "Pools", "the same for decode workers alone (default: --device-profile)", "PROFILE"
     )
     threads_per_worker: int | None = _option(
         None, "Pools", "CPU threads of each worker, shared out to its ranks (default: cores shared out)", ge=1, le=1024
@@ -320,6 +333,10 @@ class ServeConfig(BaseSettings):
         """Custom resources of each rank."""
         resources = getattr(self, self.option_of(role, "resource"))
         return tuple((name, float(amount)) for name, _, amount in (each.partition("=") for each in resources))
+
+    def device_profile_of(self, role: WorkerRole) -> str | None:
+        profile: str | None = getattr(self, self.option_of(role, "device_profile"))
+        return profile
 
     def option_of(self, role: WorkerRole, name: str) -> str:
         """Which option decides ``name`` (of POOL_OPTIONS) for workers of this role: the pool's own, if it is set."""

@@ -28,7 +28,7 @@ from engine.startup import StartupPlan, bind_server_socket, check_installation, 
 from kvcache.errors import ResourceError
 from kvcache.spec import KVCacheSpec
 from scheduler.ray_actor import ActorHandle, PolledScheduler, start_scheduler
-from scheduler.types import WorkerInfo
+from scheduler.types import DeviceProfile, WorkerInfo
 from workers.load_progress import LoadProgress
 from workers.model.checkpoint import prepare_checkpoint
 from workers.ray_worker import RayWorker
@@ -194,7 +194,13 @@ def _log_worker(info: WorkerInfo, options: WorkerOptions) -> None:
         ranks,
         device.gemm_gflop_s,
         device.read_gb_s,
-        f"on {device.name}" if options.device == "cuda" else f"with {device.num_threads} threads",
+        _device(options, device),
     )
     if options.num_blocks is None:
         logger.info("%s: KV cache of %s", info.worker_id, _kv_cache(info.num_blocks, info.spec, info.max_model_len))
+
+
+def _device(options: WorkerOptions, device: DeviceProfile) -> str:
+    if options.device_profile is not None:
+        return f"taken for {device.name}"
+    return f"on {device.name}" if options.device == "cuda" else f"with {device.num_threads} threads"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from engine.cluster_room import check_room, device_of_cluster, own_room, room_in_cluster, threads_per_rank
 from engine.config import ServeConfig, flag_of
+from engine.device_profiles import load_profile
 from engine.machine_limits import available_memory_bytes
 from kvcache.errors import ConfigError, ResourceError
 from kvcache.heads import Shard, check_size
@@ -20,7 +21,7 @@ from kvcache.spec import KVCacheSpec
 from kvcache.transfer.wire import MAX_BLOCK_BYTES
 from scheduler.batching import BatchLimits
 from scheduler.room import Node
-from scheduler.types import WorkerRole
+from scheduler.types import DeviceProfile, WorkerRole
 from workers.device import Device, choose_device, count_gpus
 from workers.model.checkpoint import CheckpointInfo, describe_checkpoint
 from workers.model.shape import model_shape
@@ -116,6 +117,7 @@ def make_plan(config: ServeConfig, path: Path, nodes: Sequence[Node] | None = No
     if config.quantization != "none" and load_library() is None:
         raise ConfigError(f"--quantization {config.quantization} needs the native decoder, which was not built here.")
     specs = {role: _spec(config, checkpoint, role) for _, role in _roles(config)}
+    profiles = {role: _device_profile(config, role) for _, role in _roles(config)}
     _check_ranks(config, checkpoint)
     worker_bytes = _worker_bytes(config, checkpoint, device)
     if nodes is None:
@@ -143,6 +145,7 @@ def make_plan(config: ServeConfig, path: Path, nodes: Sequence[Node] | None = No
             num_threads=threads_per_rank(config, role, nodes),
             tensor_parallel_size=config.tensor_parallel_size_of(role),
             device=device,
+            device_profile=profiles[role],
             gpu_memory_utilization=config.gpu_memory_utilization or GPU_MEMORY_UTILIZATION,
             quantization=config.quantization,
             prefix_caching=config.enable_prefix_caching,
@@ -172,6 +175,11 @@ def _spec(config: ServeConfig, checkpoint: CheckpointInfo, role: WorkerRole) -> 
             f" {_mebibytes(spec.layer_block_bytes)}; a message of the handoff holds {_mebibytes(MAX_BLOCK_BYTES)}."
         )
     return spec
+
+
+def _device_profile(config: ServeConfig, role: WorkerRole) -> DeviceProfile | None:
+    given = config.device_profile_of(role)
+    return load_profile(given, flag_of(config.option_of(role, "device_profile"))) if given is not None else None
 
 
 def _roles(config: ServeConfig) -> list[tuple[str, WorkerRole]]:

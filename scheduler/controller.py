@@ -157,7 +157,7 @@ class ClusterController:
         choice, work = placed.choice, placed.work
         if not placed.is_prefilled:
             choice.prefills.begin_prefill(work, now)
-        choice.decode.begin_decode(work)
+        choice.decode.begin_decode(work, is_prefilled=placed.is_prefilled)
         choice.decode.begin_request(work.num_prompt_tokens + work.max_tokens)
         if choice.prefill is not None:
             if not placed.is_prefilled:
@@ -186,6 +186,7 @@ class ClusterController:
         placed.is_prefilled = True
         choice = placed.choice
         choice.prefills.end_prefill(placed.work, now)
+        choice.decode.first_token(placed.work)
         if choice.prefill is not None:
             choice.prefill.end_request(placed.work.num_prompt_tokens)
         self._workers.changed(choice.prefills)

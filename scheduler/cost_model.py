@@ -25,7 +25,7 @@ from scheduler.types import (
 )
 
 UNKNOWN_LINK_GB_S = 1.0  # about what gRPC moves over loopback; the first handoffs tell better
-ERROR_WINDOW = 64  # samples that an error is the median of
+ERROR_WINDOW = 32  # samples that an error is the median of
 START_WINDOW = 32  # first tokens whose calls are learned from
 _SHORTEST_S = 1e-7  # clocks may say 0
 
@@ -95,7 +95,7 @@ class CostModel:
         byte_s = _byte_seconds(sender, self._workers[decode_id])
         features = (transfers.num_transfers, transfers.num_bytes * byte_s)
         sender.transfer_errors.append(abs(link.predict(features) - seconds) / seconds)
-        link.add(features, seconds, transfers.num_transfers)
+        link.add(features, seconds)
 
     def start_seconds(self, worker_id: str) -> float:
         """What a first token of a prompt computed there takes beyond its parts: calls, and turns of event loops."""
@@ -212,7 +212,7 @@ class _WorkerCosts:
         linear_s = num_steps * self._decode_linear.seconds(steps.decode_tokens / num_steps)
         features = (num_steps, steps.decode_tokens, linear_s, self._kv_token_s * steps.context_tokens)
         self.decode_errors.append(abs(self._decode.predict(features) - seconds) / seconds)
-        self._decode.add(features, seconds, num_steps)
+        self._decode.add(features, seconds)
 
     def _observe_prefill(self, steps: StepTimes) -> None:
         """In a step of both, what decoding sequences add is taken as known: other steps show it better."""
@@ -222,7 +222,7 @@ class _WorkerCosts:
         _, sequence, _, per_attention = self._decode.values
         known_s = sequence * steps.decode_tokens + per_attention * self._kv_token_s * steps.context_tokens
         self.prefill_errors.append(abs(self._prefill.predict(features) + known_s - seconds) / seconds)
-        self._prefill.add(features, max(seconds - known_s, seconds / 2), num_steps)
+        self._prefill.add(features, max(seconds - known_s, seconds / 2))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
 
-MEMORY = 200.0  # weight of the samples that count; older ones fade
-MAX_WEIGHT = 8.0  # of one sample: a hundred steps of one moment are not a hundred times the news
+MEMORY = 40  # samples that count; older ones fade. A worker gives one to three with a heartbeat
 NOISE = 0.1  # how far a sample is expected to be off, as a part of it
 OUTLIER = 0.25  # what is further off counts less, in proportion (Huber, 1964)
+FADING = 1 - 1 / MEMORY
 SWEEPS = 2  # of the solver for each sample; it starts from the last solution
 
 
@@ -43,21 +43,19 @@ class OnlineFit:
     def predict(self, features: Sequence[float]) -> float:
         return sum(map(mul, self.values, features))
 
-    def add(self, features: Sequence[float], seconds: float, weight: float = 1.0) -> None:
-        """Learns from one sample: ``features`` at least 0 and not all 0, ``seconds`` and ``weight`` above 0."""
+    def add(self, features: Sequence[float], seconds: float) -> None:
+        """Learns from one sample: ``features`` at least 0 and not all 0, ``seconds`` above 0."""
         predicted = self.predict(features)
         # A far outlier, in either direction, must not outweigh the rest: so the larger of the two is the unit.
         unit = max(seconds, predicted)
         off = abs(seconds - predicted) / unit
-        weight = min(weight, MAX_WEIGHT)
-        fading = 1 - weight / MEMORY
-        weight *= min(1.0, OUTLIER / off) if off else 1.0
+        weight = min(1.0, OUTLIER / off) if off else 1.0
         scaled = [feature / unit for feature in features]
         for row, feature in enumerate(scaled):
             share = weight * feature
-            self._vector[row] = fading * self._vector[row] + share * seconds / unit
+            self._vector[row] = FADING * self._vector[row] + share * seconds / unit
             self._matrix[row] = [
-                fading * old + share * other for old, other in zip(self._matrix[row], scaled, strict=True)
+                FADING * old + share * other for old, other in zip(self._matrix[row], scaled, strict=True)
             ]
         self._solve()
 

@@ -16,12 +16,12 @@ class WorkerBooks(Protocol):
     """What the scheduler has placed on a worker."""
 
     @property
-    def batch_size(self) -> int:
-        """Sequences that decode there, or will when their prompts are computed."""
+    def decoding_size(self) -> int:
+        """Sequences that decode there now: those whose prompts are still to come join one by one, as others leave."""
         ...
 
     @property
-    def batch_context_tokens(self) -> int: ...
+    def decoding_context_tokens(self) -> int: ...
 
     def backlog_s(self, now: float) -> float:
         """Predicted seconds until a prompt placed now would be begun."""
@@ -43,12 +43,12 @@ def predict(
     """Before the request is entered in the books. ``prefill`` is ``decode`` for a prompt in place."""
     decode_id = placement.decode.worker_id
     prefill_id = placement.prefill.worker_id if placement.prefill is not None else decode_id
-    context = decode.batch_context_tokens + sizes.prompt + sizes.output // 2
-    step_s = costs.decode_step_seconds(decode_id, decode.batch_size + 1, context)
+    context = decode.decoding_context_tokens + sizes.prompt + sizes.output // 2
+    step_s = costs.decode_step_seconds(decode_id, decode.decoding_size + 1, context)
     ttft_s = prefill.backlog_s(now) + costs.prefill_seconds(prefill_id, sizes.prompt, sizes.cached)
     if placement.prefill is not None:
         ttft_s += costs.transfer_seconds(prefill_id, decode_id, sizes.prompt)
-    if decode.batch_size:
+    if decode.decoding_size:
         ttft_s += step_s / 2  # a worker takes up what is new between two steps
     return Prediction(ttft_s + costs.start_seconds(prefill_id), step_s)
 

@@ -53,6 +53,8 @@ class WorkerState:
     free_at_s: float = 0.0
     num_decodes: int = 0
     context_tokens: int = 0  # of them
+    num_awaited: int = 0  # those of them whose first token is not out
+    awaited_tokens: int = 0  # of their contexts
     step_s: float = 0.0  # predicted for a decode step of its batch as it is; kept by a policy that asks for it
     max_tokens: int = field(init=False)  # how many tokens' KV there is room for
     num_foreign: int = 0  # sequences it reports that were not placed from here: of another gateway, or forgotten
@@ -75,6 +77,15 @@ class WorkerState:
             return self.context_tokens * self.batch_size // self.num_decodes
         return self.context_tokens
 
+    @property
+    def decoding_size(self) -> int:
+        """Sequences that decode here now."""
+        return self.batch_size - self.num_awaited
+
+    @property
+    def decoding_context_tokens(self) -> int:
+        return self.batch_context_tokens - self.awaited_tokens
+
     def takes(self, phase: Phase) -> bool:
         return self.info.role.takes(phase)
 
@@ -96,9 +107,17 @@ class WorkerState:
         self.prefill_s = self.prefill_s - work.prefill_s if self.num_prefills else 0.0
         self.free_at_s = min(self.free_at_s, now + self.prefill_s)
 
-    def begin_decode(self, work: Workload) -> None:
+    def begin_decode(self, work: Workload, *, is_prefilled: bool) -> None:
         self.num_decodes += 1
         self.context_tokens += work.context_tokens
+        if not is_prefilled:
+            self.num_awaited += 1
+            self.awaited_tokens += work.context_tokens
+
+    def first_token(self, work: Workload) -> None:
+        """Of a sequence that decodes here, or that will never be."""
+        self.num_awaited -= 1
+        self.awaited_tokens -= work.context_tokens
 
     def end_decode(self, work: Workload) -> None:
         self.num_decodes -= 1

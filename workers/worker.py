@@ -31,7 +31,7 @@ from workers.model.transformers_model import load_model
 from workers.parallel.leader import GroupModel, LeaderGroup, StartFollowers
 from workers.parallel.rank import RankLostError
 from workers.prefill import PrefillRole
-from workers.probe import probe_device
+from workers.probe import probe_device, probed_model
 from workers.service import SequenceLimits, WorkerService
 from workers.step_loop import StepLoop
 from workers.worker_options import WorkerOptions
@@ -49,6 +49,7 @@ class Worker:
         self.manager = KVCacheManager(
             options.spec, storage.num_blocks, options.lease_ttl_s, prefix_caching=options.prefix_caching
         )
+        self._runner = runner
         self.step_loop = StepLoop(Batcher(self.manager, options.limits), runner)
         self.address = ""
         self._channels = ChannelPool()
@@ -102,11 +103,15 @@ class Worker:
         await self._channels.close()
 
     def measure(self) -> DeviceProfile:
-        """What the worker's device can do, with all its ranks at once. Not on the event loop."""
-        dtype = self.options.dtype
+        """What the worker's device can do, with all its ranks at once, or is said to. Not on the event loop."""
+        options = self.options
+        if options.device_profile is not None:
+            return options.device_profile
         if self.group is not None:
-            return self.group.measure(dtype)
-        return probe_device(dtype, self.options.device)
+            model = self._runner.model
+            own = model.own if isinstance(model, GroupModel) else model
+            return self.group.measure(probed_model(options, own, self.group.rank.shard))
+        return probe_device(probed_model(options, self._runner.model), options.device)
 
     def info(self, incarnation: int, device: DeviceProfile) -> WorkerInfo:
         options = self.options

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kvcache.spec import KVCacheSpec
 from scheduler.batching import BatchLimits
 from scheduler.room import Room
-from scheduler.types import ModelShape, WorkerRole
+from scheduler.types import DeviceProfile, ModelShape, WorkerRole
 from workers.device import Device
 
 ANY_ROOM = Room()
@@ -36,6 +36,7 @@ class WorkerOptions:
     tensor_parallel_size: int = 1  # ranks that compute the model together; ``spec`` has the heads of all
     lease_ttl_s: float = 10.0
     device: Device = "cpu"
+    device_profile: DeviceProfile | None = None  # given instead of measured
     gpu_memory_utilization: float = 0.9
     prefix_caching: bool = True
     quantization: str = "none"  # or "int8", "int4"

@@ -51,7 +51,7 @@ class ModelRunner:
     """A model and its KV cache. One thread at a time may call ``execute``."""
 
     def __init__(self, model: StepModel, storage: PagedStorage) -> None:
-        self._model = model
+        self.model = model
         self._storage = storage
         self._states: dict[str, SequenceState] = {}  # of the last step; others are made again from their tokens
 
@@ -72,7 +72,7 @@ class ModelRunner:
             self._storage.synchronize()
 
     def _execute(self, plan: StepPlan, progress: StepProgress | None) -> StepOutput:
-        logits = self._model.logits(plan, self._storage, progress).cpu()  # tokens are chosen there
+        logits = self.model.logits(plan, self._storage, progress).cpu()  # tokens are chosen there
         prompts, sampled = _rows_of(plan)
         prompt_logprobs = _prompt_logprobs(logits, prompts)
         if prompts:

@@ -15,10 +15,10 @@ from workers.model.runner import StepModel, load_step_model
 from workers.parallel import group_pb2 as pb
 from workers.parallel.channel import Channel, LossWatch, connect
 from workers.parallel.leader import map_rank_storage
-from workers.parallel.messages import step_from_wire
+from workers.parallel.messages import profile_to_wire, step_from_wire
 from workers.parallel.rank import COLLECTIVE_TIMEOUT_S, Rank, RankLostError, end_waits, join_store, reduce_bytes
 from workers.parallel.shared_memory import map_shared_memory
-from workers.probe import probe_device
+from workers.probe import probe_device, probed_model
 from workers.worker_options import WorkerOptions
 
 END_GRACE_S = 5.0  # to leave a step by itself after the leader has gone
@@ -42,7 +42,7 @@ def run_follower(options: WorkerOptions, rank: int, address: str, timeout_s: flo
             channel.send(pb.Ready(error=str(error)).SerializeToString())
             raise
         channel.send(pb.Ready().SerializeToString())
-        _serve(options, channel, model, storage)
+        _serve(options, rank, channel, model, storage)
         finished.set()
         watch.stop()
     finally:
@@ -73,7 +73,7 @@ def _leave(memory: torch.Tensor, finished: threading.Event) -> None:
         os._exit(1)
 
 
-def _serve(options: WorkerOptions, channel: Channel, model: StepModel, storage: PagedStorage) -> None:
+def _serve(options: WorkerOptions, rank: int, channel: Channel, model: StepModel, storage: PagedStorage) -> None:
     while True:
         try:
             command = pb.Command.FromString(bytes(channel.receive()))
@@ -83,6 +83,5 @@ def _serve(options: WorkerOptions, channel: Channel, model: StepModel, storage: 
             logits = model.logits(step_from_wire(command.step), storage).float().contiguous()
             channel.send(memoryview(logits.numpy().data).cast("B") if logits.numel() else b"")
         elif command.HasField("measure"):
-            device = probe_device(options.dtype)
-            rates = pb.Rates(gemm_gflop_s=device.gemm_gflop_s, read_gb_s=device.read_gb_s)
-            channel.send(rates.SerializeToString())
+            device = probe_device(probed_model(options, model, Shard(rank, options.tensor_parallel_size)))
+            channel.send(profile_to_wire(device).SerializeToString())

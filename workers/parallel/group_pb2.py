@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cworkers/parallel/group.proto\x12\x0etwinpool.group\"\x15\n\x05Hello\x12\x0c\n\x04rank\x18\x01 \x01(\r\"\x1d\n\x07Welcome\x12\x12\n\nstore_port\x18\x01 \x01(\r\"\x16\n\x05Ready\x12\r\n\x05\x65rror\x18\x01 \x01(\t\"R\n\x05\x43hunk\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\r\n\x05start\x18\x02 \x01(\r\x12\x13\n\x0b\x62lock_table\x18\x03 \x03(\r\x12\x12\n\nnum_logits\x18\x04 \x01(\r\"-\n\x04Step\x12%\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x15.twinpool.group.Chunk\"\t\n\x07Measure\"0\n\x05Rates\x12\x14\n\x0cgemm_gflop_s\x18\x01 \x01(\x01\x12\x11\n\tread_gb_s\x18\x02 \x01(\x01\"c\n\x07\x43ommand\x12$\n\x04step\x18\x01 \x01(\x0b\x32\x14.twinpool.group.StepH\x00\x12*\n\x07measure\x18\x02 \x01(\x0b\x32\x17.twinpool.group.MeasureH\x00\x42\x06\n\x04kindb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cworkers/parallel/group.proto\x12\x0etwinpool.group\"\x15\n\x05Hello\x12\x0c\n\x04rank\x18\x01 \x01(\r\"\x1d\n\x07Welcome\x12\x12\n\nstore_port\x18\x01 \x01(\r\"\x16\n\x05Ready\x12\r\n\x05\x65rror\x18\x01 \x01(\t\"R\n\x05\x43hunk\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\r\n\x05start\x18\x02 \x01(\r\x12\x13\n\x0b\x62lock_table\x18\x03 \x03(\r\x12\x12\n\nnum_logits\x18\x04 \x01(\r\"-\n\x04Step\x12%\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x15.twinpool.group.Chunk\"\t\n\x07Measure\"v\n\x05Rates\x12\x14\n\x0cgemm_gflop_s\x18\x01 \x01(\x01\x12\x11\n\tread_gb_s\x18\x02 \x01(\x01\x12,\n\ngemm_rates\x18\x03 \x03(\x0b\x32\x18.twinpool.group.GemmRate\x12\x16\n\x0e\x61ttention_gb_s\x18\x04 \x01(\x01\")\n\x08GemmRate\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07gflop_s\x18\x02 \x01(\x01\"c\n\x07\x43ommand\x12$\n\x04step\x18\x01 \x01(\x0b\x32\x14.twinpool.group.StepH\x00\x12*\n\x07measure\x18\x02 \x01(\x0b\x32\x17.twinpool.group.MeasureH\x00\x42\x06\n\x04kindb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,7 +44,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MEASURE']._serialized_start=257
   _globals['_MEASURE']._serialized_end=266
   _globals['_RATES']._serialized_start=268
-  _globals['_RATES']._serialized_end=316
-  _globals['_COMMAND']._serialized_start=318
-  _globals['_COMMAND']._serialized_end=417
+  _globals['_RATES']._serialized_end=386
+  _globals['_GEMMRATE']._serialized_start=388
+  _globals['_GEMMRATE']._serialized_end=429
+  _globals['_COMMAND']._serialized_start=431
+  _globals['_COMMAND']._serialized_end=530
 # @@protoc_insertion_point(module_scope)

@@ -47,12 +47,24 @@ class Measure(_message.Message):
     def __init__(self) -> None: ...
 
 class Rates(_message.Message):
-    __slots__ = ("gemm_gflop_s", "read_gb_s")
+    __slots__ = ("gemm_gflop_s", "read_gb_s", "gemm_rates", "attention_gb_s")
     GEMM_GFLOP_S_FIELD_NUMBER: _ClassVar[int]
     READ_GB_S_FIELD_NUMBER: _ClassVar[int]
+    GEMM_RATES_FIELD_NUMBER: _ClassVar[int]
+    ATTENTION_GB_S_FIELD_NUMBER: _ClassVar[int]
     gemm_gflop_s: float
     read_gb_s: float
-    def __init__(self, gemm_gflop_s: _Optional[float] = ..., read_gb_s: _Optional[float] = ...) -> None: ...
+    gemm_rates: _containers.RepeatedCompositeFieldContainer[GemmRate]
+    attention_gb_s: float
+    def __init__(self, gemm_gflop_s: _Optional[float] = ..., read_gb_s: _Optional[float] = ..., gemm_rates: _Optional[_Iterable[_Union[GemmRate, _Mapping]]] = ..., attention_gb_s: _Optional[float] = ...) -> None: ...
+
+class GemmRate(_message.Message):
+    __slots__ = ("rows", "gflop_s")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    GFLOP_S_FIELD_NUMBER: _ClassVar[int]
+    rows: int
+    gflop_s: float
+    def __init__(self, rows: _Optional[int] = ..., gflop_s: _Optional[float] = ...) -> None: ...
 
 class Command(_message.Message):
     __slots__ = ("step", "measure")

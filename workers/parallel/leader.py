@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
@@ -20,10 +19,10 @@ from scheduler.types import DeviceProfile
 from workers.model.runner import StepModel
 from workers.parallel import group_pb2 as pb
 from workers.parallel.channel import Channel, Listener, LossWatch
-from workers.parallel.messages import step_to_wire
+from workers.parallel.messages import profile_from_wire, step_to_wire
 from workers.parallel.rank import COLLECTIVE_TIMEOUT_S, Rank, RankLostError, end_waits, open_store, reduce_bytes
 from workers.parallel.shared_memory import create_shared_memory, map_shared_memory, whole_pages
-from workers.probe import probe_device
+from workers.probe import ProbedModel, add_profiles, probe_device
 from workers.step_progress import StepProgress
 from workers.worker_options import WorkerOptions
 
@@ -122,22 +121,17 @@ class LeaderGroup:
                 self.lose(f"a step failed: {type(error).__name__}: {error}")
                 raise RankLostError("The tensor-parallel group is lost.") from error
 
-    def measure(self, dtype: str) -> DeviceProfile:
-        """What all ranks can do at the same time, added up.
+    def measure(self, model: ProbedModel) -> DeviceProfile:
+        """What all ranks can do at the same time, added up. ``model`` is this rank's share.
 
         Raises:
             RankLostError: a rank is gone.
         """
         with self._lock:
             self._send(pb.Command(measure=pb.Measure()))
-            own = probe_device(dtype)
+            own = probe_device(model)
             rates = [pb.Rates.FromString(bytes(channel.receive())) for channel in self._channels]
-        return replace(
-            own,
-            gemm_gflop_s=own.gemm_gflop_s + sum(rate.gemm_gflop_s for rate in rates),
-            read_gb_s=own.read_gb_s + sum(rate.read_gb_s for rate in rates),
-            num_threads=own.num_threads * (len(rates) + 1),
-        )
+        return add_profiles(own, [profile_from_wire(own, rate) for rate in rates])
 
     def lose(self, reason: str) -> None:
         """Ends the group: no rank waits for another any more. From any thread; the first reason counts."""
@@ -183,11 +177,11 @@ class GroupModel:
 
     def __init__(self, group: LeaderGroup, model: StepModel) -> None:
         self._group = group
-        self._model = model
+        self.own = model  # this rank's part
 
     def logits(self, plan: StepPlan, storage: PagedStorage, progress: StepProgress | None = None) -> torch.Tensor:
         """See ``StepModel.logits``; in float32."""
-        return self._group.logits(self._model, plan, progress)
+        return self._group.logits(self.own, plan, progress)
 
 
 def rank_kv_bytes(spec: KVCacheSpec, num_blocks: int, size: int) -> int:

@@ -1,9 +1,12 @@
-"""Steps as messages between the ranks of a group, and back."""
+"""Steps and rates as messages between the ranks of a group, and back."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from scheduler.batching import ScheduledChunk, StepPlan
 from scheduler.request import SamplingParams
+from scheduler.types import DeviceProfile, GemmRate
 from workers.parallel import group_pb2 as pb
 
 _IS_SAMPLED = SamplingParams(max_tokens=1)  # a follower computes logits; which token they give is the leader's business
@@ -40,4 +43,24 @@ def step_from_wire(step: pb.Step) -> StepPlan:
             )
             for index, chunk in enumerate(step.chunks)
         )
+    )
+
+
+def profile_to_wire(device: DeviceProfile) -> pb.Rates:
+    return pb.Rates(
+        gemm_gflop_s=device.gemm_gflop_s,
+        read_gb_s=device.read_gb_s,
+        gemm_rates=[pb.GemmRate(rows=rate.rows, gflop_s=rate.gflop_s) for rate in device.gemm_rates],
+        attention_gb_s=device.attention_gb_s,
+    )
+
+
+def profile_from_wire(own: DeviceProfile, rates: pb.Rates) -> DeviceProfile:
+    """Another rank's rates; all else is as in the leader's ``own`` profile."""
+    return replace(
+        own,
+        gemm_gflop_s=rates.gemm_gflop_s,
+        read_gb_s=rates.read_gb_s,
+        gemm_rates=tuple(GemmRate(rate.rows, rate.gflop_s) for rate in rates.gemm_rates),
+        attention_gb_s=rates.attention_gb_s,
     )

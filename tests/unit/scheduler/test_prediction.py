@@ -37,8 +37,8 @@ SIZES = Sizes(prompt=100, output=40)
 
 @dataclass
 class Books:
-    batch_size: int = 0
-    batch_context_tokens: int = 0
+    decoding_size: int = 0
+    decoding_context_tokens: int = 0
     backlog: float = 0.0
 
     def backlog_s(self, now: float) -> float:
@@ -127,3 +127,26 @@ def test_the_controller_predicts_each_request_and_says_how_far_off_it_was() -> N
         name: {key for key in PredictionErrors.__slots__ if getattr(of, key) is not None} for name, of in errors.items()
     }
     assert told == {"p": {"prefill", "decode", "transfer", "ttft"}, "d": {"prefill", "decode", "tpot"}}
+
+
+def test_requests_that_still_wait_for_their_prompts_do_not_slow_the_batch_that_one_meets() -> None:
+    controller = ClusterController(options=PlacementOptions("least_loaded"))
+    for info in (PREFILL, DECODE):
+        controller.handle(WorkerRegistered(info), 0.0)
+    for number in range(40):
+        controller.handle(RequestArrived(str(number), 100, 20), 0.0)
+    controller.handle(PrefillDone("0"), 1.0)
+    controller.handle(RequestEnded("0", 20), 1.0 + 19 * alone_s(controller))
+    assert errors_of(controller, "d").tpot == pytest.approx(0.0, abs=0.01)
+    controller.handle(PrefillDone("39"), 9.0)
+    controller.handle(RequestEnded("39", 20), 9.0 + 19 * alone_s(controller))
+    assert errors_of(controller, "d").tpot == pytest.approx(0.0, abs=0.01)
+
+
+def alone_s(controller: ClusterController) -> float:
+    return controller._costs.decode_step_seconds("d", 1, 100 + 10)
+
+
+def errors_of(controller: ClusterController, worker_id: str) -> PredictionErrors:
+    (found,) = [worker.errors for worker in controller.snapshot().workers if worker.info.worker_id == worker_id]
+    return found
