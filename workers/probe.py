@@ -62,11 +62,12 @@ class _Work:
     gemm_size: int
     read_bytes: int  # well beyond the last cache level
     launches: int  # of the same work between two looks at the clock
+    more_rows: tuple[int, ...] = ()  # that a product needs to keep it busy
 
 
 # A GPU does the CPU's work in microseconds, less than it takes to start it and to wait for it.
 _CPU_WORK = _Work(gemm_size=1024, read_bytes=256 << 20, launches=1)
-_CUDA_WORK = _Work(gemm_size=4096, read_bytes=1 << 30, launches=10)
+_CUDA_WORK = _Work(gemm_size=4096, read_bytes=1 << 30, launches=10, more_rows=(4096,))
 
 
 def probe_device(model: ProbedModel = AS_FLOAT32, device: str = "cpu", effort: ProbeEffort = QUICK) -> DeviceProfile:
@@ -118,7 +119,7 @@ def _torch_rates(dtype: str, work: _Work, device: str, effort: ProbeEffort) -> t
     num_matrices = max(1, (64 << 20) // (size * size * 4))
     weights = torch.randn(num_matrices, size, size, device=device).to(TORCH_DTYPES[dtype])
     rates = []
-    for rows in effort.rows:
+    for rows in (*effort.rows, *work.more_rows):
         inputs = torch.randn(rows, size, device=device).to(TORCH_DTYPES[dtype])
         seconds = _best_seconds(partial(_multiply_all, inputs, weights), work.launches, device, effort.repeats)
         rates.append(GemmRate(rows, 2 * rows * size * size * num_matrices / seconds / 1e9))

@@ -15,7 +15,7 @@ from tests.unit.kvcache.handoff import BYSTANDER, FIRST_TOKEN_ID, REQUEST_ID, Ha
 from workers.model.cuda_model import choose_cuda_model, kv_cache_bytes, largest_step
 from workers.model.runner import ModelRunner
 from workers.model.transformers_model import TransformersModel, load_model
-from workers.probe import probe_device
+from workers.probe import ProbedModel, probe_device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 LONG_KERNEL_CYCLES = 4_000_000_000  # about two seconds
@@ -95,6 +95,6 @@ def test_the_memory_that_is_left_for_kv_can_be_taken(tmp_path: Path) -> None:
 
 
 def test_the_probe_names_the_gpu_and_measures_more_than_a_cpu_has() -> None:
-    profile = probe_device("bfloat16", "cuda")
+    profile = probe_device(ProbedModel("bfloat16"), "cuda")
     assert profile.name == torch.cuda.get_device_name() and profile.memory_bytes > 1 << 30
     assert profile.gemm_gflop_s > 1000 and profile.read_gb_s > 50
