@@ -86,13 +86,18 @@ def _measure(subject: _Subject, options: ProbeOptions) -> tuple[DeviceProfile, t
     import torch  # seconds, which a wrong flag need not wait for
 
     from workers.device import choose_device
+    from workers.model.fused_decoder import CACHE_FORMATS, HEAD_SIZE_MULTIPLE
     from workers.native.library import load_library
     from workers.probe import QUICK, THOROUGH, ProbedModel, probe_device
 
     device = choose_device("auto")
-    is_native = device == "cpu" and load_library() is not None
+    spec = subject.spec
+    fits = spec.dtype in CACHE_FORMATS and spec.head_size % HEAD_SIZE_MULTIPLE == 0
+    is_native = device == "cpu" and fits and load_library() is not None
+    if options.threads is not None and device != "cpu":
+        raise ConfigError("--threads is for CPUs, and a GPU would be measured.")
     if options.quantization != "none" and not is_native:
-        raise ConfigError(f"--quantization {options.quantization} needs a CPU and the native decoder.")
+        raise ConfigError(f"--quantization {options.quantization} needs a CPU and a model for the native decoder.")
     if device == "cpu":
         torch.set_num_threads(options.threads or usable_cores())
     num_heads = subject.checkpoint.num_attention_heads if is_native else None
