@@ -5,7 +5,8 @@
 
 namespace {
 
-// Rows of x. Those of int8 and int4 lie in tiles of kTileRows, so that a kernel finds what it needs side by side:
+// Rows of x. Those of int8 and int4 lie in tiles of kTileRows, the last one of as many as there are, so that a kernel
+// finds what it needs side by side:
 //
 //     rows8    [tile][k/4][row][4]
 //     scales8  [tile][group][row]
@@ -39,8 +40,8 @@ class Converter {
     return {x, rows16_.get(0), rows8_.get(0), scales_.get(0), starts_.get(0), sums_.get(0), stride_of(depth, format)};
   }
 
-  // One row of `depth` floats. Threads may convert different rows at once.
-  void convert(const float* from, int64_t row, int64_t depth, Format format) {
+  // One row of `rows`, of `depth` floats. Threads may convert different rows at once.
+  void convert(const float* from, int64_t row, int64_t rows, int64_t depth, Format format) {
     const int64_t stride = stride_of(depth, format);
     if (format == kBfloat16) {
       uint16_t* to = rows16_.get(0) + row * stride;
@@ -48,7 +49,7 @@ class Converter {
       std::fill(to + depth, to + stride, uint16_t{0});
     }
     if (format == kInt8 || format == kInt4)
-      for (int64_t group = 0; group < stride / kScaleGroup; ++group) quantize(from, row, depth, stride, group);
+      for (int64_t group = 0; group < stride / kScaleGroup; ++group) quantize(from, row, rows, depth, group);
   }
 
  private:
@@ -57,8 +58,9 @@ class Converter {
   }
 
   // Symmetric. NaN and infinity go on in the scale, and so into the result.
-  void quantize(const float* row_from, int64_t row, int64_t depth, int64_t stride, int64_t group) {
+  void quantize(const float* row_from, int64_t row, int64_t rows, int64_t depth, int64_t group) {
     constexpr int kVectors = kScaleGroup / kLanes;
+    const int64_t stride = stride_of(depth, kInt8);
     const int64_t size = std::min(kScaleGroup, depth - group * kScaleGroup);
     float padded[kScaleGroup] = {};
     const float* from = row_from + group * kScaleGroup;
@@ -80,14 +82,15 @@ class Converter {
       std::memcpy(narrow + i * kLanes, &bytes, sizeof bytes);
     }
     const int64_t tile = row / kTileRows * kTileRows, lane = row % kTileRows;
-    const int64_t at = tile * stride / kScaleGroup + group * kTileRows;
-    int8_t* to = rows8_.get(0) + tile * stride + group * kTileRows * kScaleGroup + lane * 4;
-    for (int64_t four = 0; four < kFours; ++four) std::memcpy(to + four * kTileRows * 4, narrow + four * 4, 4);
+    const int64_t height = std::min<int64_t>(kTileRows, rows - tile);
+    const int64_t at = tile * stride / kScaleGroup + group * height;
+    int8_t* to = rows8_.get(0) + tile * stride + group * height * kScaleGroup + lane * 4;
+    for (int64_t four = 0; four < kFours; ++four) std::memcpy(to + four * height * 4, narrow + four * 4, 4);
     const int32_t totals[2] = {total(sums[0]), total(sums[1])};
     scales_.get(0)[at + lane] = scale;
     starts_.get(0)[at + lane] = -128 * (totals[0] + totals[1]);
     for (int part = 0; part < 2; ++part)
-      sums_.get(0)[2 * at + part * kTileRows + lane] = static_cast<float>(totals[part]) * scale;
+      sums_.get(0)[2 * at + part * height + lane] = static_cast<float>(totals[part]) * scale;
   }
 
   // Of non-negative floats the order is that of their bits, where a NaN is the largest.

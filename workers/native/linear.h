@@ -77,27 +77,59 @@ void linear(Member& member, const Linear& layer, const Activations& x, int64_t r
   linears<kAccumulate>(member, {Output{&layer, y}}, x, rows);
 }
 
-// out = silu(x G^T) * (x U^T): gate and up side by side, so that neither is ever written. Waits.
-void gated(Member& member, const Linear& gate, const Linear& up, const Activations& x, int64_t rows, float* out) {
+// A tile's rows of gate's panel become silu(gate) * up, in place.
+inline void gate_part(int64_t rows, const float* up, float* gate) {
+  for (int64_t i = 0; i < rows * kPanel; i += kLanes) {
+    const Vec value = load(gate + i);
+    store(gate + i, value / (1.0f + exponential(-value)) * load(up + i));
+  }
+}
+
+// out[rows][columns] at panel p = part, or the other way round.
+template <bool kWrites>
+void copy_part(int64_t rows, int64_t columns, int64_t p, float* part, float* out) {
+  const int64_t width = std::min<int64_t>(kPanel, columns - p * kPanel);
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = out + i * columns + p * kPanel;
+    std::memcpy(kWrites ? row : part + i * kPanel, kWrites ? part + i * kPanel : row, width * sizeof(float));
+  }
+}
+
+// gated() for a few rows: gate's panels one after the other, then up's, as they lie in memory.
+inline void gated_in_order(const Range& panels, const Linear& gate, const Linear& up, const Activations& x, int64_t rows,
+                           float* out) {
+  float g[kTileRows * kPanel] = {}, u[kTileRows * kPanel];
+  for (int64_t p = panels.first; p < panels.last; ++p) {
+    product(gate, x, 0, rows, p, false, g);
+    copy_part<true>(rows, gate.columns, p, g, out);
+  }
+  for (int64_t p = panels.first; p < panels.last; ++p) {
+    product(up, x, 0, rows, p, false, u);
+    copy_part<false>(rows, gate.columns, p, g, out);
+    gate_part(rows, u, g);
+    copy_part<true>(rows, gate.columns, p, g, out);
+  }
+}
+
+// out = silu(x G^T) * (x U^T). Waits.
+inline void gated(Member& member, const Linear& gate, const Linear& up, const Activations& x, int64_t rows, float* out) {
   const int64_t num_panels = panels_of(gate.columns), row_block = kRowBlocks[gate.format];
   const Range panels = member.share(num_panels);
+  if (rows <= kUnfetchedRows) {
+    gated_in_order(panels, gate, up, x, rows, out);
+    return member.wait();
+  }
   for (int64_t block = 0; block < rows; block += row_block) {
     const int64_t block_rows = std::min(row_block, rows - block);
     for (int64_t p = panels.first; p < panels.last; ++p) {
-      const int64_t width = std::min<int64_t>(kPanel, gate.columns - p * kPanel);
       float g[kTileRows * kPanel], u[kTileRows * kPanel];
       for (int64_t row = 0; row < block_rows; row += kTileRows) {
         const int64_t tile_rows = std::min<int64_t>(kTileRows, block_rows - row);
         const bool fetches = row == 0 && p + 1 < num_panels;
         product(gate, x, block + row, tile_rows, p, fetches, g);
         product(up, x, block + row, tile_rows, p, fetches, u);
-        for (int64_t i = 0; i < tile_rows; ++i) {
-          for (int half = 0; half < kPanel; half += kLanes) {
-            const Vec value = load(g + i * kPanel + half);
-            store(g + i * kPanel + half, value / (1.0f + exponential(-value)) * load(u + i * kPanel + half));
-          }
-          std::memcpy(out + (block + row + i) * gate.columns + p * kPanel, g + i * kPanel, width * sizeof(float));
-        }
+        gate_part(tile_rows, u, g);
+        copy_part<true>(tile_rows, gate.columns, p, g, out + (block + row) * gate.columns);
       }
     }
   }

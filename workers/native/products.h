@@ -6,17 +6,22 @@
 namespace {
 
 // Fetches into the second-level cache what a kernel's caller reads next, a step of it with every step of the kernel,
-// so that reading and arithmetic overlap. Fetches nothing new where there is no `next`.
+// so that reading and arithmetic overlap. Fetches nothing new where there is no `next`, and nothing at all for few rows:
+// there reading takes all of the time, and the processor's own prefetching, which such requests displace, is half as
+// fast again.
+constexpr int kUnfetchedRows = 5;
+
+template <int kRows>
 class Ahead {
  public:
   Ahead(const void* next, const void* present) : at_(static_cast<const char*>(next)), step_(next != nullptr ? 1 : 0) {
     if (next == nullptr) at_ = static_cast<const char*>(present);
   }
 
-  template <int kBytes>
-  void step() {
-    for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(at_ + line, 0, 2);
-    at_ += step_ * kBytes;
+  void fetch(int num_bytes) {
+    if constexpr (kRows <= kUnfetchedRows) return;
+    for (int line = 0; line < num_bytes; line += 64) __builtin_prefetch(at_ + line, 0, 2);
+    at_ += step_ * num_bytes;
   }
 
  private:
@@ -32,10 +37,10 @@ template <int kRows, bool kAccumulate>
 void tile(const float* a, int64_t a_stride, const float* panel, int64_t depth, float* c, int64_t c_stride,
           const float* next) {
   Vec left[kRows] = {}, right[kRows] = {};
-  Ahead ahead(next, panel);
+  Ahead<kRows> ahead(next, panel);
   for (int64_t k = 0; k < depth; ++k) {
     const Vec b0 = load(panel + k * kPanel), b1 = load(panel + k * kPanel + kLanes);
-    ahead.step<kPanel * sizeof(float)>();
+    ahead.fetch(kPanel * sizeof(float));
 #pragma GCC unroll 12
     for (int row = 0; row < kRows; ++row) {
       const float value = a[row * a_stride + k];
@@ -104,10 +109,10 @@ void tile16(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t 
   __m512 left[kRows], right[kRows];
 #pragma GCC unroll 12
   for (int row = 0; row < kRows; ++row) left[row] = right[row] = _mm512_setzero_ps();
-  Ahead ahead(next, panel);
+  Ahead<kRows> ahead(next, panel);
   for (int64_t k = 0; k < depth; k += 2) {
     const __m512i b0 = _mm512_loadu_si512(panel + k * kPanel), b1 = _mm512_loadu_si512(panel + k * kPanel + 32);
-    ahead.step<128>();
+    ahead.fetch(128);
 #pragma GCC unroll 12
     for (int row = 0; row < kRows; ++row) {
       int32_t pair;
@@ -124,32 +129,47 @@ void tile16(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t 
   }
 }
 
+// Products of few rows go to several sums in turn, for each waits for the one before it; of integers the order does not
+// matter.
+template <int kRows>
+constexpr int kChains = kRows <= 2 ? 4 : 1;
+
 // out[kRows][.] of half a panel. One vector wide and many rows high: sums of integers and of floats share registers.
 template <int kRows>
 [[gnu::noinline]]
 void tile8(const Tile8& a, const Half8& b, float* out) {
+  constexpr int kSums = kChains<kRows>;
   const int32_t* fours = reinterpret_cast<const int32_t*>(a.rows);
   const uint8_t* weights = b.weights;
   __m512 totals[kRows];
 #pragma GCC unroll 12
   for (int row = 0; row < kRows; ++row) totals[row] = _mm512_setzero_ps();
-  Ahead ahead(b.next, b.weights);
+  Ahead<kRows> ahead(b.next, b.weights);
   for (int64_t group = 0; group < b.num_groups; ++group) {
-    __m512i sums[kRows];
+    __m512i sums[kRows][kSums];
 #pragma GCC unroll 12
-    for (int row = 0; row < kRows; ++row) sums[row] = _mm512_set1_epi32(a.starts[group * kTileRows + row]);
+    for (int row = 0; row < kRows; ++row) {
+      sums[row][0] = _mm512_set1_epi32(a.starts[group * kRows + row]);
+#pragma GCC unroll 4
+      for (int chain = 1; chain < kSums; ++chain) sums[row][chain] = _mm512_setzero_si512();
+    }
 #pragma GCC unroll 2
-    for (int four = 0; four < kFours; ++four, weights += 64, fours += kTileRows) {
-      const __m512i values = _mm512_loadu_si512(weights);
-      ahead.step<64>();
+    for (int four = 0; four < kFours; four += kSums) {
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kSums; ++chain, weights += 64, fours += kRows) {
+        const __m512i values = _mm512_loadu_si512(weights);
+        ahead.fetch(64);
 #pragma GCC unroll 12
-      for (int row = 0; row < kRows; ++row) add_products(sums[row], values, fours[row]);
+        for (int row = 0; row < kRows; ++row) add_products(sums[row][chain], values, fours[row]);
+      }
     }
     const __m512 scale = widened(b.scales + group * 16);
 #pragma GCC unroll 12
     for (int row = 0; row < kRows; ++row) {
-      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(a.scales[group * kTileRows + row]));
-      totals[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[row]), both, totals[row]);
+#pragma GCC unroll 4
+      for (int chain = 1; chain < kSums; ++chain) sums[row][0] = _mm512_add_epi32(sums[row][0], sums[row][chain]);
+      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(a.scales[group * kRows + row]));
+      totals[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[row][0]), both, totals[row]);
     }
   }
 #pragma GCC unroll 12
@@ -166,26 +186,26 @@ void tile4(const Tile8& a, const Half8& b, float* out) {
   __m512 totals[kRows];
 #pragma GCC unroll 12
   for (int row = 0; row < kRows; ++row) totals[row] = _mm512_setzero_ps();
-  Ahead ahead(b.next, b.weights);
+  Ahead<kRows> ahead(b.next, b.weights);
   for (int64_t part = 0; part < 2 * b.num_groups; ++part) {
     __m512i sums[kRows];
 #pragma GCC unroll 12
     for (int row = 0; row < kRows; ++row) sums[row] = _mm512_setzero_si512();
-    for (int pair = 0; pair < kFours / 4; ++pair, weights += 64, fours += 2 * kTileRows) {
+    for (int pair = 0; pair < kFours / 4; ++pair, weights += 64, fours += 2 * kRows) {
       const __m512i both = _mm512_loadu_si512(weights);
       const __m512i first = _mm512_and_si512(both, low), second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-      ahead.step<64>();
+      ahead.fetch(64);
 #pragma GCC unroll 12
       for (int row = 0; row < kRows; ++row) add_products(sums[row], first, fours[row]);
 #pragma GCC unroll 12
-      for (int row = 0; row < kRows; ++row) add_products(sums[row], second, fours[kTileRows + row]);
+      for (int row = 0; row < kRows; ++row) add_products(sums[row], second, fours[kRows + row]);
     }
     const __m512 scale = widened(b.scales + part * 32), minimum = widened(b.scales + part * 32 + 16);
 #pragma GCC unroll 12
     for (int row = 0; row < kRows; ++row) {
-      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(a.scales[part / 2 * kTileRows + row]));
+      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(a.scales[part / 2 * kRows + row]));
       totals[row] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[row]), both, totals[row]);
-      totals[row] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(a.sums[part * kTileRows + row]), totals[row]);
+      totals[row] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(a.sums[part * kRows + row]), totals[row]);
     }
   }
 #pragma GCC unroll 12
@@ -217,15 +237,15 @@ void tile8(const Tile8& a, const Half8& b, float* out) {
     float totals[kLanes] = {};
     for (int64_t group = 0; group < b.num_groups; ++group) {
       int32_t sums[kLanes];
-      std::fill(sums, sums + kLanes, a.starts[group * kTileRows + row]);
+      std::fill(sums, sums + kLanes, a.starts[group * kRows + row]);
       for (int64_t k = group * kScaleGroup; k < (group + 1) * kScaleGroup; ++k) {
-        const int32_t value = a.rows[(k / 4 * kTileRows + row) * 4 + k % 4];
+        const int32_t value = a.rows[(k / 4 * kRows + row) * 4 + k % 4];
         const uint8_t* weights = b.weights + k / 4 * kLanes * 4 + k % 4;
         for (int lane = 0; lane < kLanes; ++lane) sums[lane] += value * weights[lane * 4];
       }
       for (int lane = 0; lane < kLanes; ++lane)
         totals[lane] += static_cast<float>(sums[lane]) * (bfloat16_to_float(b.scales[group * kLanes + lane]) *
-                                                          a.scales[group * kTileRows + row]);
+                                                          a.scales[group * kRows + row]);
     }
     std::memcpy(out + row * kPanel, totals, sizeof totals);
   }
@@ -239,15 +259,15 @@ void tile4(const Tile8& a, const Half8& b, float* out) {
     for (int64_t part = 0; part < 2 * b.num_groups; ++part) {
       int32_t sums[kLanes] = {};
       for (int64_t k = part * kScaleGroup4; k < (part + 1) * kScaleGroup4; ++k) {
-        const int32_t value = a.rows[(k / 4 * kTileRows + row) * 4 + k % 4];
+        const int32_t value = a.rows[(k / 4 * kRows + row) * 4 + k % 4];
         const uint8_t* weights = b.weights + k / 8 * kLanes * 4 + k % 4;
         for (int lane = 0; lane < kLanes; ++lane) sums[lane] += value * (weights[lane * 4] >> (k / 4 % 2 * 4) & 15);
       }
       const uint16_t *scales = b.scales + part * 2 * kLanes, *minima = scales + kLanes;
       for (int lane = 0; lane < kLanes; ++lane) {
-        const float scale = bfloat16_to_float(scales[lane]) * a.scales[part / 2 * kTileRows + row];
+        const float scale = bfloat16_to_float(scales[lane]) * a.scales[part / 2 * kRows + row];
         totals[lane] += static_cast<float>(sums[lane]) * scale;
-        totals[lane] += bfloat16_to_float(minima[lane]) * a.sums[part * kTileRows + row];
+        totals[lane] += bfloat16_to_float(minima[lane]) * a.sums[part * kRows + row];
       }
     }
     std::memcpy(out + row * kPanel, totals, sizeof totals);

@@ -161,7 +161,7 @@ class StepThread {
     const Range mine = is_own(rows) ? Range{0, rows} : member.share(rows);
     for (int64_t row = mine.first; row < mine.last; ++row) {
       make(row);
-      converter.convert(x + row * depth, row, depth, format);
+      converter.convert(x + row * depth, row, rows, depth, format);
     }
     if (!is_own(rows)) member.wait();
     member.finish(kPartNorms);
