@@ -61,8 +61,8 @@ class CacheIndex:
         names = self._names.get(worker.worker_id)
         if not names or prefix is None:
             return 0
-        depth = _depth(prefix.hashes, names)
-        return min(depth * prefix.tokens_per_hash, (num_prompt_tokens - 1) // block_size * block_size)
+        num_tokens = _depth(prefix.hashes, names) * prefix.tokens_per_hash
+        return num_tokens if num_tokens < num_prompt_tokens else (num_prompt_tokens - 1) // block_size * block_size
 
     def deepest(self, prefix: PrefixHashes, limit: int) -> list[str]:
         """Up to ``limit`` workers that have something of the prompt, those with the most of it first."""

@@ -34,7 +34,7 @@ from scheduler.pairing import PairingRules
 from scheduler.placement import Choice, Cluster, PlacementOptions
 from scheduler.policies import make_policy
 from scheduler.prediction import PredictionLog, Sizes, predict
-from scheduler.types import ClusterSnapshot, Placement, WorkerAddress, WorkerInfo, WorkerLoad
+from scheduler.types import ClusterSnapshot, Placement, WorkerInfo, WorkerLoad
 from scheduler.worker_state import WorkerState, Workload
 from scheduler.worker_table import WorkerTable
 
@@ -140,8 +140,8 @@ class ClusterController:
         num_cached_tokens = self._cluster.cached_tokens(prefills, request)
         prefill_s = self._costs.prefill_seconds(prefills.info.worker_id, request.num_prompt_tokens, num_cached_tokens)
         work = Workload(request.num_prompt_tokens, request.max_tokens, num_output_tokens, prefill_s)
-        prefill = _address(choice.prefill) if choice.prefill is not None else None
-        placement = Placement(request.request_id, _address(choice.decode), prefill)
+        prefill = choice.prefill.address if choice.prefill is not None else None
+        placement = Placement(request.request_id, choice.decode.address, prefill)
         if not self._log.is_full:
             sizes = Sizes(request.num_prompt_tokens, num_output_tokens, num_cached_tokens)
             prediction = predict(self._costs, placement, sizes, prefills, choice.decode, now)
@@ -265,7 +265,3 @@ class ClusterController:
         self._cache.forget(worker.worker_id)
         self._costs.remove(worker.worker_id)
         self._pairing.remove(worker.info)
-
-
-def _address(worker: WorkerState) -> WorkerAddress:
-    return WorkerAddress(worker.info.worker_id, worker.info.address)

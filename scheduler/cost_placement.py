@@ -19,6 +19,7 @@ from scheduler.worker_state import CostPredictor, WorkerState
 from scheduler.worker_table import Rank
 
 TYPICAL_OUTPUT_TOKENS = 128  # to weigh decoding against waiting prompts where no request is in question yet
+_PREFILL = WorkerRole.PREFILL
 _LIKE = log(1.1)  # devices whose rates differ by less are of one kind: measured rates differ a little everywhere
 
 
@@ -91,7 +92,7 @@ class CostPlacement:
     def ranking(self, phase: Phase, worker: WorkerState) -> Rank:
         """By when a prompt would be begun; by how long a typical answer would take, behind prompts in place."""
         info = worker.info
-        if info.role is WorkerRole.PREFILL:
+        if worker.role is _PREFILL:
             return (worker.free_at_s, worker.requests_placed, info.worker_id)
         worker.step_s = self._costs.decode_step_seconds(
             info.worker_id, worker.batch_size or 1, worker.batch_context_tokens
@@ -131,7 +132,7 @@ class CostPlacement:
         if worker.free_at_s > asked.now:
             ready_s += worker.free_at_s - asked.now
         price = info.device.price_per_hour if asked.in_money else 1.0
-        if info.role is WorkerRole.PREFILL:
+        if worker.role is _PREFILL:
             return _Prefill(worker, ready_s, ready_s, price, True)
         pause_s = own_s
         if asked.num_prompt_tokens - num_cached_tokens > info.max_num_batched_tokens:
@@ -211,7 +212,8 @@ def _candidates(
     phase: Phase, request: RequestArrived, cluster: Cluster, holders: Sequence[WorkerState]
 ) -> list[WorkerState]:
     best = cluster.best(phase, request.avoid)
-    return [*best, *(worker for worker in holders if worker.takes(phase) and worker not in best)]
+    other = WorkerRole.DECODE if phase is Phase.PREFILL else _PREFILL
+    return best + [worker for worker in holders if worker.role is not other and worker not in best]
 
 
 def _fits(prefill: _Prefill, decode: _Decode) -> bool:

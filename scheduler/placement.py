@@ -16,6 +16,7 @@ from scheduler.worker_table import Grouping, Ranking, WorkerTable
 DEFAULT_POLICY = "cost"
 TTFT_TARGET_S = 2.0
 TPOT_TARGET_S = 0.1
+_COLOCATED = WorkerRole.COLOCATED
 NUM_HOLDERS = 4  # workers with a cached prefix that are looked at, for one request and block size
 
 
@@ -65,7 +66,7 @@ class Cluster:
         worker = self.workers.get(request.stay_on) if request.stay_on else None
         return worker if worker is not None and worker.takes(Phase.DECODE) else None
 
-    def best(self, phase: Phase, avoid: Collection[str]) -> Sequence[WorkerState]:
+    def best(self, phase: Phase, avoid: Collection[str]) -> list[WorkerState]:
         """The best worker of each group by the policy's ranking, at least one.
 
         Raises:
@@ -120,13 +121,13 @@ def one_group(_worker: WorkerState) -> object:
 
 def prefills_in_place(decode: WorkerState) -> bool:
     """A worker of both roles computes the prompts of what it decodes itself."""
-    return decode.info.role is WorkerRole.COLOCATED
+    return decode.role is _COLOCATED
 
 
 def can_hand_over(prefill: WorkerState, decode: WorkerState) -> bool:
     """Workers of two pools fit each other, or are refused; colocated ones need not."""
     if prefill is decode:
         return False
-    if WorkerRole.COLOCATED not in (prefill.info.role, decode.info.role):
+    if prefill.role is not _COLOCATED and decode.role is not _COLOCATED:
         return True
     return prefill.info.spec.obstacle(decode.info.spec) is None

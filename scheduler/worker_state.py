@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from scheduler.types import Phase, PredictionErrors, WorkerInfo, WorkerLoad, WorkerRole, WorkerSnapshot
+from scheduler.types import Phase, PredictionErrors, WorkerAddress, WorkerInfo, WorkerLoad, WorkerRole, WorkerSnapshot
+
+_PREFILL = WorkerRole.PREFILL  # members of an enumeration are slow to get
 
 
 class CostPredictor(Protocol):
@@ -56,11 +58,18 @@ class WorkerState:
     num_awaited: int = 0  # those of them whose first token is not out
     awaited_tokens: int = 0  # of their contexts
     step_s: float = 0.0  # predicted for a decode step of its batch as it is; kept by a policy that asks for it
-    max_tokens: int = field(init=False)  # how many tokens' KV there is room for
     num_foreign: int = 0  # sequences it reports that were not placed from here: of another gateway, or forgotten
 
+    # Of ``info``, at hand for every placement:
+    address: WorkerAddress = field(init=False)
+    role: WorkerRole = field(init=False)
+    max_tokens: int = field(init=False)  # how many tokens' KV there is room for
+
     def __post_init__(self) -> None:
-        self.max_tokens = self.info.num_blocks * self.info.spec.block_size
+        info = self.info
+        self.address = WorkerAddress(info.worker_id, info.address)
+        self.role = info.role
+        self.max_tokens = info.num_blocks * info.spec.block_size
 
     @property
     def worker_id(self) -> str:
@@ -69,7 +78,7 @@ class WorkerState:
     @property
     def batch_size(self) -> int:
         """Sequences that decode here, or will when their prompts are computed."""
-        return self.num_decodes + self.num_foreign if self.info.role is not WorkerRole.PREFILL else 0
+        return self.num_decodes + self.num_foreign if self.role is not _PREFILL else 0
 
     @property
     def batch_context_tokens(self) -> int:
