@@ -24,6 +24,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kvcache.errors import ConfigError, TwinpoolError, UnavailableError
+from kvcache.transfer.allocator import keep_message_buffers
 from scheduler.events import AskForCache, AskToRegister, RefuseWorker, WorkerLeft, WorkerRegistered
 from scheduler.ray_actor import ActorHandle, find_scheduler
 from scheduler.types import DeviceProfile, WorkerInfo
@@ -213,6 +214,7 @@ class FollowerActor:
 def _prepare_process(options: WorkerOptions) -> None:
     level = options.log_level.upper() if options.log_level != "info" else "WARNING"  # the launcher tells the rest
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    keep_message_buffers()
     # Read by torch and huggingface_hub when they are imported, which is later.
     os.environ["OMP_NUM_THREADS"] = str(options.num_threads)
     if Path(options.model_path).exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections import Counter
@@ -16,8 +17,11 @@ import torch
 from kvcache.errors import ResourceError, TransferFault
 from kvcache.manager import KVCacheManager
 from kvcache.storage import BlockStorage, PagedStorage
-from kvcache.transfer.grpc_port import GrpcPort, KVTransferService
+from kvcache.transfer.grpc_port import KVTransferService
+from kvcache.transfer.port_choice import HAS_SHM
+from kvcache.transfer.ports import make_port
 from kvcache.transfer.receiver import KVReceiver
+from kvcache.transfer.shm_service import ShmService
 from scheduler.batching import Batcher
 from scheduler.events import WorkerReported
 from scheduler.types import DeviceProfile, Phase, WorkerInfo, WorkerLoad
@@ -35,6 +39,8 @@ from workers.probe import probe_device, probed_model
 from workers.service import SequenceLimits, WorkerService
 from workers.step_loop import StepLoop
 from workers.worker_options import WorkerOptions
+
+logger = logging.getLogger(__name__)
 
 
 class Worker:
@@ -55,14 +61,10 @@ class Worker:
         self._channels = ChannelPool()
         failures: Counter[TransferFault] = Counter()
         self._decode = DecodeRole(self.step_loop, time.monotonic, self._channels, lambda: self.address, failures)
-        self._prefill = PrefillRole(
-            self.step_loop,
-            storage,
-            time.monotonic,
-            GrpcPort(lambda address: self._channels(address).channel),
-            lease_ttl_s=options.lease_ttl_s,
-        )
+        port = make_port(options.kv_transfer_port, lambda address: self._channels(address).channel)
+        self._prefill = PrefillRole(self.step_loop, storage, time.monotonic, port, lease_ttl_s=options.lease_ttl_s)
         self.transfers = KVReceiver(self.manager, storage, time.monotonic, self._decode.receive, failures)
+        self._shm = ShmService(self.transfers) if HAS_SHM and options.kv_transfer_port != "grpc" else None
         self.cache_news = CacheNews(self.manager.pool.prefixes)
         self._server: grpc.aio.Server | None = None
         self._stepping: asyncio.Task[None] | None = None
@@ -81,8 +83,19 @@ class Worker:
         except RuntimeError as error:
             raise ResourceError(f"Worker {self.options.worker_id} cannot listen on {self.options.host}.") from error
         self.address = f"{self.options.host}:{port}"
+        self._start_shm()
         await self._server.start()
         self._stepping = asyncio.create_task(self.step_loop.run())
+
+    def _start_shm(self) -> None:
+        if self._shm is None:
+            return
+        try:
+            self._shm.start(self.address)
+        except OSError as error:
+            if self.options.kv_transfer_port == "shm":
+                raise ResourceError(f"Worker {self.options.worker_id} cannot take KV through shared memory.") from error
+            logger.warning("Worker %s takes KV over gRPC only: %s", self.options.worker_id, error)
 
     @property
     def stepping(self) -> asyncio.Task[None]:
@@ -94,6 +107,8 @@ class Worker:
         """Refuses new calls, ends running ones and gives everything back."""
         if self._server is not None:
             await self._server.stop(None)
+        if self._shm is not None:
+            await self._shm.stop()
         if self._stepping is not None:
             self._stepping.cancel()
             await asyncio.wait({self._stepping})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvcache.spec import KVCacheSpec
+from kvcache.transfer.port_choice import PortName
 from scheduler.batching import BatchLimits
 from scheduler.room import Room
 from scheduler.types import DeviceProfile, ModelShape, WorkerRole
@@ -40,6 +41,7 @@ class WorkerOptions:
     gpu_memory_utilization: float = 0.9
     prefix_caching: bool = True
     quantization: str = "none"  # or "int8", "int4"
+    kv_transfer_port: PortName = "auto"
     log_level: str = "info"
 
     @property

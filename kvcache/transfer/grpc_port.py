@@ -69,6 +69,7 @@ class GrpcPort:
 
     def __init__(self, channel_to: Callable[[str], grpc.aio.Channel]) -> None:
         self._channel_to = channel_to
+        self._payload = bytearray()  # of the chunk that is being framed, of whichever transfer
 
     async def open(self, transfer: OutgoingTransfer, on_end: Callable[[], None]) -> Outlet:
         """Returns at once: whether anybody is there is seen later.
@@ -79,30 +80,48 @@ class GrpcPort:
         send: grpc.aio.StreamUnaryMultiCallable[bytes, pb.TransferReceipt] = channel.stream_unary(
             f"/{SERVICE}/Send", request_serializer=None, response_deserializer=pb.TransferReceipt.FromString
         )
+        if len(self._payload) < transfer.max_payload_bytes:
+            self._payload = bytearray(transfer.max_payload_bytes)
         try:
-            return _GrpcOutlet(send(), on_end)
+            return _GrpcOutlet(send(), memoryview(self._payload), on_end)
         except grpc.aio.UsageError:
             raise TransferError(TransferFault.PEER_LOST, "the connection is closed") from None
 
 
 class _GrpcOutlet:
-    def __init__(self, call: grpc.aio.StreamUnaryCall[Any, pb.TransferReceipt], on_end: Callable[[], None]) -> None:
+    """A message is framed as soon as it is put, so all outlets share the memory for a chunk's payload."""
+
+    def __init__(
+        self, call: grpc.aio.StreamUnaryCall[Any, pb.TransferReceipt], slot: memoryview, on_end: Callable[[], None]
+    ) -> None:
         self._call = call
+        self._slot = slot
+        self._writing: asyncio.Future[None] | None = None
         call.add_done_callback(lambda _: on_end())
 
     @property
     def has_ended(self) -> bool:
         return self._call.done()
 
-    async def slot(self) -> None:
-        """gRPC takes bytes of its own making."""
+    async def slot(self) -> memoryview:
+        return self._slot
 
     async def put(self, message: Message) -> None:
-        """Returns when the connection has taken the message, which waits for a slow receiver."""
-        with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):  # ended already: the receipt tells why
-            await self._call.write(encode_message(message))
+        """Returns when the connection has taken the message before this one, which waits for a slow receiver.
+
+        So one chunk is gathered and framed while another is on its way.
+        """
+        data = encode_message(message)
+        await self._written()
+        self._writing = asyncio.ensure_future(self._call.write(data))
+
+    async def _written(self) -> None:
+        if self._writing is not None:
+            with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):  # ended already: the receipt tells why
+                await self._writing
 
     async def receipt(self) -> int:
+        await self._written()
         try:
             if not self._call.done():
                 await self._call.done_writing()
@@ -112,3 +131,5 @@ class _GrpcOutlet:
 
     def close(self) -> None:
         self._call.cancel()
+        if self._writing is not None:
+            self._writing.cancel()

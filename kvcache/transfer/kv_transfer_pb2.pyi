@@ -82,3 +82,57 @@ class TransferReceipt(_message.Message):
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     payload_bytes: int
     def __init__(self, payload_bytes: _Optional[int] = ...) -> None: ...
+
+class ShmMessage(_message.Message):
+    __slots__ = ("ring", "open", "chunk", "commit")
+    RING_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    ring: ShmRing
+    open: TransferOpen
+    chunk: ShmChunk
+    commit: TransferCommit
+    def __init__(self, ring: _Optional[_Union[ShmRing, _Mapping]] = ..., open: _Optional[_Union[TransferOpen, _Mapping]] = ..., chunk: _Optional[_Union[ShmChunk, _Mapping]] = ..., commit: _Optional[_Union[TransferCommit, _Mapping]] = ...) -> None: ...
+
+class ShmRing(_message.Message):
+    __slots__ = ("num_slots", "slot_bytes")
+    NUM_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    num_slots: int
+    slot_bytes: int
+    def __init__(self, num_slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ...) -> None: ...
+
+class ShmChunk(_message.Message):
+    __slots__ = ("chunk", "slot", "payload_bytes")
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    chunk: KVChunk
+    slot: int
+    payload_bytes: int
+    def __init__(self, chunk: _Optional[_Union[KVChunk, _Mapping]] = ..., slot: _Optional[int] = ..., payload_bytes: _Optional[int] = ...) -> None: ...
+
+class ShmReply(_message.Message):
+    __slots__ = ("taken", "receipt", "refusal")
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    taken: ShmTaken
+    receipt: TransferReceipt
+    refusal: TransferRefusal
+    def __init__(self, taken: _Optional[_Union[ShmTaken, _Mapping]] = ..., receipt: _Optional[_Union[TransferReceipt, _Mapping]] = ..., refusal: _Optional[_Union[TransferRefusal, _Mapping]] = ...) -> None: ...
+
+class ShmTaken(_message.Message):
+    __slots__ = ("slot",)
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    def __init__(self, slot: _Optional[int] = ...) -> None: ...
+
+class TransferRefusal(_message.Message):
+    __slots__ = ("fault", "message")
+    FAULT_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    fault: str
+    message: str
+    def __init__(self, fault: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...

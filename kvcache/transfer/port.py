@@ -22,15 +22,12 @@ class Outlet(Protocol):
     async def slot(self) -> memoryview | None:
         """Waits until a chunk may be made. Its payload has to be put into the memory that is returned; None: anywhere.
 
-        Returns at once when ``has_ended``.
+        The chunk has to be put before anything else is awaited. Returns at once when ``has_ended``.
         """
         ...
 
     async def put(self, message: Message) -> None:
-        """Returns when the next message may come; the payload is the caller's again then, unless a slot has it.
-
-        Does nothing when ``has_ended``.
-        """
+        """Returns when the next message may come. Does nothing when ``has_ended``."""
         ...
 
     async def receipt(self) -> int:

@@ -59,9 +59,10 @@ class OutgoingTransfer:
         self.target = target
         self.changed = asyncio.Event()
         self._storage = storage
-        self._lease = lease
-        self._blocks_per_chunk = max(1, max_chunk_bytes // spec.layer_block_bytes)
-        self.max_payload_bytes = self._blocks_per_chunk * spec.layer_block_bytes
+        self.lease = lease
+        self.block_bytes = spec.layer_block_bytes  # of one block in one layer: no payload is shorter
+        self._blocks_per_chunk = max(1, max_chunk_bytes // self.block_bytes)
+        self.max_payload_bytes = min(self._blocks_per_chunk, len(lease.block_ids)) * self.block_bytes
         self._end_block = lease.first_block + len(lease.block_ids)
         self._ready = [lease.first_block] * spec.num_layers  # up to which block
         self._sent = [lease.first_block] * spec.num_layers
@@ -87,19 +88,20 @@ class OutgoingTransfer:
         A chunk is copied out of the cache here, so no more than the one that the port holds is in memory.
 
         Args:
-            slot: where a chunk's payload is put, ``max_payload_bytes`` long at least; by default into new memory.
+            slot: where a chunk's payload is put, which is not longer then; room for one block at least. By default
+                into new memory.
 
         Raises:
             TransferError: the lease on the source blocks ended meanwhile, so they may not be read any more.
         """
-        if not self._lease.is_open:
+        if not self.lease.is_open:
             raise TransferError(
                 TransferFault.ABORTED, f"the source lease of transfer {self.target.transfer_id} has ended"
             )
         if not self._is_opened:
             self._is_opened = True
             return self._opening()
-        where = self._next_range()
+        where = self._next_range(self._blocks_per_chunk if slot is None else self._blocks_in(slot))
         if where is not None:
             return self._chunk(where, slot)
         if self._outcome is None or self.is_finished:
@@ -107,7 +109,10 @@ class OutgoingTransfer:
         self.is_finished = True
         return self._commit(self._outcome)
 
-    def _next_range(self) -> ChunkRange | None:
+    def _blocks_in(self, slot: memoryview) -> int:
+        return min(self._blocks_per_chunk, len(slot) // self.block_bytes)
+
+    def _next_range(self, max_blocks: int) -> ChunkRange | None:
         """The layer that is least far of those with something ready, the lowest of equals.
 
         So the prompt's first blocks are whole first on the other side, and stay there if this breaks.
@@ -117,15 +122,15 @@ class OutgoingTransfer:
             return None
         layer = min(layers, key=self._sent.__getitem__)
         sent = self._sent[layer]
-        return ChunkRange(layer, sent, min(self._blocks_per_chunk, self._ready[layer] - sent))
+        return ChunkRange(layer, sent, min(max_blocks, self._ready[layer] - sent))
 
     def _opening(self) -> pb.TransferOpen:
         return pb.TransferOpen(
             transfer_id=self.target.transfer_id,
             epoch=self.target.epoch,
             spec=spec_to_wire(self._storage.spec),
-            num_blocks=len(self._lease.block_ids),
-            first_block=self._lease.first_block,
+            num_blocks=len(self.lease.block_ids),
+            first_block=self.lease.first_block,
         )
 
     def _commit(self, outcome: PrefillOutcome) -> pb.TransferCommit:
@@ -138,9 +143,9 @@ class OutgoingTransfer:
         )
 
     def _chunk(self, where: ChunkRange, slot: memoryview | None) -> Chunk:
-        start = where.first_block - self._lease.first_block
-        block_ids = self._lease.block_ids[start : start + where.num_blocks]
-        out = None if slot is None else slot[: where.num_blocks * self._storage.spec.layer_block_bytes]
+        start = where.first_block - self.lease.first_block
+        block_ids = self.lease.block_ids[start : start + where.num_blocks]
+        out = None if slot is None else slot[: where.num_blocks * self.block_bytes]
         payload = self._storage.read_blocks(where.layer, block_ids, out)
         self._sent[where.layer] += where.num_blocks
         self._num_chunks += 1

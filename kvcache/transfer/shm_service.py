@@ -1,0 +1,152 @@
+"""The handoff through shared memory: the receiver's side. See ``shm_port.py``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import suppress
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from kvcache.errors import TransferError, TransferFault
+from kvcache.transfer import kv_transfer_pb2 as pb
+from kvcache.transfer.receiver import KVReceiver
+from kvcache.transfer.shm_port import MAX_PACKET_BYTES, is_same_user, socket_name
+from kvcache.transfer.slot_ring import SlotRing
+from kvcache.transfer.wire import Message, chunk_from_header
+
+RING_TIMEOUT_S = 10.0  # from a connection to its first message
+BACKLOG = 1024
+logger = logging.getLogger(__name__)
+
+
+class ShmService:
+    """Takes in handoffs from processes of this user on this host. Belongs to one event loop."""
+
+    def __init__(self, receiver: KVReceiver) -> None:
+        self._receiver = receiver
+        self._listener: socket.socket | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, address: str) -> None:
+        """``address``: of the worker's gRPC server, by which senders find this.
+
+        Raises:
+            OSError: somebody else has the name.
+        """
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            listener.setblocking(False)
+            listener.bind(socket_name(address))
+            listener.listen(BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+        self._listener = listener
+        self._start_task(self._accept(listener))
+
+    async def stop(self) -> None:
+        """Ends the handoffs that are under way."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._listener is not None:
+            self._listener.close()
+
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            sender, _ = await loop.sock_accept(listener)
+            self._start_task(self._serve(sender))
+
+    async def _serve(self, sender: socket.socket) -> None:
+        with sender:
+            if not is_same_user(sender):
+                logger.warning("Another user's process tried to hand over KV through shared memory.")
+                return
+            try:
+                reply = pb.ShmReply(receipt=await self._receiver.receive(_messages(sender)))
+            except TransferError as error:
+                reply = pb.ShmReply(refusal=pb.TransferRefusal(fault=error.fault.value, message=error.message))
+            except Exception:
+                logger.exception("A handoff through shared memory failed unexpectedly.")  # the sender sees the end
+                return
+            with suppress(OSError):  # the sender has ended
+                sender.send(reply.SerializeToString())
+
+
+async def _messages(sender: socket.socket) -> AsyncIterator[Message]:
+    """Every slot is told to be free again when the next message is asked for."""
+    loop = asyncio.get_running_loop()
+    ring = await _receive_ring(sender)
+    while packet := await _receive(sender):
+        message = _parse(packet)
+        match message.WhichOneof("message"):
+            case "open":
+                yield message.open
+            case "commit":
+                yield message.commit
+            case "chunk":
+                told = message.chunk
+                if told.slot >= len(ring.slots) or told.payload_bytes > len(ring.slots[0]):
+                    raise TransferError(
+                        TransferFault.OUT_OF_BOUNDS, f"{told.payload_bytes} bytes in slot {told.slot} of the ring"
+                    )
+                yield chunk_from_header(told.chunk, ring.slots[told.slot][: told.payload_bytes])
+                taken = pb.ShmReply(taken=pb.ShmTaken(slot=told.slot))
+                with suppress(OSError):  # the next read tells
+                    await loop.sock_sendall(sender, taken.SerializeToString())
+            case _:
+                raise TransferError(TransferFault.MALFORMED, "a second ring, or a message without content")
+    raise TransferError(TransferFault.PEER_LOST, "the sender ended before its commit")
+
+
+async def _receive(sender: socket.socket) -> bytes:
+    """One packet; empty: the end."""
+    try:
+        return await asyncio.get_running_loop().sock_recv(sender, MAX_PACKET_BYTES)
+    except OSError:
+        return b""
+
+
+async def _receive_ring(sender: socket.socket) -> SlotRing:
+    try:
+        async with asyncio.timeout(RING_TIMEOUT_S):
+            await _readable(sender)
+        packet, descriptors, _, _ = socket.recv_fds(sender, MAX_PACKET_BYTES, 1)
+    except (TimeoutError, OSError):
+        raise TransferError(TransferFault.PEER_LOST, "the sender said nothing") from None
+    try:
+        message = _parse(packet)
+        if len(descriptors) != 1 or not message.HasField("ring"):
+            raise TransferError(TransferFault.MALFORMED, "the first message is no ring with its memory")
+        return SlotRing.open(descriptors[0], message.ring.slot_bytes, message.ring.num_slots)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+async def _readable(sender: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(sender, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(sender)
+
+
+def _parse(packet: bytes) -> pb.ShmMessage:
+    try:
+        return pb.ShmMessage.FromString(packet)
+    except DecodeError:
+        raise TransferError(TransferFault.MALFORMED, f"a packet of {len(packet)} bytes is not protobuf") from None

@@ -1,0 +1,75 @@
+"""Memory that a sender and a receiver on one host share: a few slots, each for one chunk."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import stat
+from dataclasses import dataclass
+
+from kvcache.errors import TransferError, TransferFault
+from kvcache.transfer.wire import MAX_BLOCK_BYTES
+
+NUM_SLOTS = 4  # some are filled while others are taken; with two, both sides wait for each other too often (measured)
+MAX_SLOTS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRing:
+    """``slots`` are views of one mapping, which lasts as long as one of them does."""
+
+    slots: tuple[memoryview, ...]
+
+    @classmethod
+    def create(cls, slot_bytes: int, num_slots: int = NUM_SLOTS) -> tuple[SlotRing, int]:
+        """New memory, and its file descriptor, which the caller closes. The memory has no name: the last process
+        that has it mapped takes it along, whichever way it ends.
+
+        Raises:
+            OSError: there is no memory.
+        """
+        descriptor = os.memfd_create("twinpool-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(descriptor, num_slots * slot_bytes)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            memory = mmap.mmap(descriptor, num_slots * slot_bytes)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(_cut(memory, slot_bytes, num_slots)), descriptor
+
+    @classmethod
+    def open(cls, descriptor: int, slot_bytes: int, num_slots: int) -> SlotRing:
+        """Maps another process's memory, for reading.
+
+        Raises:
+            TransferError: it is not what it is said to be. Without the seals, for one, its owner could shrink it and
+                so kill whoever reads it.
+        """
+        if not (0 < slot_bytes <= MAX_BLOCK_BYTES and 0 < num_slots <= MAX_SLOTS):
+            raise TransferError(TransferFault.OUT_OF_BOUNDS, f"{num_slots} slots of {slot_bytes} bytes")
+        problem = _problem(descriptor, slot_bytes * num_slots)
+        if problem is not None:
+            raise TransferError(TransferFault.INCOMPATIBLE, f"the shared memory {problem}")
+        memory = mmap.mmap(descriptor, num_slots * slot_bytes, prot=mmap.PROT_READ)
+        return cls(_cut(memory, slot_bytes, num_slots))
+
+
+def _cut(memory: mmap.mmap, slot_bytes: int, num_slots: int) -> tuple[memoryview, ...]:
+    whole = memoryview(memory)
+    return tuple(whole[slot * slot_bytes : (slot + 1) * slot_bytes] for slot in range(num_slots))
+
+
+def _problem(descriptor: int, num_bytes: int) -> str | None:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+        return "is not this user's"
+    if status.st_size != num_bytes:
+        return f"has {status.st_size} bytes, not {num_bytes}"
+    try:
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    except OSError:  # of a file system that has none
+        seals = 0
+    needed = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+    return None if seals & needed == needed else "is not sealed against a change of its size"
