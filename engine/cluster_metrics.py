@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -56,6 +56,14 @@ _OUR_GAUGES = (
 )
 _OUR_COUNTERS = (
     _WorkerMetric(
+        "kv_offered_bytes", "KV sent back to prefill workers after turns.", lambda worker: worker.load.offered_bytes
+    ),
+    _WorkerMetric(
+        "kv_offers_dropped",
+        "Turns not sent back for want of budget or room, or because it broke.",
+        lambda worker: worker.load.offers_dropped,
+    ),
+    _WorkerMetric(
         "kv_transfers_fenced",
         "Messages of handoffs that were over: a worker taken for dead went on.",
         lambda worker: dict(worker.load.transfer_failures).get(TransferFault.STALE_EPOCH.value, 0),
@@ -68,6 +76,50 @@ _OUR_COUNTERS = (
     _WorkerMetric("kv_transfer_bytes", "KV payload received.", lambda worker: worker.load.transfer_bytes),
     _WorkerMetric(
         "kv_transfer_seconds", "Time spent in handoffs, summed over them.", lambda worker: worker.load.transfer_seconds
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _DetailedMetric:
+    """A counter with one more label."""
+
+    name: str
+    documentation: str
+    label: str
+    read: Callable[[WorkerSnapshot], Iterable[tuple[str, int]]]
+
+
+_OUR_DETAILED_COUNTERS = (
+    _DetailedMetric(
+        "kv_transfer_failures",
+        "Handoffs refused or broken, by reason.",
+        "reason",
+        lambda worker: worker.load.transfer_failures,
+    ),
+    _DetailedMetric(
+        "kv_tier_hits",
+        "Blocks brought back into a cache.",
+        "tier",
+        lambda worker: [(tier.tier, tier.hits) for tier in worker.load.tiers],
+    ),
+    _DetailedMetric(
+        "kv_tier_evictions",
+        "Blocks that left a tier for want of room.",
+        "tier",
+        lambda worker: [(tier.tier, tier.evictions) for tier in worker.load.tiers],
+    ),
+    _DetailedMetric(
+        "kv_tier_unsaved",
+        "Evicted blocks that were not kept: too much was under way, or the disk refused.",
+        "tier",
+        lambda worker: [(tier.tier, tier.unsaved) for tier in worker.load.tiers],
+    ),
+    _DetailedMetric(
+        "kv_tier_damaged",
+        "Blocks that were not what they should have been, and were removed.",
+        "tier",
+        lambda worker: [(tier.tier, tier.damaged) for tier in worker.load.tiers],
     ),
 )
 
@@ -96,7 +148,8 @@ class ClusterMetrics:
         workers = self._cluster().workers
         yield from (self._gauge(metric, workers) for metric in _OUR_GAUGES)
         yield from (self._counter(metric, workers) for metric in _OUR_COUNTERS)
-        yield self._transfer_failures(workers)
+        yield from (self._detailed_counter(metric, workers) for metric in _OUR_DETAILED_COUNTERS)
+        yield self._tier_bytes(workers)
         yield self._pool_workers(workers)
         yield self._prediction_errors(workers)
 
@@ -115,16 +168,23 @@ class ClusterMetrics:
             family.add_metric((self._model_name, total.worker_id, total.role), total.value)
         return family
 
-    def _transfer_failures(self, workers: tuple[WorkerSnapshot, ...]) -> Metric:
-        name = "kv_transfer_failures"
+    def _detailed_counter(self, metric: _DetailedMetric, workers: tuple[WorkerSnapshot, ...]) -> Metric:
         for worker in workers:
-            for reason, count in worker.load.transfer_failures:
-                self._totals.note(worker, name, reason, count)
-        family = CounterMetricFamily(
-            PREFIX + name, "Handoffs refused or broken, by reason.", labels=(*_WORKER_LABELS, "reason")
-        )
-        for total in self._totals.of(name):
+            for detail, count in metric.read(worker):
+                self._totals.note(worker, metric.name, detail, count)
+        labels = (*_WORKER_LABELS, metric.label)
+        family = CounterMetricFamily(PREFIX + metric.name, metric.documentation, labels=labels)
+        for total in self._totals.of(metric.name):
             family.add_metric((self._model_name, total.worker_id, total.role, total.detail), total.value)
+        return family
+
+    def _tier_bytes(self, workers: tuple[WorkerSnapshot, ...]) -> Metric:
+        labels = (*_WORKER_LABELS, "tier")
+        family = GaugeMetricFamily(f"{PREFIX}kv_tier_bytes", "KV kept outside a worker's cache.", labels=labels)
+        for worker in workers:
+            for tier in worker.load.tiers:
+                role = worker.info.role.value
+                family.add_metric((self._model_name, worker.info.worker_id, role, tier.tier), tier.num_bytes)
         return family
 
     def _pool_workers(self, workers: tuple[WorkerSnapshot, ...]) -> Metric:

@@ -161,6 +161,28 @@ class ServeConfig(BaseSettings):
     enable_prefix_caching: bool = _option(
         True, "KV cache and batching", "keep the KV of prompts and answers for prompts that begin the same"
     )
+    kv_host_cache_bytes: ByteSize = _option(
+        0,
+        "KV cache and batching",
+        "evicted KV that each worker that prefills keeps in the host's memory, e.g. 4GiB (default: none)",
+        "SIZE",
+    )
+    kv_file_cache_dir: str | None = _option(
+        None,
+        "KV cache and batching",
+        "folder for KV that does not fit there either; with --kv-file-cache-bytes",
+        "FOLDER",
+        min_length=1,
+    )
+    kv_file_cache_bytes: ByteSize | None = _option(
+        None, "KV cache and batching", "size of each such worker's files there, e.g. 50GiB", "SIZE"
+    )
+    kv_offer_rate: ByteSize = _option(
+        0,
+        "KV cache and batching",
+        "KV that a decode worker may send back per second for the next turn, e.g. 100MiB (default: none)",
+        "SIZE",
+    )
 
     placement_policy: str = _option(
         DEFAULT_POLICY, "Placement", f"which workers a request gets: {', '.join(POLICIES)}", "POLICY"
@@ -275,6 +297,22 @@ class ServeConfig(BaseSettings):
                     f"threads_per_worker is {self.threads_per_worker} and a {role.value} worker has {size} ranks:"
                     " each rank must get the same number of threads"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_tiers(self) -> Self:
+        if (self.kv_file_cache_dir is None) != (not self.kv_file_cache_bytes):
+            raise ValueError("kv_file_cache_dir and kv_file_cache_bytes need each other: where, and how much")
+        if (self.kv_host_cache_bytes or self.kv_file_cache_bytes) and not self.enable_prefix_caching:
+            raise ValueError("KV tiers keep what prefix caches evict, and enable_prefix_caching is off")
+        return self
+
+    @model_validator(mode="after")
+    def _check_offers(self) -> Self:
+        if self.kv_offer_rate and not self.enable_prefix_caching:
+            raise ValueError("kv_offer_rate sends KV into prefix caches, and enable_prefix_caching is off")
+        if self.kv_offer_rate and not self.num_prefill_workers:
+            raise ValueError("kv_offer_rate is for two pools: colocated workers keep what they computed")
         return self
 
     @model_validator(mode="after")

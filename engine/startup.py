@@ -21,7 +21,7 @@ from kvcache.spec import KVCacheSpec
 from kvcache.transfer.wire import MAX_BLOCK_BYTES
 from scheduler.batching import BatchLimits
 from scheduler.room import Node
-from scheduler.types import DeviceProfile, WorkerRole
+from scheduler.types import DeviceProfile, Phase, WorkerRole
 from workers.device import Device, choose_device, count_gpus
 from workers.model.checkpoint import CheckpointInfo, describe_checkpoint
 from workers.model.shape import model_shape
@@ -119,6 +119,7 @@ def make_plan(config: ServeConfig, path: Path, nodes: Sequence[Node] | None = No
     specs = {role: _spec(config, checkpoint, role) for _, role in _roles(config)}
     profiles = {role: _device_profile(config, role) for _, role in _roles(config)}
     _check_ranks(config, checkpoint)
+    _check_tiers(config, specs)
     worker_bytes = _worker_bytes(config, checkpoint, device)
     if nodes is None:
         _check_memory(config, checkpoint, device, worker_bytes)
@@ -149,6 +150,10 @@ def make_plan(config: ServeConfig, path: Path, nodes: Sequence[Node] | None = No
             gpu_memory_utilization=config.gpu_memory_utilization or GPU_MEMORY_UTILIZATION,
             quantization=config.quantization,
             prefix_caching=config.enable_prefix_caching,
+            kv_host_cache_bytes=int(config.kv_host_cache_bytes),
+            kv_file_cache_dir=str(Path(config.kv_file_cache_dir).absolute()) if config.kv_file_cache_dir else "",
+            kv_file_cache_bytes=int(config.kv_file_cache_bytes or 0),
+            kv_offer_rate=int(config.kv_offer_rate),
             log_level=config.log_level,
             host=config.worker_host or (LOOPBACK if nodes is None else NODE_ADDRESS),
             model_source=config.model,
@@ -216,6 +221,16 @@ def _check_ranks(config: ServeConfig, checkpoint: CheckpointInfo) -> None:
         check_size(option, size, checkpoint.num_attention_heads, checkpoint.num_kv_heads)
 
 
+def _check_tiers(config: ServeConfig, specs: Mapping[WorkerRole, KVCacheSpec]) -> None:
+    largest = max(spec.block_bytes for spec in specs.values())
+    for name in ("kv_host_cache_bytes", "kv_file_cache_bytes"):
+        given = int(getattr(config, name) or 0)
+        if 0 < given < 2 * largest:
+            raise ConfigError(
+                f"{flag_of(name)} is {given}: it does not hold two blocks, which have {largest} bytes each."
+            )
+
+
 def _max_model_len(config: ServeConfig, checkpoint: CheckpointInfo) -> int:
     longest = checkpoint.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > longest:
@@ -251,7 +266,12 @@ def _worker_bytes(config: ServeConfig, checkpoint: CheckpointInfo, device: Devic
     # they only pass through.
     on_cpu = device == "cpu"
     per_worker = 2 * checkpoint.weight_bytes + _kv_cache_bytes(config) if on_cpu else checkpoint.weight_bytes
-    return {role: per_worker + PROCESS_BYTES * config.tensor_parallel_size_of(role) for role in WorkerRole}
+    return {
+        role: per_worker
+        + PROCESS_BYTES * config.tensor_parallel_size_of(role)
+        + int(config.kv_host_cache_bytes) * role.takes(Phase.PREFILL)
+        for role in WorkerRole
+    }
 
 
 def _check_memory(

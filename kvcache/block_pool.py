@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from kvcache.errors import ConfigError, InvariantError
 from kvcache.prefix import PrefixIndex
@@ -22,6 +22,8 @@ class BlockPool:
             raise ConfigError(f"A KV cache needs at least one block, not {num_blocks}.")
         self.num_blocks = num_blocks
         self.prefixes = PrefixIndex()
+        # Hears the names and ids of cached blocks whose content is about to be lost; it may still read them.
+        self.on_evict: Callable[[Sequence[bytes], Sequence[int]], None] | None = None
         self._free = OrderedDict.fromkeys(range(num_blocks))  # a queue that gives up any of its members at once
         self._references = [0] * num_blocks
 
@@ -41,6 +43,10 @@ class BlockPool:
         if count > len(self._free):
             return None
         block_ids = [self._free.popitem(last=False)[0] for _ in range(count)]
+        if self.on_evict is not None:
+            evicted = [block_id for block_id in block_ids if block_id in self.prefixes]
+            if evicted:
+                self.on_evict([self.prefixes.name_of(block_id) for block_id in evicted], evicted)
         for block_id in block_ids:
             self.prefixes.forget(block_id)
             self._references[block_id] = 1

@@ -75,6 +75,10 @@ class PrefixIndex:
         """The indexed blocks."""
         return iter(self._hash_of)
 
+    def name_of(self, block_id: int) -> bytes:
+        """The hash of an indexed block."""
+        return self._hash_of[block_id]
+
     def longest_prefix(self, hashes: Iterable[bytes]) -> list[int]:
         """The blocks of the first hashes, up to the first that is not here."""
         block_ids = []

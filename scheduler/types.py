@@ -144,6 +144,18 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class TierLoad:
+    """KV that a worker keeps outside its cache. Counters are of blocks."""
+
+    tier: str  # "host" or "file"
+    num_bytes: int
+    hits: int  # brought back
+    evictions: int
+    unsaved: int = 0  # too much was under way
+    damaged: int = 0  # refused and removed
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerLoad:
     """A worker's own count of its work, sent with every heartbeat. Counters grow for the life of the process."""
 
@@ -162,6 +174,9 @@ class WorkerLoad:
     transfer_seconds: float = 0.0
     transfer_failures: tuple[tuple[str, int], ...] = ()  # (fault, count)
     blocks_resumed: int = 0  # of handoffs that broke: verified before, so they did not come again
+    tiers: tuple[TierLoad, ...] = ()
+    offered_bytes: int = 0  # KV payload sent back to prefill workers after a turn
+    offers_dropped: int = 0  # turns that were not sent back for want of budget or room, or because it broke
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import torch
@@ -337,6 +338,7 @@ async def local_cluster(
     prefix_caching: bool = True,
     specs: Mapping[WorkerRole, KVCacheSpec] | None = None,
     placement: PlacementOptions = HANDING_OVER,
+    **options_of_all: Any,
 ) -> AsyncIterator[LocalCluster]:
     """Starts workers named ``prefill-0``, ``decode-0`` and so on; at the end nothing may be left on a live one."""
     scheduler = InProcessScheduler(placement)
@@ -352,7 +354,13 @@ async def local_cluster(
             options = worker_options(checkpoint, worker_id, role, num_blocks, limits, lease_ttl_s)
             size = (tensor_parallel_sizes or {}).get(role, 1)
             spec = (specs or {}).get(role, options.spec)
-            own = replace(options, tensor_parallel_size=size, prefix_caching=prefix_caching, spec=spec)
+            own = replace(
+                options,
+                tensor_parallel_size=size,
+                prefix_caching=prefix_caching,
+                spec=spec,
+                **options_of_all,
+            )
             await _start_worker(cluster, own)
         await client.start()
         yield cluster

@@ -29,6 +29,7 @@ def traces_of(worker: Worker) -> list[str]:
         "streams": len(loop._streams),
         "handoffs": len(decode._handoffs),
         "prefill addresses": len(decode._prefill_addresses),
+        "offers": worker.offers._waiting.qsize() + len(worker.offers_taken._takings),
     }
     return [f"{worker.options.worker_id} has {count} {name}" for name, count in kept.items() if count]
 

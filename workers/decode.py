@@ -82,6 +82,7 @@ class DecodeRole:
         self._handoffs: dict[str, _Handoff] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself holds its tasks only weakly
         self._failures = failures
+        self.on_turn_end: Callable[[Request, str], None] | None = None  # hears who prefilled what has ended well
         loop.on_reserved = self._start_handoff
 
     async def generate(self, request: Request, prefill_address: str) -> AsyncGenerator[SampledToken, None]:
@@ -93,6 +94,8 @@ class DecodeRole:
             TwinpoolError: the sequence could not be computed.
         """
         request_id = request.request_id
+        if not request.remote_prefill:
+            await self._loop.prepare(request)
         stream = self._loop.submit(request)
         if request.remote_prefill:
             self._prefill_addresses[request_id] = prefill_address
@@ -100,6 +103,8 @@ class DecodeRole:
         try:
             async for output in stream:
                 awaited = self._prefill_logprobs.pop(request_id, None)
+                if output.finish_reason is not None and prefill_address and self.on_turn_end is not None:
+                    self.on_turn_end(request, prefill_address)
                 yield output if awaited is None else await awaited.join(output)
         finally:
             self._prefill_addresses.pop(request_id, None)

@@ -118,6 +118,7 @@ class PrefillRole:
     async def _compute_and_send(
         self, request: Request, target: TransferTarget, outbox: asyncio.Queue[pb.PrefillProgress | None]
     ) -> None:
+        await self._loop.prepare(request)
         stream = self._loop.submit(request)
         self._targets[request.request_id] = target
         try:

@@ -16,6 +16,7 @@ from workers import worker_pb2 as pb
 from workers import worker_pb2_grpc as pb_grpc
 from workers.decode import DecodeRole
 from workers.messages import abort_rpc, logprobs_to_wire, prompt_logprobs_to_wire, sampling_from_wire, urgency_from_wire
+from workers.offers import OfferTaker
 from workers.prefill import PrefillRole
 
 MAX_ID_LENGTH = 128
@@ -30,8 +31,11 @@ class SequenceLimits:
 class WorkerService(pb_grpc.WorkerServicer):
     """A role that this worker does not have is None, and its calls are refused."""
 
-    def __init__(self, limits: SequenceLimits, prefill: PrefillRole | None, decode: DecodeRole | None) -> None:
+    def __init__(
+        self, limits: SequenceLimits, prefill: PrefillRole | None, decode: DecodeRole | None, offers: OfferTaker
+    ) -> None:
         self._limits = limits
+        self._offers = offers
         self._prefill = prefill
         self._decode = decode
 
@@ -68,6 +72,22 @@ class WorkerService(pb_grpc.WorkerServicer):
         except TwinpoolError as error:
             await abort_rpc(context, error)
 
+    async def Offer(self, request: pb.OfferRequest, context: grpc.aio.ServicerContext) -> None:
+        try:
+            if self._prefill is None:
+                raise RequestError("this worker does not prefill for others")
+            _check_salt(request.cache_salt)
+            num_tokens = len(request.token_ids)
+            if not 1 <= num_tokens <= self._limits.max_model_len:
+                raise RequestError(f"an offer has 1 to {self._limits.max_model_len} tokens, not {num_tokens}")
+            if max(request.token_ids) >= self._limits.vocab_size:
+                raise RequestError(f"token ids are below {self._limits.vocab_size}")
+            async with aclosing(self._offers.take(request)) as replies:
+                async for reply in replies:
+                    await context.write(reply)
+        except TwinpoolError as error:
+            await abort_rpc(context, error)
+
     def _sequence(self, request: pb.GenerateRequest | pb.PrefillRequest) -> Request:
         _check_id("request_id", request.request_id)
         prompt_token_ids = tuple(request.prompt_token_ids)
@@ -79,8 +99,7 @@ class WorkerService(pb_grpc.WorkerServicer):
             vocab_size=self._limits.vocab_size,
             num_delivered_tokens=request.num_delivered_tokens,
         )
-        if len(request.cache_salt) > MAX_SALT_BYTES:
-            raise RequestError(f"cache_salt must have at most {MAX_SALT_BYTES} bytes", "cache_salt")
+        _check_salt(request.cache_salt)
         return Request(
             request.request_id,
             prompt_token_ids,
@@ -99,6 +118,11 @@ def _token_event(index: int, output: SampledToken) -> pb.TokenEvent:
         num_cached_tokens=output.request.num_cached_tokens if index == 0 else 0,
         logprobs=[logprobs_to_wire(output.logprobs)] if output.logprobs is not None else (),
     )
+
+
+def _check_salt(cache_salt: bytes) -> None:
+    if len(cache_salt) > MAX_SALT_BYTES:
+        raise RequestError(f"cache_salt must have at most {MAX_SALT_BYTES} bytes", "cache_salt")
 
 
 def _check_id(name: str, value: str) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import ChainMap
-from collections.abc import AsyncIterator, Callable, Container, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,9 +15,11 @@ from kvcache.errors import RequestError, TwinpoolError
 from scheduler.batching import Batcher, SampledToken, StepOutput, StepPlan
 from scheduler.request import Request
 from workers.model.runner import ModelRunner
+from workers.rates import Rate
 from workers.step_progress import StepProgress
 from workers.step_times import StepLedger
 
+MEASURED_PROMPT_TOKENS = 16  # steps with fewer say more of decoding
 logger = logging.getLogger(__name__)
 
 
@@ -85,12 +87,19 @@ class StepLoop:
         self.prompt_tokens_computed = 0
         self.generation_tokens = 0
         self.times = StepLedger()
+        self.prefill_rate = Rate()  # prompt tokens per second
+        self.bring_back: Callable[[Request], Awaitable[None]] | None = None  # of KV tiers
         self.on_reserved: Callable[[Request], None] | None = None  # the decode role starts handoffs here
         self._runner = runner
         self._streams: dict[str, TokenStream] = {}
         self._work = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-step")
         self._progress = StepProgress(self._tell_layers)
+
+    async def prepare(self, request: Request) -> None:
+        """Call before ``submit``, for a sequence whose prompt is computed here."""
+        if self.bring_back is not None:
+            await self.bring_back(request)
 
     def submit(self, request: Request) -> TokenStream:
         """Queues a sequence. The caller calls ``release`` in the end, whatever happens.
@@ -141,7 +150,13 @@ class StepLoop:
                 await self._work.wait()
             else:
                 await self._step(plan)
-                self.times.add(plan.chunks, time.monotonic() - started_s)
+                self._note_times(plan, time.monotonic() - started_s)
+
+    def _note_times(self, plan: StepPlan, seconds: float) -> None:
+        self.times.add(plan.chunks, seconds)
+        num_prompt_tokens = sum(chunk.num_prompt_tokens for chunk in plan.chunks)
+        if num_prompt_tokens >= MEASURED_PROMPT_TOKENS:
+            self.prefill_rate.add(num_prompt_tokens, seconds)
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)

@@ -20,7 +20,7 @@ from kvcache.storage import BlockStorage, PagedStorage
 from kvcache.transfer.grpc_port import KVTransferService
 from kvcache.transfer.port_choice import HAS_SHM
 from kvcache.transfer.ports import make_port
-from kvcache.transfer.receiver import KVReceiver
+from kvcache.transfer.receiver import KVReceiver, ReceivedKV
 from kvcache.transfer.shm_service import ShmService
 from scheduler.batching import Batcher
 from scheduler.events import WorkerReported
@@ -29,9 +29,11 @@ from workers import worker_pb2_grpc
 from workers.cache_news import CacheNews
 from workers.channels import SERVER_OPTIONS, ChannelPool
 from workers.decode import DecodeRole
+from workers.kv_tiers import make_tiers
 from workers.model.cuda_model import choose_cuda_model, kv_cache_bytes, largest_step, record_decode
 from workers.model.runner import ModelRunner, StepModel, load_step_model
 from workers.model.transformers_model import load_model
+from workers.offers import OfferMaker, OfferTaker
 from workers.parallel.leader import GroupModel, LeaderGroup, StartFollowers
 from workers.parallel.rank import RankLostError
 from workers.prefill import PrefillRole
@@ -62,12 +64,27 @@ class Worker:
         failures: Counter[TransferFault] = Counter()
         self._decode = DecodeRole(self.step_loop, time.monotonic, self._channels, lambda: self.address, failures)
         port = make_port(options.kv_transfer_port, lambda address: self._channels(address).channel)
+        self.offers = OfferMaker(
+            self.manager, storage, time.monotonic, self._channels, port, options.kv_offer_rate, options.lease_ttl_s
+        )
+        self.offers_taken = OfferTaker(self.manager, time.monotonic)
+        self._decode.on_turn_end = self.offers.offer
         self._prefill = PrefillRole(self.step_loop, storage, time.monotonic, port, lease_ttl_s=options.lease_ttl_s)
-        self.transfers = KVReceiver(self.manager, storage, time.monotonic, self._decode.receive, failures)
+        self.transfers = KVReceiver(self.manager, storage, time.monotonic, self._receive, failures)
         self._shm = ShmService(self.transfers) if HAS_SHM and options.kv_transfer_port != "grpc" else None
+        self.tiers = make_tiers(options, self.manager, storage, self.step_loop.prefill_rate)
+        if self.tiers is not None:
+            self.step_loop.bring_back = self.tiers.bring_back
         self.cache_news = CacheNews(self.manager.pool.prefixes)
         self._server: grpc.aio.Server | None = None
         self._stepping: asyncio.Task[None] | None = None
+        self._offering: asyncio.Task[None] | None = None
+
+    def _receive(self, received: ReceivedKV) -> None:
+        if received.request_id in self.offers_taken:
+            self.offers_taken.receive(received.request_id)
+        else:
+            self._decode.receive(received)
 
     async def start(self) -> None:
         """Binds a free port of the host and begins to serve; ``address`` is known afterwards.
@@ -86,6 +103,7 @@ class Worker:
         self._start_shm()
         await self._server.start()
         self._stepping = asyncio.create_task(self.step_loop.run())
+        self._offering = asyncio.create_task(self.offers.run())
 
     def _start_shm(self) -> None:
         if self._shm is None:
@@ -109,9 +127,12 @@ class Worker:
             await self._server.stop(None)
         if self._shm is not None:
             await self._shm.stop()
-        if self._stepping is not None:
-            self._stepping.cancel()
-            await asyncio.wait({self._stepping})
+        for task in (self._offering, self._stepping):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait({task})
+        if self.tiers is not None:
+            await self.tiers.close()
         self.step_loop.close()
         if self.group is not None:
             self.group.close()
@@ -166,6 +187,9 @@ class Worker:
             transfer_seconds=transfers.receive_seconds,
             transfer_failures=tuple((fault.value, count) for fault, count in transfers.failures.items()),
             blocks_resumed=batcher.num_resumed_blocks,
+            tiers=self.tiers.loads() if self.tiers is not None else (),
+            offered_bytes=self.offers.sent_bytes,
+            offers_dropped=self.offers.num_dropped,
         )
 
     def report(self, incarnation: int) -> WorkerReported:
@@ -185,6 +209,7 @@ class Worker:
             SequenceLimits(options.max_model_len, options.vocab_size),
             self._prefill if options.role.takes(Phase.PREFILL) else None,
             self._decode if options.role.takes(Phase.DECODE) else None,
+            self.offers_taken,
         )
 
 

@@ -40,6 +40,10 @@ class WorkerOptions:
     device_profile: DeviceProfile | None = None  # given instead of measured
     gpu_memory_utilization: float = 0.9
     prefix_caching: bool = True
+    kv_host_cache_bytes: int = 0  # evicted blocks that a worker that prefills keeps in the host's memory
+    kv_file_cache_dir: str = ""
+    kv_file_cache_bytes: int = 0  # and in files there
+    kv_offer_rate: int = 0  # bytes per second that a decode worker may send back after turns; 0: none
     quantization: str = "none"  # or "int8", "int4"
     kv_transfer_port: PortName = "auto"
     log_level: str = "info"

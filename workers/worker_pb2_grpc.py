@@ -44,6 +44,11 @@ class WorkerStub:
                 request_serializer=workers_dot_worker__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=workers_dot_worker__pb2.PrefillProgress.FromString,
                 _registered_method=True)
+        self.Offer = channel.unary_stream(
+                '/twinpool.worker.Worker/Offer',
+                request_serializer=workers_dot_worker__pb2.OfferRequest.SerializeToString,
+                response_deserializer=workers_dot_worker__pb2.OfferReply.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -65,6 +70,14 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Offer(self, request, context):
+        """Decode worker to prefill worker, after a turn: will you have the KV of these tokens in your prefix cache? One
+        reply; the call lasts as long as the transfer that it names, and cancelling gives that up. See workers/offers.py.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +90,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=workers_dot_worker__pb2.PrefillRequest.FromString,
                     response_serializer=workers_dot_worker__pb2.PrefillProgress.SerializeToString,
+            ),
+            'Offer': grpc.unary_stream_rpc_method_handler(
+                    servicer.Offer,
+                    request_deserializer=workers_dot_worker__pb2.OfferRequest.FromString,
+                    response_serializer=workers_dot_worker__pb2.OfferReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -133,6 +151,33 @@ class Worker:
             '/twinpool.worker.Worker/Prefill',
             workers_dot_worker__pb2.PrefillRequest.SerializeToString,
             workers_dot_worker__pb2.PrefillProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Offer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/twinpool.worker.Worker/Offer',
+            workers_dot_worker__pb2.OfferRequest.SerializeToString,
+            workers_dot_worker__pb2.OfferReply.FromString,
             options,
             channel_credentials,
             insecure,

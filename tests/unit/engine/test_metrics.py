@@ -15,6 +15,7 @@ from scheduler.types import (
     ClusterSnapshot,
     DeviceProfile,
     PredictionErrors,
+    TierLoad,
     WorkerInfo,
     WorkerLoad,
     WorkerRole,
@@ -115,6 +116,7 @@ def test_counters_go_on_when_a_worker_restarts_and_stay_when_it_is_gone(board: B
         transfer_seconds=1.5,
         transfer_failures=(("expired", 3), ("aborted", 1), ("stale_epoch", 2)),
         blocks_resumed=9,
+        tiers=(TierLoad("host", 1000, 5, 4, 3, 2),),
     )
     first = worker("decode-0", WorkerRole.DECODE, load)
     restarted = worker("decode-0", WorkerRole.DECODE, WorkerLoad(transfer_bytes=10, preemptions=1), incarnation=2)
@@ -126,6 +128,8 @@ def test_counters_go_on_when_a_worker_restarts_and_stay_when_it_is_gone(board: B
     assert board.value("vllm:prefix_cache_hits_total", worker="decode-0") == 30
     assert board.value("twinpool_kv_transfer_seconds_total") == 1.5
     assert board.value("twinpool_kv_blocks_resumed_total") == 9
+    for name, number in (("hits", 5), ("evictions", 4), ("unsaved", 3), ("damaged", 2)):
+        assert board.value(f"twinpool_kv_tier_{name}_total", tier="host") == number
     assert board.value("twinpool_kv_transfers_fenced_total") == 2
     assert board.value("twinpool_kv_transfer_failures_total", reason="expired") == 3
 
