@@ -102,11 +102,16 @@ def _draw_roof(axes: Any, roof: Roof, color: str, *, numbered: bool) -> None:
     device = roof.device
     label = f"{device.name}: {device.gemm_gflop_s:,.0f} GFLOP/s, {device.read_gb_s:,.0f} GB/s"
     axes.plot(_INTENSITIES, [roof_gflop_s(device, each) for each in _INTENSITIES], color=color, label=label)
-    for name, gflop_s in roof.compute_roofs:
+    for index, (name, gflop_s) in enumerate(roof.compute_roofs):
         ridge = gflop_s / device.read_gb_s
         axes.plot([ridge, _INTENSITIES[-1]], [gflop_s, gflop_s], color=color, linestyle=":", linewidth=1)
         axes.annotate(
-            name, (_INTENSITIES[-1], gflop_s), xytext=(-2, 2), textcoords="offset points", ha="right", fontsize=7
+            name,
+            (_INTENSITIES[-1] / 3, gflop_s),  # between two points
+            xytext=(-2, -8 if index % 2 else 2),  # two roofs may be close
+            textcoords="offset points",
+            ha="right",
+            fontsize=7,
         )
     for marker, points, filled in (("o", prefill_points(roof), False), ("s", decode_points(roof), True)):
         axes.plot(
