@@ -1,8 +1,8 @@
 """The placement policies beside each other: the same requests, in virtual time, on unlike devices.
 
 ``python -m benchmarks.policies [--trace FILE] [--json FILE]``. Without a trace the requests are questions about
-documents, some asked about more often than others, which no worker has room for all of. The controller is the one that serves; its workers are
-modelled by the cost model (``scheduler/sim``). The model is of 8 B parameters in 16 bits.
+documents, some asked about more often than others, which no worker has room for all of. The controller is the one
+that serves; its workers are modelled by the cost model (``scheduler/sim``). The model has 8 B parameters in 16 bits.
 """
 
 from __future__ import annotations
@@ -99,9 +99,13 @@ def summarize(requests: Sequence[SimulatedRequest], simulator: Simulator, option
     tokens = prompt_tokens + sum(request.num_output_tokens for request in requests)
     spent = sum(worker.busy_s * worker.info.device.price_per_hour / 3600 for worker in simulator.workers.values())
     in_place = sum(request.placement is not None and request.placement.prefill is None for request in requests)
+    ttft_p50, ttft_p99 = (round(1000 * float(np.percentile(ttft, share)), 1) for share in (50, 99))
+    tpot_p50, tpot_p99 = (round(1000 * float(np.percentile(tpot, share)), 2) for share in (50, 99))
     return PolicyResult(
-        *(round(1000 * float(np.percentile(ttft, share)), 1) for share in (50, 99)),
-        *(round(1000 * float(np.percentile(tpot, share)), 2) for share in (50, 99)),
+        ttft_p50,
+        ttft_p99,
+        tpot_p50,
+        tpot_p99,
         goodput=round(float(good.mean()), 4),
         cache_hit_rate=round(sum(request.num_cached_tokens for request in requests) / prompt_tokens, 4),
         in_place=round(in_place / len(requests), 4),

@@ -12,8 +12,9 @@ MAX_NAMES = 8192  # in one heartbeat, 64 KiB; the rest comes with the next
 class CacheNews:
     """Deltas in a row, the first with all that is cached, as far as it fits. Used on the worker's event loop."""
 
-    def __init__(self, prefixes: PrefixIndex) -> None:
+    def __init__(self, prefixes: PrefixIndex, max_names: int = MAX_NAMES) -> None:
         self._prefixes = prefixes
+        self._max_names = max_names
         self._sequence = 0
 
     def begin_anew(self) -> None:
@@ -25,7 +26,7 @@ class CacheNews:
         """The next delta; None when nothing changed."""
         if not self._prefixes.tells:
             self.begin_anew()
-        news = self._prefixes.take_news(MAX_NAMES)
+        news = self._prefixes.take_news(self._max_names)
         if self._sequence and not news.added and not news.removed:
             return None
         delta = CacheDelta(self._sequence, pack_names(news.added), pack_names(news.removed))

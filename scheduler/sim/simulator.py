@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from scheduler.controller import ClusterController
 from scheduler.cost_model import CostModel
@@ -82,7 +83,7 @@ class Simulator:
         """
         self._num_open = len(requests)
         for request in requests:
-            self.time.at(request.arrival_s, lambda request=request: self._arrive(request))
+            self.time.at(request.arrival_s, partial(self._arrive, request))
         self.time.run_until(lambda: self._num_open == 0)
 
     def _tell(self, event: Event) -> None:

@@ -1,0 +1,142 @@
+"""The scheduler's figures: ``python -m benchmarks.scheduler [--parts core,live,cost,mixed] [--json FILE]``.
+
+========  ==============================================================================================
+core      placements per second in one process, and what more workers cost; no Ray, virtual time
+live      the same through the real Ray actor, and what a placement adds to the time to the first token
+cost      how far off the cost model is on this machine, after traffic (``benchmarks.scheduler_cost``)
+mixed     chats with long prompts between them, on our servers and on peers, in turns
+========  ==============================================================================================
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import orjson
+
+from benchmarks.command_line import Parser, exit_status, write_json
+from benchmarks.machine import describe_machine, describe_versions
+from benchmarks.scheduler_core import CoreResult, measure_core
+from benchmarks.scheduler_live import measure_live
+from benchmarks.scheduler_mixed import OWN_SERVERS, MixedLoad, measure_mixed, targets
+from kvcache.errors import ConfigError, ResourceError
+from scheduler.policies import POLICIES
+
+PARTS = ("core", "live", "cost", "mixed")
+NUM_WORKERS, NUM_IN_FLIGHT = 1000, 100_000
+FEWEST_WORKERS, MOST_WORKERS = 10, 10_000
+Report = dict[str, object]
+
+
+class Settings:
+    """The command line, checked."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        args = _parser().parse_args(arguments)
+        self.json: Path | None = args.json
+        self.parts: list[str] = [part for part in args.parts.split(",") if part]
+        unknown = [part for part in self.parts if part not in PARTS]
+        if unknown or not self.parts:
+            raise ConfigError(f"--parts is {args.parts!r}; there are {', '.join(PARTS)}")
+        if args.placements < 1000 or args.rounds < 1 or args.seconds <= 0:
+            raise ConfigError("--placements must be at least 1000, --rounds at least 1 and --seconds above 0")
+        if args.policy not in POLICIES:
+            raise ConfigError(f"--policy is {args.policy!r}; there are {', '.join(POLICIES)}")
+        self.placements: int = args.placements
+        self.policy: str = args.policy
+        self.rounds: int = args.rounds
+        self.load: MixedLoad | None = None
+        if "mixed" in self.parts:
+            if args.mixed_load is None:
+                raise ConfigError("--parts mixed needs --mixed-load, the script that makes the load")
+            rates = (args.chat_rate, args.long_rate, args.ttft_ms, args.tpot_ms)
+            self.load = MixedLoad(args.mixed_load, args.seconds, *rates)
+        self.servers = targets([name for name in args.own.split(",") if name], args.peer, args.port)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m benchmarks.scheduler", description="Measures the scheduler.")
+    parser.add_argument("--parts", default="core,live", help=f"some of {','.join(PARTS)} (default: core,live)")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--placements", type=int, default=20_000, help="measured, of core and live")
+    parser.add_argument("--policy", default="cost")
+    parser.add_argument("--mixed-load", type=Path, metavar="SCRIPT", help="makes the load of the part mixed")
+    parser.add_argument("--own", default=",".join(OWN_SERVERS), help="our servers in the part mixed")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND|URL", help="may be repeated")
+    parser.add_argument("--port", type=int, default=8123, help="of the servers that are started")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=120.0, help="of each run of the mixed load")
+    parser.add_argument("--chat-rate", type=float, default=0.7)
+    parser.add_argument("--long-rate", type=float, default=0.12)
+    parser.add_argument("--ttft-ms", type=float, default=1500.0)
+    parser.add_argument("--tpot-ms", type=float, default=120.0)
+    return parser
+
+
+def measure_core_part(settings: Settings) -> Report:
+    """Three sizes of cluster with the same load per worker, the largest with that of the middle one."""
+    sizes = {FEWEST_WORKERS: 1000, NUM_WORKERS: NUM_IN_FLIGHT, MOST_WORKERS: NUM_IN_FLIGHT}
+    results: dict[int, CoreResult] = {}
+    for num_workers, num_in_flight in sizes.items():
+        results[num_workers] = measure_core(num_workers, num_in_flight, settings.placements, settings.policy)
+        print(results[num_workers], file=sys.stderr, flush=True)
+    return {
+        "placements_per_s": results[NUM_WORKERS].placements_per_s,
+        "p99_us": results[NUM_WORKERS].p99_us,
+        "growth_10_to_10000": results[MOST_WORKERS].p50_us / results[FEWEST_WORKERS].p50_us,
+        "core": [asdict(result) for result in results.values()],
+    }
+
+
+def measure_live_part(settings: Settings) -> Report:
+    result = measure_live(settings.placements, seconds=15.0, policy=settings.policy)
+    print(result, file=sys.stderr, flush=True)
+    return {
+        "live_placements_per_s": result.placements_per_s,
+        "ttft_added_ms": {"p50": result.delay_p50_ms, "p99": result.delay_p99_ms},
+    }
+
+
+def measure_cost_part(_settings: Settings) -> Report:
+    """In a process of its own, which starts a cluster and ends it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "cost.json"
+        command = [sys.executable, "-m", "benchmarks.scheduler_cost", "--json", str(file)]
+        if subprocess.run(command, check=False).returncode:
+            raise ResourceError("benchmarks.scheduler_cost failed")
+        measured = orjson.loads(file.read_bytes())["cost_model_error"]
+    return {"cost_model_error": {name: measured[name] for name in ("tpot_median", "ttft_median")}}
+
+
+def measure_mixed_part(settings: Settings) -> Report:
+    assert settings.load is not None, "checked with the command line"
+    result = measure_mixed(settings.servers, settings.load, settings.rounds)
+    for name, numbers in result.items():
+        print(name, numbers["median"], file=sys.stderr, flush=True)
+    load = {key: value for key, value in asdict(settings.load).items() if key != "script"}
+    return {"mixed": {"load": load | {"rounds": settings.rounds}, "servers": result}}
+
+
+def run(arguments: Sequence[str]) -> int:
+    settings = Settings(arguments)
+    measures: dict[str, Callable[[Settings], Report]] = {
+        "core": measure_core_part,
+        "live": measure_live_part,
+        "cost": measure_cost_part,
+        "mixed": measure_mixed_part,
+    }
+    report: Report = {}
+    for part in settings.parts:
+        report |= measures[part](settings)
+    report |= {"machine": describe_machine(), "versions": describe_versions("ray")}
+    write_json(settings.json, report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(lambda: run(sys.argv[1:])))

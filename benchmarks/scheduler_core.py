@@ -1,0 +1,185 @@
+"""How fast the controller itself places: one process, no Ray, virtual time."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvcache.spec import KVCacheSpec
+from scheduler.cache_index import MAX_HASHES
+from scheduler.controller import ClusterController
+from scheduler.events import (
+    Event,
+    PlaceRequest,
+    PrefillDone,
+    RequestArrived,
+    RequestEnded,
+    Tick,
+    WorkerRegistered,
+    WorkerReported,
+)
+from scheduler.placement import PlacementOptions
+from scheduler.types import CacheDelta, DeviceProfile, ModelShape, PrefixHashes, WorkerInfo, WorkerLoad, WorkerRole
+
+BLOCK_TOKENS = 16
+PROMPT_TOKENS = 1024
+OUTPUT_TOKENS = 128
+NUM_CONVERSATIONS = 2000
+HOLDERS_PER_CONVERSATION = 3
+REQUESTS_PER_S = 20_000.0  # of virtual time
+PREFILLING = 200  # requests whose first token is still to come
+HEARTBEAT_S = 0.5
+
+# 8 B parameters in 16 bits; three kinds of devices at about what they reach.
+SHAPE = ModelShape(32, 14e9, 1e9, 14e9, 1e9, 4 * 32 * 4096.0, 131_072)
+SPEC = KVCacheSpec(32, 8, 128, BLOCK_TOKENS, "bfloat16")
+DEVICES = (
+    DeviceProfile("compute", 600_000.0, 2_600.0, 80 << 30, price_per_hour=3.0, link_gb_s=25.0),
+    DeviceProfile("bandwidth", 230_000.0, 1_600.0, 80 << 30, price_per_hour=1.6, link_gb_s=25.0),
+    DeviceProfile("cheap", 200_000.0, 700.0, 48 << 30, price_per_hour=0.8, link_gb_s=12.0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CoreResult:
+    """``placements_per_s``: with everything that a request brings beside it, its other two events among them."""
+
+    num_workers: int
+    num_in_flight: int
+    num_placements: int
+    placements_per_s: float
+    mean_us: float  # of a placement alone, as are the next three
+    p50_us: float
+    p99_us: float
+    max_us: float
+
+
+def measure_core(
+    num_workers: int, num_in_flight: int, num_placements: int, policy: str = "cost", seed: int = 0
+) -> CoreResult:
+    """Fills a cluster, then keeps it full: for every request that comes one gets its first token and one ends."""
+    controller = ClusterController(options=PlacementOptions(policy))
+    rng = np.random.default_rng(seed)
+    for info in workers(num_workers, num_in_flight):
+        controller.handle(WorkerRegistered(info), 0.0)
+    conversations, reports = publish(num_workers, rng)
+    for report in reports:
+        controller.handle(report, 0.0)
+    picks = rng.integers(NUM_CONVERSATIONS, size=num_in_flight + num_placements).tolist()
+    requests = (
+        RequestArrived(f"r{number}", PROMPT_TOKENS, OUTPUT_TOKENS, prefixes=(conversations[pick],))
+        for number, pick in enumerate(picks)
+    )
+    load = _Load(controller, requests, num_workers)
+    for _ in range(num_in_flight):
+        load.arrive()
+    load.seconds.clear()
+    gc.collect()
+    gc.freeze()
+    started = time.perf_counter()
+    for _ in range(num_placements):
+        load.end_oldest()
+        load.arrive()
+    elapsed = time.perf_counter() - started
+    gc.unfreeze()
+    microseconds = np.array(load.seconds) * 1e6
+    return CoreResult(
+        num_workers,
+        num_in_flight,
+        num_placements,
+        num_placements / elapsed,
+        float(microseconds.mean()),
+        *(float(np.percentile(microseconds, share)) for share in (50, 99, 100)),
+    )
+
+
+class _Load:
+    """Requests as they come and go, and the workers' heartbeats between them."""
+
+    def __init__(self, controller: ClusterController, requests: Iterator[RequestArrived], num_workers: int) -> None:
+        self.seconds: list[float] = []  # of each placement
+        self._controller = controller
+        self._requests = requests
+        self._now = 0.0
+        self._prefilling: deque[str] = deque()
+        self._decoding: deque[str] = deque()
+        self._num_workers = num_workers
+        self._num_heartbeats = 0
+
+    def arrive(self) -> None:
+        request = next(self._requests)
+        self._now += 1 / REQUESTS_PER_S
+        started = time.perf_counter()
+        (command,) = self._controller.handle(request, self._now)
+        self.seconds.append(time.perf_counter() - started)
+        assert isinstance(command, PlaceRequest), "there is room for everybody"
+        self._prefilling.append(request.request_id)
+        if len(self._prefilling) > PREFILLING:
+            request_id = self._prefilling.popleft()
+            self._handle(PrefillDone(request_id))
+            self._decoding.append(request_id)
+        self._send_heartbeats()
+
+    def end_oldest(self) -> None:
+        self._handle(RequestEnded(self._decoding.popleft(), OUTPUT_TOKENS))
+
+    def _send_heartbeats(self) -> None:
+        """Every worker's, spread over the interval; and the tick that looks for silent ones."""
+        due = int(self._now / HEARTBEAT_S * self._num_workers)
+        while self._num_heartbeats < due:
+            worker_id = f"w{self._num_heartbeats % self._num_workers}"
+            self._handle(WorkerReported(worker_id, 1, WorkerLoad()))
+            if self._num_heartbeats % self._num_workers == 0:
+                self._handle(Tick())
+            self._num_heartbeats += 1
+
+    def _handle(self, event: Event) -> None:
+        self._controller.handle(event, self._now)
+
+
+def workers(num_workers: int, num_in_flight: int) -> Iterator[WorkerInfo]:
+    """Half of them prefill, half decode; three kinds of devices in each pool; room for all requests."""
+    places = 4 * -(-num_in_flight // num_workers) + 64
+    for number in range(num_workers):
+        yield WorkerInfo(
+            f"w{number}",
+            1,
+            WorkerRole.PREFILL if number % 2 else WorkerRole.DECODE,
+            f"w{number}:1",
+            1,
+            DEVICES[number // 2 % len(DEVICES)],
+            "model",
+            8192,
+            SPEC,
+            num_blocks=places * (PROMPT_TOKENS + OUTPUT_TOKENS) // BLOCK_TOKENS,
+            shape=SHAPE,
+            max_num_seqs=places,
+            max_num_batched_tokens=2048,
+        )
+
+
+def publish(num_workers: int, rng: np.random.Generator) -> tuple[list[PrefixHashes], list[WorkerReported]]:
+    """Conversations over four system prompts that all workers have; of each some workers have a part or all.
+
+    Returns the names of their blocks, and the heartbeats that tell who has what.
+    """
+    num_blocks = PROMPT_TOKENS // BLOCK_TOKENS
+    shared = rng.integers(1 << 62, size=(4, num_blocks // 8))
+    own = rng.integers(1 << 62, size=(NUM_CONVERSATIONS, num_blocks - num_blocks // 8))
+    chains = np.concatenate([shared[np.arange(NUM_CONVERSATIONS) % 4], own], axis=1).astype("<u8")
+    held = [[shared.astype("<u8").ravel()] for _ in range(num_workers)]
+    for chain in chains:
+        for worker in rng.integers(num_workers, size=HOLDERS_PER_CONVERSATION):
+            held[worker].append(chain[: rng.integers(1, num_blocks)])
+    reports = [
+        WorkerReported(f"w{number}", 1, WorkerLoad(), cache=CacheDelta(0, np.concatenate(names).tobytes()))
+        for number, names in enumerate(held)
+    ]
+    every = -(-num_blocks // MAX_HASHES)  # as the gateway sends them
+    sampled = (tuple(chain[every - 1 :: every].tolist()) for chain in chains)
+    return [PrefixHashes(BLOCK_TOKENS, every * BLOCK_TOKENS, hashes) for hashes in sampled], reports

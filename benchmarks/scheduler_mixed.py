@@ -1,0 +1,169 @@
+"""The mixed load of chats and long prompts against several servers, one after the other, in rounds.
+
+The load is a script of its own, which knows nothing of us; here servers are started, waited for and ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import orjson
+
+from kvcache.errors import ConfigError, ResourceError
+
+Numbers = dict[str, float | None]
+_Key = TypeVar("_Key")
+START_TIMEOUT_S = 600.0
+STOP_TIMEOUT_S = 60.0
+_OWN = f"{shlex.quote(sys.executable)} -m engine.cli serve --dtype float32 --port {{port}}"
+OWN_SERVERS = {
+    "two_pools": f"{_OWN} --prefill-workers 1 --decode-workers 1 --threads-per-worker 1",
+    "colocated": f"{_OWN} --colocated 1 --threads-per-worker 2",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server to load. ``command`` is empty for one that runs already."""
+
+    name: str
+    url: str
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MixedLoad:
+    """What the script is told."""
+
+    script: Path
+    seconds: float
+    chat_rate: float
+    long_rate: float
+    ttft_ms: float
+    tpot_ms: float
+
+
+def targets(own: Sequence[str], peers: Sequence[str], port: int) -> list[Target]:
+    """Our servers by name, and peers as ``NAME=COMMAND`` (with ``{port}`` for the port) or ``NAME=URL``.
+
+    Raises:
+        ConfigError: an unknown name, or a peer that is neither.
+    """
+    found = []
+    for name in own:
+        if name not in OWN_SERVERS:
+            raise ConfigError(f"there is no server {name!r} of our own; there are {', '.join(OWN_SERVERS)}")
+        found.append(_target(name, OWN_SERVERS[name], port))
+    for peer in peers:
+        name, equals, what = peer.partition("=")
+        if not name or not equals or not what:
+            raise ConfigError(f"--peer is {peer!r}; it must be NAME=URL, or NAME=COMMAND with {{port}} in it")
+        found.append(_target(name, what, port))
+    names = [target.name for target in found]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"two servers have the same name: {', '.join(names)}")
+    return found
+
+
+def _target(name: str, what: str, port: int) -> Target:
+    if what.startswith(("http://", "https://")):
+        return Target(name, what.rstrip("/"))
+    if "{port}" not in what:
+        raise ConfigError(f"the command of {name} does not say {{port}}, where its port must stand")
+    return Target(name, f"http://127.0.0.1:{port}", what.replace("{port}", str(port)))
+
+
+def measure_mixed(servers: Sequence[Target], load: MixedLoad, rounds: int) -> dict[str, dict[str, object]]:
+    """Of each server the median over the rounds, and all of them.
+
+    Raises:
+        ResourceError: a server did not start, or the script failed.
+    """
+    runs: dict[str, list[Numbers]] = {server.name: [] for server in servers}
+    for number in range(rounds):
+        for server in servers:
+            print(f"mixed, round {number + 1} of {rounds}: {server.name}", file=sys.stderr, flush=True)
+            with running(server):
+                runs[server.name].append(run_load(server.url, load, seed=number))
+    return {name: {"median": medians(of_one), "rounds": of_one} for name, of_one in runs.items()}
+
+
+def medians(runs: Sequence[Mapping[_Key, float | None]]) -> dict[_Key, float | None]:
+    """Key by key, over the rounds that have the number."""
+    keys = dict.fromkeys(key for run in runs for key in run)
+    known = {key: [value for run in runs if (value := run.get(key)) is not None] for key in keys}
+    return {key: statistics.median(values) if values else None for key, values in known.items()}
+
+
+def run_load(url: str, load: MixedLoad, seed: int) -> Numbers:
+    arguments = [
+        *("--seconds", load.seconds, "--chat-rate", load.chat_rate, "--long-rate", load.long_rate),
+        *("--ttft", load.ttft_ms, "--tpot", load.tpot_ms, "--seed", seed),
+    ]
+    command = [sys.executable, str(load.script), url, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=load.seconds + 900, check=False)
+    try:
+        numbers: Numbers = orjson.loads(done.stdout.splitlines()[-1])
+    except (IndexError, orjson.JSONDecodeError):
+        raise ResourceError(f"{load.script.name} failed on {url}: {done.stderr[-500:]}") from None
+    return numbers
+
+
+@contextlib.contextmanager
+def running(server: Target) -> Iterator[None]:
+    """Starts the server, unless it runs already, and ends all its processes afterwards."""
+    if not server.command:
+        yield
+        return
+    with tempfile.NamedTemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            shlex.split(server.command), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            _wait_until_ready(server, process, output.name)
+            yield
+        finally:
+            _end(process)
+
+
+def _wait_until_ready(server: Target, process: subprocess.Popen[bytes], output: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not _answers(server.url):
+        if process.poll() is not None or time.monotonic() > deadline:
+            tail = Path(output).read_text(errors="replace")[-500:]
+            raise ResourceError(f"{server.name} did not start: {tail}")
+        time.sleep(0.5)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=2) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """As Ctrl-C would; whoever is left in its session after a while is killed."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
