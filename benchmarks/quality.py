@@ -1,4 +1,4 @@
-"""What rounding costs, of weights and of the KV cache: perplexity and greedy agreement with float32, on a text.
+"""What rounding costs, of weights, of the KV cache and of KV on its way: perplexity and greedy agreement with float32.
 
 ``python -m benchmarks.quality [--model MODEL] [--tokens 20992] [--text FILE] [--json FILE]``
 
@@ -24,8 +24,10 @@ from tqdm import tqdm
 from benchmarks.machine import describe_machine, describe_versions
 from engine.tokenizer import Tokenizer
 from kvcache.errors import ConfigError, TwinpoolError
+from kvcache.rows import decode_rows
 from kvcache.spec import KVCacheSpec
-from kvcache.storage import PagedStorage
+from kvcache.storage import ROW_DTYPES, PagedStorage
+from kvcache.transfer.compress import RoundedReads
 from scheduler.batching import ScheduledChunk, StepPlan
 from workers.model.attention_layers import read_attention_layers
 from workers.model.checkpoint import DEFAULT_MODEL, describe_checkpoint, prepare_checkpoint
@@ -45,6 +47,8 @@ CASES = (
     (WeightFormat.BFLOAT16, "int8"),
     (WeightFormat.INT8, "int8"),
 )
+# KV on its way, as ``--kv-transfer-dtype``: the first half of each window is handed over, the second is measured.
+SENT_AS = ("float32", "int8", "fp8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,50 @@ def measure(model: str, num_tokens: int, text: Path | None) -> dict[str, Quality
         first = next(iter(results.values())).perplexity if results else perplexity
         agreement = float((likeliest == reference).float().mean())
         results[name] = Quality(perplexity, perplexity / first, agreement)
-    return results
+        if len(results) == 1:
+            sent = _measure_sent(decoder, spec, windows)
+    return results | sent
+
+
+def _measure_sent(decoder: FusedDecoder, spec: KVCacheSpec, windows: Sequence[list[int]]) -> dict[str, Quality]:
+    """By "sent as dtype"; the first is what the others are compared with."""
+    runs = {dtype: _perplexity_after_handoff(decoder, spec, windows, dtype) for dtype in SENT_AS}
+    first, reference = runs[SENT_AS[0]]
+    return {
+        f"sent as {dtype}": Quality(perplexity, perplexity / first, float((likeliest == reference).float().mean()))
+        for dtype, (perplexity, likeliest) in runs.items()
+    }
+
+
+def _perplexity_after_handoff(
+    decoder: FusedDecoder, spec: KVCacheSpec, windows: Sequence[list[int]], dtype: str
+) -> tuple[float, torch.Tensor]:
+    """Of the second half of each window, over KV of the first that came in ``dtype``."""
+    num_blocks, half = spec.num_blocks_for(WINDOW), WINDOW // 2
+    storage = PagedStorage(spec, num_blocks)
+    loss, likeliest = 0.0, []
+    for window in tqdm(windows, desc=f"sent as {dtype}", disable=not sys.stderr.isatty(), leave=False):
+        table = tuple(range(num_blocks))
+        prompt = ScheduledChunk("window", tuple(window[:half]), 0, half, table, None)
+        decoder.logits_of_rows(StepPlan((prompt,)), storage, [])
+        if dtype != spec.dtype:
+            _hand_over(storage, table[: spec.num_blocks_for(half)], dtype)
+        rest = ScheduledChunk("window", tuple(window[half:]), half, WINDOW - half, table, None)
+        logits = decoder.logits_of_rows(StepPlan((rest,)), storage, list(range(WINDOW - half - 1)))
+        targets = torch.tensor(window[half + 1 :]).unsqueeze(1)
+        loss -= float(torch.log_softmax(logits, dim=-1).gather(1, targets).sum())
+        likeliest.append(logits.argmax(dim=-1))
+    return math.exp(loss / (len(windows) * (WINDOW - half - 1))), torch.cat(likeliest)
+
+
+def _hand_over(storage: PagedStorage, block_ids: Sequence[int], dtype: str) -> None:
+    """The blocks become what a receiver would make of them."""
+    reads = RoundedReads(storage, dtype)
+    for layer in range(storage.spec.num_layers):
+        rows = torch.frombuffer(reads.read_blocks(layer, block_ids), dtype=torch.uint8)
+        rows = rows.view(-1, reads.spec.row_bytes).view(ROW_DTYPES[dtype])
+        numbers = decode_rows(rows, ROW_DTYPES[storage.spec.dtype]).view(torch.uint8).flatten()
+        storage.write_blocks(layer, block_ids, memoryview(numbers.numpy().data))
 
 
 def _perplexity(

@@ -56,6 +56,11 @@ _OUR_GAUGES = (
 )
 _OUR_COUNTERS = (
     _WorkerMetric(
+        "kv_transfers_compressed",
+        "Handoffs from a worker that were rounded for the way.",
+        lambda worker: worker.load.transfers_compressed,
+    ),
+    _WorkerMetric(
         "kv_offered_bytes", "KV sent back to prefill workers after turns.", lambda worker: worker.load.offered_bytes
     ),
     _WorkerMetric(

@@ -161,6 +161,12 @@ class ServeConfig(BaseSettings):
     enable_prefix_caching: bool = _option(
         True, "KV cache and batching", "keep the KV of prompts and answers for prompts that begin the same"
     )
+    kv_transfer_dtype: Literal["auto", "native", "int8", "fp8"] = _option(
+        "native",
+        "KV cache and batching",
+        "dtype of KV between pools; auto is int8 where the link would delay the first token, else as it is kept",
+        "DTYPE",
+    )
     kv_host_cache_bytes: ByteSize = _option(
         0,
         "KV cache and batching",
@@ -305,6 +311,12 @@ class ServeConfig(BaseSettings):
             raise ValueError("kv_file_cache_dir and kv_file_cache_bytes need each other: where, and how much")
         if (self.kv_host_cache_bytes or self.kv_file_cache_bytes) and not self.enable_prefix_caching:
             raise ValueError("KV tiers keep what prefix caches evict, and enable_prefix_caching is off")
+        return self
+
+    @model_validator(mode="after")
+    def _check_transfers(self) -> Self:
+        if self.kv_transfer_dtype != "native" and not self.num_prefill_workers:
+            raise ValueError(f"kv_transfer_dtype is {self.kv_transfer_dtype}, and colocated workers hand nothing over")
         return self
 
     @model_validator(mode="after")

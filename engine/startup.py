@@ -150,6 +150,7 @@ def make_plan(config: ServeConfig, path: Path, nodes: Sequence[Node] | None = No
             gpu_memory_utilization=config.gpu_memory_utilization or GPU_MEMORY_UTILIZATION,
             quantization=config.quantization,
             prefix_caching=config.enable_prefix_caching,
+            kv_transfer_dtype=config.kv_transfer_dtype,
             kv_host_cache_bytes=int(config.kv_host_cache_bytes),
             kv_file_cache_dir=str(Path(config.kv_file_cache_dir).absolute()) if config.kv_file_cache_dir else "",
             kv_file_cache_bytes=int(config.kv_file_cache_bytes or 0),

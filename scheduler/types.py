@@ -174,6 +174,7 @@ class WorkerLoad:
     transfer_seconds: float = 0.0
     transfer_failures: tuple[tuple[str, int], ...] = ()  # (fault, count)
     blocks_resumed: int = 0  # of handoffs that broke: verified before, so they did not come again
+    transfers_compressed: int = 0  # handoffs from here that were rounded for the way
     tiers: tuple[TierLoad, ...] = ()
     offered_bytes: int = 0  # KV payload sent back to prefill workers after a turn
     offers_dropped: int = 0  # turns that were not sent back for want of budget or room, or because it broke

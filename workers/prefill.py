@@ -18,6 +18,7 @@ from workers import worker_pb2 as pb
 from workers.messages import logprobs_to_wire, prompt_logprobs_to_wire
 from workers.step_loop import StepLoop
 from workers.step_times import TransferLedger
+from workers.transfer_dtype import WireFormat
 
 HEARTBEAT_INTERVAL_S = 1.0
 HEARTBEATS_PER_LEASE = 4  # at least: a lost one costs nothing
@@ -52,12 +53,14 @@ class PrefillRole:
         clock: Callable[[], float],
         port: KVPort,
         lease_ttl_s: float,
+        wire: WireFormat,
     ) -> None:
         self.times = TransferLedger()
         self._loop = loop
         self._storage = storage
         self._clock = clock
         self._port = port
+        self._wire = wire
         self._stall_timeout_s = lease_ttl_s
         self._heartbeat_interval_s = min(HEARTBEAT_INTERVAL_S, lease_ttl_s / HEARTBEATS_PER_LEASE)
         self._targets: dict[str, TransferTarget] = {}  # by request id, as long as the request lives
@@ -127,8 +130,9 @@ class PrefillRole:
                     outbox.put_nowait(message)
                 sending = self._sendings[request.request_id]
                 sending.transfer.complete(PrefillOutcome(first.token_id, request.num_cached_tokens))
-                started_s = self._clock()
+                started_s, bytes_left = self._clock(), sending.transfer.num_bytes_left
                 await sending.task
+                self._wire.note_link(target.address, bytes_left, self._clock() - started_s)
                 num_bytes = len(sending.lease.block_ids) * self._storage.spec.block_bytes
                 self.times.add(target.address, num_bytes, self._clock() - started_s)
                 self._loop.batcher.manager.leases.commit(sending.lease)
@@ -171,7 +175,10 @@ class PrefillRole:
         first_block = target.num_held_tokens // self._storage.spec.block_size
         lease = batcher.lease_for_handoff(request_id, target.transfer_id, self._clock(), first_block)
         batcher.manager.leases.start_sending(lease)
-        transfer = OutgoingTransfer(self._storage, lease, target)
+        end_block = lease.first_block + len(lease.block_ids)
+        num_tokens = end_block * self._storage.spec.block_size - chunk.start  # to be computed, to the end of a block
+        storage = self._wire.storage_for(target.address, len(lease.block_ids), num_tokens)
+        transfer = OutgoingTransfer(storage, lease, target)
         spec = self._storage.spec
         transfer.mark_ready(spec.num_layers, chunk.start // spec.block_size)  # cached: nothing to wait for
         task = asyncio.create_task(send_kv(self._port, transfer, self._stall_timeout_s))

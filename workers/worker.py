@@ -40,6 +40,7 @@ from workers.prefill import PrefillRole
 from workers.probe import probe_device, probed_model
 from workers.service import SequenceLimits, WorkerService
 from workers.step_loop import StepLoop
+from workers.transfer_dtype import WireFormat
 from workers.worker_options import WorkerOptions
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,10 @@ class Worker:
         )
         self.offers_taken = OfferTaker(self.manager, time.monotonic)
         self._decode.on_turn_end = self.offers.offer
-        self._prefill = PrefillRole(self.step_loop, storage, time.monotonic, port, lease_ttl_s=options.lease_ttl_s)
+        self.wire = WireFormat(storage, options.kv_transfer_dtype, self.step_loop.prefill_rate)
+        self._prefill = PrefillRole(
+            self.step_loop, storage, time.monotonic, port, lease_ttl_s=options.lease_ttl_s, wire=self.wire
+        )
         self.transfers = KVReceiver(self.manager, storage, time.monotonic, self._receive, failures)
         self._shm = ShmService(self.transfers) if HAS_SHM and options.kv_transfer_port != "grpc" else None
         self.tiers = make_tiers(options, self.manager, storage, self.step_loop.prefill_rate)
@@ -187,6 +191,7 @@ class Worker:
             transfer_seconds=transfers.receive_seconds,
             transfer_failures=tuple((fault.value, count) for fault, count in transfers.failures.items()),
             blocks_resumed=batcher.num_resumed_blocks,
+            transfers_compressed=self.wire.num_compressed,
             tiers=self.tiers.loads() if self.tiers is not None else (),
             offered_bytes=self.offers.sent_bytes,
             offers_dropped=self.offers.num_dropped,

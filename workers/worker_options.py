@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from kvcache.spec import KVCacheSpec
 from kvcache.transfer.port_choice import PortName
@@ -11,6 +12,7 @@ from scheduler.room import Room
 from scheduler.types import DeviceProfile, ModelShape, WorkerRole
 from workers.device import Device
 
+TransferDtype = Literal["auto", "native", "int8", "fp8"]
 ANY_ROOM = Room()
 NODE_ADDRESS = "node"  # as ``WorkerOptions.host``: that of the node where the worker happens to run
 
@@ -40,6 +42,7 @@ class WorkerOptions:
     device_profile: DeviceProfile | None = None  # given instead of measured
     gpu_memory_utilization: float = 0.9
     prefix_caching: bool = True
+    kv_transfer_dtype: TransferDtype = "native"
     kv_host_cache_bytes: int = 0  # evicted blocks that a worker that prefills keeps in the host's memory
     kv_file_cache_dir: str = ""
     kv_file_cache_bytes: int = 0  # and in files there

@@ -77,6 +77,11 @@ class OutgoingTransfer:
             self._ready[layer] = max(self._ready[layer], num_blocks)
         self.changed.set()
 
+    @property
+    def num_bytes_left(self) -> int:
+        """Payload that no port has taken yet."""
+        return sum(self._end_block - sent for sent in self._sent) * self._storage.spec.layer_block_bytes
+
     def complete(self, outcome: PrefillOutcome) -> None:
         """Everything is computed; the commit may follow the last block."""
         self._outcome = outcome

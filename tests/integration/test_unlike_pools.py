@@ -87,3 +87,43 @@ def test_pools_with_other_kv_dtypes_answer_to_what_rounding_costs(
         return sum(ours == theirs for ours, theirs in pairs) / len(pairs)
 
     assert asyncio.run(scenario()) > 0.3
+
+
+@pytest.mark.parametrize("sent", ["int8", "fp8"])
+def test_kv_that_is_rounded_for_the_way_takes_less_of_it(checkpoint: TinyCheckpoint, sent: str) -> None:
+    prompts = [checkpoint.prompt(length, seed=length) for length in LENGTHS]
+
+    async def scenario() -> None:
+        specs = specs_of(checkpoint, {"block_size": 16}, {"block_size": 32})
+        async with local_cluster(checkpoint, prefill=1, decode=1, specs=specs, kv_transfer_dtype=sent) as cluster:
+            found = await answers(cluster, prompts)
+            load = cluster.load("decode-0")
+            on_the_wire = replace(specs[WorkerRole.PREFILL], dtype=sent)
+            assert load.transfer_bytes == sum(on_the_wire.handoff_bytes(len(prompt)) for prompt in prompts)
+            assert load.transfer_failures == ()
+            assert cluster.load("prefill-0").transfers_compressed == len(prompts)
+        expected = [checkpoint.greedy(prompt, NUM_TOKENS) for prompt in prompts]
+        assert sum(ours[0] == theirs[0] for ours, theirs in zip(found, expected, strict=True)) == len(prompts)
+
+    asyncio.run(scenario())
+
+
+def test_a_link_that_was_measured_to_be_slow_gets_rounded_kv_and_a_quick_one_does_not(
+    checkpoint: TinyCheckpoint,
+) -> None:
+    async def scenario() -> None:
+        async with local_cluster(checkpoint, prefill=1, decode=2, kv_transfer_dtype="auto") as cluster:
+            wire = cluster.workers["prefill-0"].wire
+            for seed in range(2):  # one on each decode worker; this worker's own rate is known then
+                await cluster.check_greedy(checkpoint.prompt(100, seed=seed), NUM_TOKENS)
+            assert wire.num_compressed == 0
+            slow, quick = (cluster.workers[f"decode-{index}"].address for index in range(2))
+            wire.note_link(slow, 1 << 20, 1000.0)
+            wire.note_link(quick, 1 << 30, 0.001)
+            for seed in range(2, 6):
+                await cluster.complete(checkpoint.prompt(100, seed=seed), greedily(NUM_TOKENS))
+            placed = [placement.decode.address for placement in cluster.scheduler.placements[2:]]
+            assert wire.num_compressed == placed.count(slow) > 0
+            assert quick in placed
+
+    asyncio.run(scenario())

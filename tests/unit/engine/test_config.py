@@ -128,6 +128,7 @@ def test_a_key_that_cannot_work_is_refused_and_not_repeated(keys: str, monkeypat
         ({"tensor_parallel_size": "0"}, "--tensor-parallel-size is '0'"),
         ({"dtype": "int3"}, "--dtype is 'int3'"),
         ({"kv_cache_dtype": "fp4"}, "--kv-cache-dtype is 'fp4'"),
+        ({"kv_transfer_dtype": "int8", "colocated": "1"}, "colocated workers hand nothing over"),
         ({"kv_host_cache_bytes": "many"}, "--kv-host-cache-bytes is 'many'"),
         ({"kv_file_cache_dir": "/tmp/kv"}, "kv_file_cache_dir and kv_file_cache_bytes need each other"),
         ({"kv_file_cache_bytes": "1GiB"}, "kv_file_cache_dir and kv_file_cache_bytes need each other"),
