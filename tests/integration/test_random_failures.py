@@ -56,9 +56,8 @@ class RandomFailures:
         if fault == "loss":
             raise TransferError(TransferFault.PEER_LOST, "the test cut the link")
         assert isinstance(message, Chunk)
-        payload = bytearray(message.payload)
-        payload[self._rng.randrange(len(payload))] ^= 1
-        message.payload = bytes(payload)
+        assert isinstance(message.payload, memoryview)
+        message.payload[self._rng.randrange(len(message.payload))] ^= 1  # in place: shared memory is read there
 
     def _draw(self) -> str | None:
         return self._rng.choice(("bit", "loss")) if self._rng.random() < FAILURE_RATE else None
