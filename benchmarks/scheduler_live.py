@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.scheduler_core import OUTPUT_TOKENS, PROMPT_TOKENS, publish, workers
-from engine.ray_session import ray_session
 from engine.scheduler_client import SchedulerClient, SchedulerPort
-from engine.startup import secure_ray
+from engine.startup import prepare_ray
 from scheduler.events import Event, PrefillDone, RequestArrived, RequestEnded, WorkerRegistered
 from scheduler.placement import PlacementOptions
 from scheduler.types import PrefixHashes
@@ -34,8 +33,10 @@ def measure_live(num_placements: int, seconds: float, policy: str = "cost") -> L
     Raises:
         ResourceError: Ray cannot start.
     """
-    secure_ray()
-    from scheduler.ray_actor import RayScheduler, start_scheduler  # ray reads its environment when it is imported
+    prepare_ray(joins=False)
+    # Here, because ray reads its environment when it is imported.
+    from engine.ray_session import ray_session
+    from scheduler.ray_actor import RayScheduler, start_scheduler
 
     with ray_session(1):
         options = PlacementOptions(policy)

@@ -86,7 +86,10 @@ def _is_idle(cluster: ClusterSnapshot) -> bool:
 
 @contextlib.contextmanager
 def serving(*arguments: str, expected_workers: int) -> Iterator[RunningServer]:
-    """A server with these arguments, ready; ended with Ctrl-C, after which nothing of it may be left."""
+    """A server with these arguments, ready; ended with Ctrl-C, after which nothing of it may be left.
+
+    It hands every prompt over, unless ``--placement-policy`` says otherwise: by cost many would be computed in place.
+    """
     port = free_port()
     shared_memory = set(os.listdir("/dev/shm"))
     folders = session_folders()
@@ -96,7 +99,8 @@ def serving(*arguments: str, expected_workers: int) -> Iterator[RunningServer]:
             [sys.executable, "-m", "engine.cli", "serve", "--port", str(port), *arguments],
             stdout=sink,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONUNBUFFERED": "1", "TWINPOOL_DEVICE": "cpu"},
+            env=os.environ
+            | {"PYTHONUNBUFFERED": "1", "TWINPOOL_DEVICE": "cpu", "TWINPOOL_PLACEMENT_POLICY": "least_loaded"},
             start_new_session=True,  # the test run's own Ctrl-C is not the server's
         )
     server = RunningServer(f"http://127.0.0.1:{port}", process, output, expected_workers)

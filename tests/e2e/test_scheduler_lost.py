@@ -32,7 +32,7 @@ async def stream_past_a_kill(server: RunningServer, cases: list[ReferenceCase]) 
     """Kills the scheduler under running streams and asks for more; returns how long the first new one took."""
     async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
         running = [asyncio.create_task(complete(client, case.prompt_token_ids, **LONG)) for case in cases]
-        while sum(worker.load.running for worker in server.cluster().workers) < len(cases):
+        while sum(worker.load.running for worker in server.cluster().workers) < len(cases):  # noqa: ASYNC110  another process
             await asyncio.sleep(0.05)
         scheduler = scheduler_process(server)
         scheduler.kill()
@@ -48,7 +48,8 @@ async def stream_past_a_kill(server: RunningServer, cases: list[ReferenceCase]) 
 
 def test_killing_the_scheduler_fails_no_stream_and_no_new_request(reference: list[ReferenceCase]) -> None:
     cases = [case for case in reference if len(case.prompt_token_ids) < 100][:3]
-    with serving("--prefill-workers", "1", "--decode-workers", "2", expected_workers=3) as server:
+    pools = ("--prefill-workers", "1", "--decode-workers", "2", "--placement-policy", "cost")
+    with serving(*pools, expected_workers=3) as server:
         before = server.cluster().epoch
         undisturbed = asyncio.run(complete_all(server.url, cases, at_once=3))
         taken_s = asyncio.run(stream_past_a_kill(server, cases))

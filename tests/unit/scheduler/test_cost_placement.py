@@ -57,7 +57,7 @@ class Fleet:
         if prefill_s:
             worker.begin_prefill(Workload(1, 1, 1, prefill_s), NOW)
         for _ in range(decodes):
-            worker.begin_decode(Workload(context, 1, 0, 0.0))
+            worker.begin_decode(Workload(context, 1, 0, 0.0), is_prefilled=True)
         self.table.changed(worker)
 
     def has_cached(self, worker_id: str, names: tuple[int, ...]) -> None:

@@ -1,0 +1,73 @@
+"""The scheduler's bench: its command line, a small run of its first part, and its servers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import scheduler_mixed
+from benchmarks.scheduler import Settings
+from benchmarks.scheduler_core import measure_core
+from benchmarks.scheduler_mixed import MixedLoad, Target, medians, run_load, running, targets
+from kvcache.errors import ConfigError, ResourceError
+
+LOAD = MixedLoad(Path("load.py"), 1.0, 0.7, 0.12, 1500.0, 120.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--parts", "core,speed"], "core, live, cost, mixed"),
+        (["--parts", ""], "core, live, cost, mixed"),
+        (["--policy", "best"], "round_robin"),
+        (["--placements", "5"], "at least 1000"),
+        (["--parts", "mixed"], "--mixed-load"),
+        (["--own", "three_pools"], "two_pools, colocated"),
+        (["--peer", "vllm"], "NAME=URL"),
+        (["--peer", "vllm=serve --model x"], "does not say"),
+        (["--peer", "two_pools=http://there:1"], "same name"),
+    ],
+)
+def test_a_wrong_flag_is_told_in_a_sentence(arguments: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        Settings(arguments)
+
+
+def test_a_peer_is_a_command_with_a_port_or_a_url() -> None:
+    found = targets(["colocated"], ["a=serve --port {port}", "b=https://there:1/"], 8123)
+    assert [(target.name, target.url) for target in found] == [
+        ("colocated", "http://127.0.0.1:8123"),
+        ("a", "http://127.0.0.1:8123"),
+        ("b", "https://there:1"),
+    ]
+    assert [bool(target.command) for target in found] == [True, True, False]
+    assert found[1].command == "serve --port 8123"
+
+
+def test_a_small_cluster_places_and_its_numbers_agree() -> None:
+    result = measure_core(num_workers=6, num_in_flight=250, num_placements=50)
+    assert (result.num_workers, result.num_placements) == (6, 50)
+    assert 0 < result.p50_us <= result.p99_us <= result.max_us
+    assert result.placements_per_s <= 1e6 / result.mean_us
+
+
+def test_the_median_is_over_the_rounds_that_have_the_number() -> None:
+    runs: list[dict[str, float | None]] = [{"a": 1.0, "b": None}, {"a": 5.0, "b": 2.0}, {"a": 3.0, "c": None}]
+    assert medians(runs) == {"a": 3.0, "b": 2.0, "c": None}
+
+
+def test_a_script_that_prints_no_numbers_is_an_error_with_its_words(tmp_path: Path) -> None:
+    script = tmp_path / "load.py"
+    script.write_text("import sys; sys.exit('no such server')")
+    load = MixedLoad(script, 1.0, 0.7, 0.12, 1500.0, 120.0)
+    with pytest.raises(ResourceError, match="no such server"):
+        run_load("http://127.0.0.1:1", load, seed=0)
+
+
+def test_a_server_that_ends_at_once_is_an_error_with_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_mixed, "_answers", lambda _url: False)
+    command = f"{sys.executable} -c \"raise SystemExit('no memory')\""
+    with pytest.raises(ResourceError, match="no memory"), running(Target("x", "http://127.0.0.1:1", command)):
+        pass
