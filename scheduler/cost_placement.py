@@ -60,8 +60,9 @@ class _Decode:
     wait_s: float  # for room in the batch
     rest_s: float  # that, and all tokens after the first
     cost: float  # of that, and of how much those that decode there are delayed
-    num_cached_tokens: int
+    price: float
     keeps_pace: bool
+    num_cached_tokens: int = -1  # not looked up yet
 
 
 @dataclass(slots=True)
@@ -97,6 +98,9 @@ class CostPlacement:
         worker.step_s = self._costs.decode_step_seconds(
             info.worker_id, worker.batch_size or 1, worker.batch_context_tokens
         )
+        if worker.predicted_at_s != worker.last_heard_s:  # what steps took is learned with heartbeats
+            worker.predicted_at_s = worker.last_heard_s
+            worker.least_prefill_s = self._costs.prefill_seconds(info.worker_id, 1, 0)
         typical_s = worker.prefill_s + worker.step_s * TYPICAL_OUTPUT_TOKENS
         return (typical_s, worker.requests_placed, info.worker_id)
 
@@ -155,7 +159,7 @@ class CostPlacement:
         delay_s = rest_s + (step_s - worker.step_s) * asked.num_steps * batch_size
         price = info.device.price_per_hour if asked.in_money else 1.0
         cost = price * delay_s
-        return _Decode(worker, wait_s, rest_s, cost, asked.cached_tokens(worker), step_s <= self._tpot_target_s)
+        return _Decode(worker, wait_s, rest_s, cost, price, step_s <= self._tpot_target_s)
 
     def _cheapest(self, asked: _Asked, decodes: list[_Decode], prefills: list[_Prefill]) -> _Best:
         """The lowest cost of what keeps both targets, if anything does."""
@@ -170,9 +174,6 @@ class CostPlacement:
             slack_s = self._ttft_target_s - decode.wait_s
             if not decode.keeps_pace or slack_s < 0:
                 continue
-            own = self._prefill(decode.worker, decode.num_cached_tokens, asked)
-            if own.keeps_pace and own.ready_s <= slack_s:
-                best.offer(cost + own.price * own.delay_s, decode.worker, None)
             for prefill_cost, prefill in able:
                 if cost + prefill_cost >= best.value:
                     break
@@ -180,6 +181,11 @@ class CostPlacement:
                     transfer_s = self._transfer_s(asked, prefill, decode)
                     if prefill.ready_s + transfer_s <= slack_s:
                         best.offer(cost + prefill_cost + prefill.price * transfer_s, decode.worker, prefill.worker)
+            worker = decode.worker
+            if cost + decode.price * worker.least_prefill_s * (1 + worker.batch_size) < best.value:
+                own = self._in_place(decode, asked)
+                if own.keeps_pace and own.ready_s <= slack_s:
+                    best.offer(cost + own.price * own.delay_s, worker, None)
         return best
 
     def _earliest(
@@ -192,7 +198,7 @@ class CostPlacement:
         for decode in decodes:
             if keeping_pace and not decode.keeps_pace:
                 continue
-            own = self._prefill(decode.worker, decode.num_cached_tokens, asked)
+            own = self._in_place(decode, asked)
             if own.keeps_pace or not keeping_pace:
                 best.offer(decode.rest_s + own.delay_s, decode.worker, None)
             for delay_s, prefill in able:
@@ -203,8 +209,11 @@ class CostPlacement:
                     best.offer(finish_s, decode.worker, prefill.worker)
         return best
 
+    def _in_place(self, decode: _Decode, asked: _Asked) -> _Prefill:
+        return self._prefill(decode.worker, _cached_tokens(decode, asked), asked)
+
     def _transfer_s(self, asked: _Asked, prefill: _Prefill, decode: _Decode) -> float:
-        num_tokens = asked.num_prompt_tokens - decode.num_cached_tokens
+        num_tokens = asked.num_prompt_tokens - _cached_tokens(decode, asked)
         return self._costs.transfer_seconds(prefill.worker.info.worker_id, decode.worker.info.worker_id, num_tokens)
 
 
@@ -214,6 +223,12 @@ def _candidates(
     best = cluster.best(phase, request.avoid)
     other = WorkerRole.DECODE if phase is Phase.PREFILL else _PREFILL
     return best + [worker for worker in holders if worker.role is not other and worker not in best]
+
+
+def _cached_tokens(decode: _Decode, asked: _Asked) -> int:
+    if decode.num_cached_tokens < 0:
+        decode.num_cached_tokens = asked.cached_tokens(decode.worker)
+    return decode.num_cached_tokens
 
 
 def _fits(prefill: _Prefill, decode: _Decode) -> bool:

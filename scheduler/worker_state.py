@@ -57,7 +57,10 @@ class WorkerState:
     context_tokens: int = 0  # of them
     num_awaited: int = 0  # those of them whose first token is not out
     awaited_tokens: int = 0  # of their contexts
-    step_s: float = 0.0  # predicted for a decode step of its batch as it is; kept by a policy that asks for it
+    # Predicted, and kept by a policy that asks for it:
+    step_s: float = 0.0  # of a decode step of its batch as it is
+    least_prefill_s: float = 0.0  # of the shortest prompt, as of the heartbeat at predicted_at_s
+    predicted_at_s: float = -1.0
     num_foreign: int = 0  # sequences it reports that were not placed from here: of another gateway, or forgotten
 
     # Of ``info``, at hand for every placement:
