@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.scheduler_core import OUTPUT_TOKENS, PROMPT_TOKENS, publish, workers
+from benchmarks.scheduler_core import HEARTBEAT_S, OUTPUT_TOKENS, PROMPT_TOKENS, publish, workers
 from engine.scheduler_client import SchedulerClient, SchedulerPort
 from engine.startup import prepare_ray
-from scheduler.events import Event, PrefillDone, RequestArrived, RequestEnded, WorkerRegistered
+from scheduler.events import Event, PrefillDone, RequestArrived, RequestEnded, WorkerRegistered, WorkerReported
 from scheduler.placement import PlacementOptions
-from scheduler.types import PrefixHashes
+from scheduler.types import PrefixHashes, WorkerLoad
 
 NUM_WORKERS = 1000
+HEARTBEATS_AT_ONCE = 20
 AT_ONCE = 512  # requests that wait for a placement, where the rate is measured
 GENTLE_RATE = 200.0  # requests per second, where the delay is measured
 
@@ -55,6 +56,7 @@ async def _measure(
     events: list[Event] = [*map(WorkerRegistered, infos), *reports]
     await scheduler.handle(events)
     await client.start()
+    beating = asyncio.create_task(_beat(scheduler))
     try:
         picks = rng.integers(len(conversations), size=num_placements + 10_000).tolist()
         asking = _Asking(client, [conversations[pick] for pick in picks])
@@ -66,8 +68,18 @@ async def _measure(
         await asking.ask_gently(seconds, rng)
         delays_ms = np.array(asking.delays_s) * 1000
     finally:
+        beating.cancel()
         await client.stop()
     return LiveResult(rate, *(float(np.percentile(delays_ms, share)) for share in (50, 99)))
+
+
+async def _beat(scheduler: SchedulerPort) -> None:
+    """Heartbeats of all workers, spread over the interval."""
+    while True:
+        for first in range(0, NUM_WORKERS, HEARTBEATS_AT_ONCE):
+            names = (f"w{number}" for number in range(first, first + HEARTBEATS_AT_ONCE))
+            await scheduler.handle([WorkerReported(name, 1, WorkerLoad()) for name in names])
+            await asyncio.sleep(HEARTBEAT_S * HEARTBEATS_AT_ONCE / NUM_WORKERS)
 
 
 class _Asking:
