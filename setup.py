@@ -22,6 +22,7 @@ INSTALL_REQUIRES = [
     "PyYAML>=6",  # reads the YAML
     "prometheus-client>=0.22",  # /metrics
     "xxhash>=3.6",  # checksum of every KV chunk
+    "cryptography>=46",  # makes the certificates of --grpc-tls
     "psutil>=7",  # cores, memory and child processes of this machine
     "rich>=14",  # tables of the command line
     "tqdm>=4.67",  # progress of downloads and conversions

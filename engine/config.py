@@ -21,6 +21,7 @@ from pydantic_settings import (
 )
 
 from kvcache.errors import ConfigError
+from kvcache.transfer.port_choice import PortName
 from scheduler.placement import DEFAULT_POLICY, TPOT_TARGET_S, TTFT_TARGET_S, PlacementOptions
 from scheduler.policies import POLICIES
 from scheduler.types import WorkerRole
@@ -190,6 +191,13 @@ class ServeConfig(BaseSettings):
         "SIZE",
     )
 
+    kv_transfer_port: PortName = _option(
+        "auto",
+        "KV cache and batching",
+        "how KV goes from worker to worker: grpc, shm (shared memory), or auto: shm on one host, else grpc",
+        "PORT",
+    )
+
     placement_policy: str = _option(
         DEFAULT_POLICY, "Placement", f"which workers a request gets: {', '.join(POLICIES)}", "POLICY"
     )
@@ -208,6 +216,12 @@ class ServeConfig(BaseSettings):
     port: int = _option(8000, "Server", "port to listen on", "PORT", ge=1, le=65535)
     api_key: Annotated[tuple[str, ...], NoDecode] = _option(
         (), "Server", "key that requests must carry; may be repeated (environment: separated by commas)", "KEY"
+    )
+    grpc_tls: bool = _option(
+        False, "Server", "mutual TLS between gateway and workers, with certificates made for this run"
+    )
+    grpc_tls_dir: Path | None = _option(
+        None, "Server", "the same with certificates of yours: a folder with ca.pem, cert.pem and key.pem", "DIR"
     )
     shutdown_timeout: float = _option(
         10.0, "Server", "seconds that running requests get to end after Ctrl-C", "SECONDS", ge=0, le=3600
@@ -325,6 +339,15 @@ class ServeConfig(BaseSettings):
             raise ValueError("kv_offer_rate sends KV into prefix caches, and enable_prefix_caching is off")
         if self.kv_offer_rate and not self.num_prefill_workers:
             raise ValueError("kv_offer_rate is for two pools: colocated workers keep what they computed")
+        return self
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if self.grpc_tls and self.grpc_tls_dir is None and self.address is not None:
+            raise ValueError(
+                "grpc_tls makes certificates on this machine only; in a cluster that is joined, set grpc_tls_dir too,"
+                " a folder that every node has"
+            )
         return self
 
     @model_validator(mode="after")

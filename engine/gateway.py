@@ -23,6 +23,7 @@ from scheduler.types import ClusterSnapshot, Phase, Placement, PrefixHashes
 from workers import worker_pb2 as pb
 from workers.channels import ChannelPool
 from workers.messages import error_from_rpc, logprobs_from_wire, sampling_to_wire
+from workers.tls import TlsFolder
 
 MAX_PLACEMENTS = 3  # a sequence that has failed on this many is given up
 ENDING = "The server is shutting down."
@@ -38,11 +39,13 @@ class AsyncEngine:
     computing the delivered tokens' KV as a prompt gives the same logits: to rounding.
     """
 
-    def __init__(self, model: ServedModel, tokenizer: Tokenizer, scheduler: SchedulerClient) -> None:
+    def __init__(
+        self, model: ServedModel, tokenizer: Tokenizer, scheduler: SchedulerClient, tls: TlsFolder | None = None
+    ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._scheduler = scheduler
-        self._channels = ChannelPool()
+        self._channels = ChannelPool(tls)
         self._calls: set[grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.TokenEvent]] = set()
         self._is_ending = False
 

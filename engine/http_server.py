@@ -39,7 +39,7 @@ async def serve_http(
     """Answers requests until a signal says stop. Imported late: with the API it takes a second."""
     client = SchedulerClient(RayScheduler(scheduler), config.placement)
     await client.start()
-    engine = AsyncEngine(_served_model(config, plan), tokenizer, client)
+    engine = AsyncEngine(_served_model(config, plan), tokenizer, client, plan.gateway_tls)
     metrics = Metrics(engine.model.names[0], lambda: engine.cluster)
     app = create_app(engine, api_keys=config.api_key, metrics=metrics)
     server = _Server(

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from scheduler.types import DeviceProfile, WorkerInfo
 from workers.load_progress import LoadProgress
 from workers.model.checkpoint import prepare_checkpoint
 from workers.ray_worker import RayWorker
+from workers.tls import TlsFolder
 from workers.worker_options import WorkerOptions
 
 START_TIMEOUT_S = 900.0  # until all workers are loaded, the wait for room in a busy cluster included
@@ -56,6 +58,7 @@ def serve(config: ServeConfig) -> None:
         path = prepare_checkpoint(config.model)
         with start_progress() as progress:
             plan = cluster.enter_context(_ray_and_plan(config, path, beside))
+            plan = cluster.enter_context(_with_tls(config, plan))
             _check_gpus(plan)
             _log_model(plan)
             preparing = beside.submit(_prepare_http, plan)
@@ -80,6 +83,27 @@ def _ray_and_plan(config: ServeConfig, path: Path, beside: ThreadPoolExecutor) -
     planning = beside.submit(make_plan, config, path)
     with ray_session(1 + config.num_ranks):  # with the scheduler
         yield planning.result()
+
+
+@contextlib.contextmanager
+def _with_tls(config: ServeConfig, plan: StartupPlan) -> Iterator[StartupPlan]:
+    """The plan with a folder of certificates for every process, if it is to have them."""
+    if config.grpc_tls_dir is not None:
+        given = TlsFolder(str(config.grpc_tls_dir.resolve()))
+        given.channel_credentials()  # can be read
+        yield _plan_with_tls(plan, given, given)
+    elif config.grpc_tls:
+        from engine.certificates import throw_away_certificates
+
+        with throw_away_certificates(("gateway", "worker")) as folder:
+            yield _plan_with_tls(plan, TlsFolder(str(folder / "gateway")), TlsFolder(str(folder / "worker")))
+    else:
+        yield plan
+
+
+def _plan_with_tls(plan: StartupPlan, gateway: TlsFolder, worker: TlsFolder) -> StartupPlan:
+    workers = tuple(replace(options, tls_folder=worker.path) for options in plan.workers)
+    return replace(plan, workers=workers, gateway_tls=gateway)
 
 
 def _check_gpus(plan: StartupPlan) -> None:
@@ -130,7 +154,8 @@ def _await_workers(plan: StartupPlan, fleet: Fleet, progress: StartProgress) -> 
                 told.add(member.worker_id)
                 _log_worker(member.info, member.options)
         time.sleep(START_POLL_INTERVAL_S)
-    _warn_of_open_ports([member.info for member in fleet.members.values() if member.info is not None])
+    if plan.gateway_tls is None:
+        _warn_of_open_ports([member.info for member in fleet.members.values() if member.info is not None])
     logger.info("Workers ready after %.1f s", time.monotonic() - started)
 
 

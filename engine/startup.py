@@ -26,6 +26,7 @@ from workers.device import Device, choose_device, count_gpus
 from workers.model.checkpoint import CheckpointInfo, describe_checkpoint
 from workers.model.shape import model_shape
 from workers.native.library import load_library
+from workers.tls import TlsFolder
 from workers.worker_options import NODE_ADDRESS, WorkerOptions
 
 LOOPBACK = "127.0.0.1"
@@ -42,6 +43,7 @@ class StartupPlan:
     checkpoint: CheckpointInfo
     max_model_len: int
     workers: tuple[WorkerOptions, ...]
+    gateway_tls: TlsFolder | None = None
 
     @property
     def num_gpus(self) -> int:
@@ -155,6 +157,7 @@ def make_plan(config: ServeConfig, path: Path, nodes: Sequence[Node] | None = No
             kv_file_cache_dir=str(Path(config.kv_file_cache_dir).absolute()) if config.kv_file_cache_dir else "",
             kv_file_cache_bytes=int(config.kv_file_cache_bytes or 0),
             kv_offer_rate=int(config.kv_offer_rate),
+            kv_transfer_port=config.kv_transfer_port,
             log_level=config.log_level,
             host=config.worker_host or (LOOPBACK if nodes is None else NODE_ADDRESS),
             model_source=config.model,

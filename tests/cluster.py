@@ -44,6 +44,7 @@ from workers.model.runner import ModelRunner, load_step_model
 from workers.model.sampler import sample
 from workers.parallel.leader import GroupModel, LeaderGroup
 from workers.step_progress import StepProgress
+from workers.tls import TlsFolder
 from workers.worker import Worker
 from workers.worker_options import WorkerOptions
 
@@ -337,6 +338,7 @@ async def local_cluster(
     tensor_parallel_sizes: Mapping[WorkerRole, int] | None = None,
     prefix_caching: bool = True,
     specs: Mapping[WorkerRole, KVCacheSpec] | None = None,
+    tls: TlsFolder | None = None,
     placement: PlacementOptions = HANDING_OVER,
     **options_of_all: Any,
 ) -> AsyncIterator[LocalCluster]:
@@ -344,9 +346,8 @@ async def local_cluster(
     scheduler = InProcessScheduler(placement)
     client = SchedulerClient(scheduler, placement)
     served = ServedModel((MODEL_NAME,), checkpoint.max_model_len, 0, (), checkpoint.vocab_size)
-    cluster = LocalCluster(
-        checkpoint, scheduler, AsyncEngine(served, checkpoint.tokenizer, client), {}, {}, ChannelPool()
-    )
+    engine = AsyncEngine(served, checkpoint.tokenizer, client, tls)
+    cluster = LocalCluster(checkpoint, scheduler, engine, {}, {}, ChannelPool(tls))
     counts = {WorkerRole.PREFILL: prefill, WorkerRole.DECODE: decode, WorkerRole.COLOCATED: colocated}
     try:
         for role in (role for role, count in counts.items() for _ in range(count)):
@@ -359,6 +360,7 @@ async def local_cluster(
                 tensor_parallel_size=size,
                 prefix_caching=prefix_caching,
                 spec=spec,
+                tls_folder=None if tls is None else tls.path,
                 **options_of_all,
             )
             await _start_worker(cluster, own)

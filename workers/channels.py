@@ -8,6 +8,7 @@ import grpc
 
 from kvcache.transfer.grpc_port import CHANNEL_OPTIONS
 from workers import worker_pb2_grpc as pb_grpc
+from workers.tls import TLS_NAME, TlsFolder
 
 KEEPALIVE_OPTIONS = (
     # A peer that vanished without a word (a cut link, a stopped process) is noticed after ten seconds.
@@ -38,16 +39,24 @@ class Peer:
 class ChannelPool:
     """Belongs to one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: TlsFolder | None = None) -> None:
+        self._credentials = None if tls is None else tls.channel_credentials()
         self._peers: dict[str, Peer] = {}
 
     def __call__(self, address: str) -> Peer:
         peer = self._peers.get(address)
         if peer is None:
-            channel = grpc.aio.insecure_channel(address, options=(*CHANNEL_OPTIONS, *KEEPALIVE_OPTIONS))
+            channel = self._connect(address)
             peer = Peer(channel, pb_grpc.WorkerStub(channel))
             self._peers[address] = peer
         return peer
+
+    def _connect(self, address: str) -> grpc.aio.Channel:
+        options = (*CHANNEL_OPTIONS, *KEEPALIVE_OPTIONS)
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(address, options=options)
+        named = (*options, ("grpc.ssl_target_name_override", TLS_NAME))
+        return grpc.aio.secure_channel(address, self._credentials, options=named)
 
     async def close(self) -> None:
         for peer in self._peers.values():

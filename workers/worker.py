@@ -40,6 +40,7 @@ from workers.prefill import PrefillRole
 from workers.probe import probe_device, probed_model
 from workers.service import SequenceLimits, WorkerService
 from workers.step_loop import StepLoop
+from workers.tls import TlsFolder
 from workers.transfer_dtype import WireFormat
 from workers.worker_options import WorkerOptions
 
@@ -61,7 +62,8 @@ class Worker:
         self._runner = runner
         self.step_loop = StepLoop(Batcher(self.manager, options.limits), runner)
         self.address = ""
-        self._channels = ChannelPool()
+        self._tls = None if options.tls_folder is None else TlsFolder(options.tls_folder)
+        self._channels = ChannelPool(self._tls)
         failures: Counter[TransferFault] = Counter()
         self._decode = DecodeRole(self.step_loop, time.monotonic, self._channels, lambda: self.address, failures)
         port = make_port(options.kv_transfer_port, lambda address: self._channels(address).channel)
@@ -100,7 +102,7 @@ class Worker:
         worker_pb2_grpc.add_WorkerServicer_to_server(self._service(), self._server)
         KVTransferService(self.transfers).add_to(self._server)
         try:
-            port = self._server.add_insecure_port(f"{self.options.host}:0")
+            port = self._listen(self._server)
         except RuntimeError as error:
             raise ResourceError(f"Worker {self.options.worker_id} cannot listen on {self.options.host}.") from error
         self.address = f"{self.options.host}:{port}"
@@ -108,6 +110,12 @@ class Worker:
         await self._server.start()
         self._stepping = asyncio.create_task(self.step_loop.run())
         self._offering = asyncio.create_task(self.offers.run())
+
+    def _listen(self, server: grpc.aio.Server) -> int:
+        address = f"{self.options.host}:0"
+        if self._tls is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, self._tls.server_credentials())
 
     def _start_shm(self) -> None:
         if self._shm is None:

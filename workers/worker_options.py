@@ -49,6 +49,7 @@ class WorkerOptions:
     kv_offer_rate: int = 0  # bytes per second that a decode worker may send back after turns; 0: none
     quantization: str = "none"  # or "int8", "int4"
     kv_transfer_port: PortName = "auto"
+    tls_folder: str | None = None  # of this process's TlsFolder; None: gRPC is open to whoever reaches the port
     log_level: str = "info"
 
     @property

@@ -152,6 +152,7 @@ class _ShmOutlet:
             self._outcome.exception()  # somebody has looked
         self._loop.remove_reader(self._peer)
         self._peer.close()
+        self._ring.close()
 
     def _read(self) -> None:
         while not self.has_ended:

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing, suppress
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -17,7 +17,7 @@ from kvcache.transfer import kv_transfer_pb2 as pb
 from kvcache.transfer.receiver import KVReceiver
 from kvcache.transfer.shm_port import MAX_PACKET_BYTES, is_same_user, socket_name
 from kvcache.transfer.slot_ring import SlotRing
-from kvcache.transfer.wire import Message, chunk_from_header
+from kvcache.transfer.wire import Chunk, Message, chunk_from_header
 
 RING_TIMEOUT_S = 10.0  # from a connection to its first message
 BACKLOG = 1024
@@ -74,7 +74,8 @@ class ShmService:
                 logger.warning("Another user's process tried to hand over KV through shared memory.")
                 return
             try:
-                reply = pb.ShmReply(receipt=await self._receiver.receive(_messages(sender)))
+                async with aclosing(_messages(sender)) as messages:
+                    reply = pb.ShmReply(receipt=await self._receiver.receive(messages))
             except TransferError as error:
                 reply = pb.ShmReply(refusal=pb.TransferRefusal(fault=error.fault.value, message=error.message))
             except Exception:
@@ -84,30 +85,36 @@ class ShmService:
                 sender.send(reply.SerializeToString())
 
 
-async def _messages(sender: socket.socket) -> AsyncIterator[Message]:
+async def _messages(sender: socket.socket) -> AsyncGenerator[Message, None]:
     """Every slot is told to be free again when the next message is asked for."""
     loop = asyncio.get_running_loop()
     ring = await _receive_ring(sender)
-    while packet := await _receive(sender):
-        message = _parse(packet)
-        match message.WhichOneof("message"):
-            case "open":
-                yield message.open
-            case "commit":
-                yield message.commit
-            case "chunk":
-                told = message.chunk
-                if told.slot >= len(ring.slots) or told.payload_bytes > len(ring.slots[0]):
-                    raise TransferError(
-                        TransferFault.OUT_OF_BOUNDS, f"{told.payload_bytes} bytes in slot {told.slot} of the ring"
-                    )
-                yield chunk_from_header(told.chunk, ring.slots[told.slot][: told.payload_bytes])
-                taken = pb.ShmReply(taken=pb.ShmTaken(slot=told.slot))
-                with suppress(OSError):  # the next read tells
-                    await loop.sock_sendall(sender, taken.SerializeToString())
-            case _:
-                raise TransferError(TransferFault.MALFORMED, "a second ring, or a message without content")
-    raise TransferError(TransferFault.PEER_LOST, "the sender ended before its commit")
+    try:
+        while packet := await _receive(sender):
+            message = _parse(packet)
+            match message.WhichOneof("message"):
+                case "open":
+                    yield message.open
+                case "commit":
+                    yield message.commit
+                case "chunk":
+                    yield _chunk_in(ring, message.chunk)
+                    taken = pb.ShmReply(taken=pb.ShmTaken(slot=message.chunk.slot))
+                    with suppress(OSError):  # the next read tells
+                        await loop.sock_sendall(sender, taken.SerializeToString())
+                case _:
+                    raise TransferError(TransferFault.MALFORMED, "a second ring, or a message without content")
+        raise TransferError(TransferFault.PEER_LOST, "the sender ended before its commit")
+    finally:
+        ring.close()
+
+
+def _chunk_in(ring: SlotRing, told: pb.ShmChunk) -> Chunk:
+    if told.slot >= len(ring.slots) or told.payload_bytes > len(ring.slots[0]):
+        raise TransferError(
+            TransferFault.OUT_OF_BOUNDS, f"{told.payload_bytes} bytes in slot {told.slot} of {len(ring.slots)}"
+        )
+    return chunk_from_header(told.chunk, ring.slots[told.slot][: told.payload_bytes])
 
 
 async def _receive(sender: socket.socket) -> bytes:

@@ -6,6 +6,7 @@ import fcntl
 import mmap
 import os
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 
 from kvcache.errors import TransferError, TransferFault
@@ -17,9 +18,8 @@ MAX_SLOTS = 16
 
 @dataclass(frozen=True, slots=True)
 class SlotRing:
-    """``slots`` are views of one mapping, which lasts as long as one of them does."""
-
     slots: tuple[memoryview, ...]
+    _memory: mmap.mmap
 
     @classmethod
     def create(cls, slot_bytes: int, num_slots: int = NUM_SLOTS) -> tuple[SlotRing, int]:
@@ -37,7 +37,7 @@ class SlotRing:
         except BaseException:
             os.close(descriptor)
             raise
-        return cls(_cut(memory, slot_bytes, num_slots)), descriptor
+        return cls(_cut(memory, slot_bytes, num_slots), memory), descriptor
 
     @classmethod
     def open(cls, descriptor: int, slot_bytes: int, num_slots: int) -> SlotRing:
@@ -53,12 +53,19 @@ class SlotRing:
         if problem is not None:
             raise TransferError(TransferFault.INCOMPATIBLE, f"the shared memory {problem}")
         memory = mmap.mmap(descriptor, num_slots * slot_bytes, prot=mmap.PROT_READ)
-        return cls(_cut(memory, slot_bytes, num_slots))
+        return cls(_cut(memory, slot_bytes, num_slots), memory)
+
+    def close(self) -> None:
+        """Gives the memory back; if a payload in it is still looked at, with the last look."""
+        with suppress(BufferError):
+            for slot in self.slots:
+                slot.release()
+            self._memory.close()
 
 
 def _cut(memory: mmap.mmap, slot_bytes: int, num_slots: int) -> tuple[memoryview, ...]:
-    whole = memoryview(memory)
-    return tuple(whole[slot * slot_bytes : (slot + 1) * slot_bytes] for slot in range(num_slots))
+    with memoryview(memory) as whole:
+        return tuple(whole[slot * slot_bytes : (slot + 1) * slot_bytes] for slot in range(num_slots))
 
 
 def _problem(descriptor: int, num_bytes: int) -> str | None:
