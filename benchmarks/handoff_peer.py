@@ -20,9 +20,9 @@ from typing import Any
 
 import grpc
 import orjson
-import psutil
 import torch
 
+from benchmarks.handoff_memory import buffer_bytes
 from kvcache.manager import KVCacheManager
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
@@ -85,8 +85,7 @@ class Cache:
             (self.receiver.opened.clear if request["hold"] else self.receiver.opened.set)()
         return {
             "bytes_under_way": self.receiver.bytes_under_way,
-            "resident_bytes": psutil.Process().memory_info().rss,
-            "blocks_in_use": self.manager.num_blocks - self.manager.num_free,
+            "buffer_bytes": buffer_bytes(),
         }
 
 

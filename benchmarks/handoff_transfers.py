@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-import psutil
-
 from benchmarks.handoff_links import Peer
+from benchmarks.handoff_memory import buffer_bytes
 from benchmarks.handoff_peer import make_cache
 from kvcache.spec import KVCacheSpec
 from kvcache.transfer.port import KVPort, send_kv
@@ -19,7 +17,8 @@ from kvcache.transfer.sender import OutgoingTransfer, PrefillOutcome, TransferTa
 
 STALL_TIMEOUT_S = 60.0
 POLL_INTERVAL_S = 0.01
-SETTLE_POLLS = 50  # without a change: nothing moves any more
+SETTLE_BYTES = 1 << 20  # less is no buffer
+SETTLE_POLLS = 30  # without a change: nothing moves any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +47,12 @@ class Sender:
         self._peer = peer
         self._names = (f"transfer-{index}" for index in itertools.count())
 
+    def handoff_bytes(self, num_tokens: int) -> int:
+        return self._storage.spec.handoff_bytes(num_tokens)
+
     async def send_one(self, port: KVPort, num_tokens: int) -> float:
         """Returns GB/s."""
-        (transfer,) = self._begin(1, num_tokens)
-        started_s = time.perf_counter()
-        num_bytes = await self._send(port, transfer)
-        return num_bytes / (time.perf_counter() - started_s) / 1e9
+        return (await self.send_together(port, 1, num_tokens)).gb_s
 
     async def send_together(self, port: KVPort, count: int, num_tokens: int) -> Together:
         transfers = self._begin(count, num_tokens)
@@ -68,16 +67,15 @@ class Sender:
 
     async def measure_memory(self, port: KVPort, count: int, num_tokens: int) -> BufferMemory:
         """``count`` handoffs whose receiver stops reading after a chunk, and what is left when they have ended."""
-        own = psutil.Process()
-        before, peer_before = own.memory_info().rss, self._peer.ask(hold=True)["resident_bytes"]
+        before, peer_before = buffer_bytes(), self._peer.ask(hold=True)["buffer_bytes"]
         transfers = self._begin(count, num_tokens)
         sending = [asyncio.create_task(self._send(port, transfer)) for transfer in transfers]
-        held, peer_held = await self._settled(own)
+        held, peer_held = await self._settled()
         self._peer.ask(hold=False)
         await asyncio.gather(*sending)
         chunk_bytes = transfers[0].max_payload_bytes
         del transfers, sending
-        after, peer_after = own.memory_info().rss, self._peer.ask()["resident_bytes"]
+        after, peer_after = await self._settled()
         return BufferMemory(
             (held - before) / count / chunk_bytes,
             (peer_held - peer_before) / count / chunk_bytes,
@@ -85,15 +83,15 @@ class Sender:
             peer_after - peer_before,
         )
 
-    async def _settled(self, own: psutil.Process) -> tuple[int, int]:
-        """Resident bytes here and there, once neither changes any more."""
+    async def _settled(self) -> tuple[int, int]:
+        """Buffer bytes here and there, once neither changes any more."""
         seen, same = (0, 0), 0
         while same < SETTLE_POLLS:
             await asyncio.sleep(POLL_INTERVAL_S)
-            now = own.memory_info().rss, int(self._peer.ask()["resident_bytes"])
+            now = buffer_bytes() // SETTLE_BYTES, int(self._peer.ask()["buffer_bytes"]) // SETTLE_BYTES
             same = same + 1 if now == seen else 0
             seen = now
-        return seen
+        return seen[0] * SETTLE_BYTES, seen[1] * SETTLE_BYTES
 
     def _begin(self, count: int, num_tokens: int) -> list[OutgoingTransfer]:
         names = list(itertools.islice(self._names, count))
@@ -113,7 +111,3 @@ class Sender:
         self._manager.leases.commit(transfer.lease)
         self._manager.free(transfer.lease.request_id)
         return num_bytes
-
-
-def gigabytes_per_second(rates: Sequence[float]) -> float:
-    return sorted(rates)[len(rates) // 2]

@@ -19,6 +19,9 @@ from kvcache.transfer.wire import FAULT_METADATA_KEY, MAX_MESSAGE_BYTES, Message
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # What a stream may send ahead of its reader. Left to itself gRPC takes all of a handoff that nobody reads.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1 << 19),
 )
 SERVICE = "twinpool.kv.KVTransfer"
 
