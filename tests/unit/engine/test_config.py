@@ -184,3 +184,17 @@ def test_a_container_s_limits_count(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert available_memory_bytes(tmp_path) > 2_000_000
+
+
+def test_certificates_made_here_are_refused_for_other_machines() -> None:
+    """A flag that could not be honoured: the other nodes would not find them."""
+    with pytest.raises(ConfigError, match="grpc_tls_dir"):
+        load_config({"grpc_tls": True, "address": "auto"})
+    assert load_config({"grpc_tls": True}).grpc_tls
+    assert load_config({"grpc_tls_dir": "certificates", "address": "auto"}).grpc_tls_dir == Path("certificates")
+
+
+def test_a_port_of_another_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--kv-transfer-port is 'rdma'"):
+        load_config({"kv_transfer_port": "rdma"})
+    assert load_config({}).kv_transfer_port == "auto"
