@@ -11,11 +11,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from engine import cluster_commands
 from engine import config as configuration
+from engine.admin_key import ENVIRONMENT_VARIABLE as ADMIN_KEY_VARIABLE
+from engine.admin_key import find_key
 from engine.cluster_view import show_status
+from engine.http_call import base_url
 from engine.probe_view import ProbeOptions, show_probe
 from engine.startup import prepare_ray
 from kvcache.errors import ConfigError, StartupError, TwinpoolError
+from scheduler.types import WorkerRole
 from workers.model.checkpoint import DEFAULT_MODEL, prepare_checkpoint
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -79,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="print the raw answer")
     status.set_defaults(run=_status)
     _add_probe(commands)
+    _add_operator_commands(commands)
     return parser
 
 
@@ -110,6 +116,73 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1024:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of threads from 1 to 1024")
     return int(text)
+
+
+def _add_operator_commands(commands: Any) -> None:
+    """What changes a running cluster; all of it waits until it is so."""
+
+    def add(name: str, help_text: str, run: Callable[[argparse.Namespace], None], *, names_worker: bool = True) -> Any:
+        command = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+        if names_worker:
+            command.add_argument("worker", help="its name, as in `twinpool status`")
+        command.add_argument("--url", default=DEFAULT_URL, help="where it serves (default: %(default)s)")
+        command.add_argument(
+            "--admin-key",
+            default=os.environ.get(ADMIN_KEY_VARIABLE),
+            help=f"the server's admin key (or {ADMIN_KEY_VARIABLE}; found by itself for one of yours on this machine)",
+        )
+        command.add_argument(
+            "--timeout", type=_seconds, default=600.0, metavar="SECONDS", help="to wait; 0: not (default: 600)"
+        )
+        command.set_defaults(run=run)
+        return command
+
+    drain = add("drain", "let a worker end what it does, and give it nothing new", _drain)
+    drain.add_argument("--force", action="store_true", help="even if nobody else takes its phase")
+    add("undrain", "give a drained worker requests again", _undrain)
+    role = add("role", "drain a worker and give it the other role", _role)
+    role.add_argument("role", choices=[WorkerRole.PREFILL.value, WorkerRole.DECODE.value])
+    scale = add("scale", "start workers, or drain and end them", _scale, names_worker=False)
+    for pool in WorkerRole:
+        scale.add_argument(f"--{pool.value}", type=_count, metavar="N", help=f"{pool.value} workers there shall be")
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError("must be from 0 to 86400")
+    return seconds
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if not 0 <= count <= 256:
+        raise argparse.ArgumentTypeError("must be from 0 to 256")
+    return count
+
+
+def _target(options: argparse.Namespace) -> cluster_commands.Target:
+    url = base_url(options.url)
+    return cluster_commands.Target(url, options.admin_key or find_key(url), options.timeout)
+
+
+def _drain(options: argparse.Namespace) -> None:
+    cluster_commands.drain(_target(options), options.worker, force=options.force)
+
+
+def _undrain(options: argparse.Namespace) -> None:
+    cluster_commands.undrain(_target(options), options.worker)
+
+
+def _role(options: argparse.Namespace) -> None:
+    cluster_commands.change_role(_target(options), options.worker, WorkerRole(options.role))
+
+
+def _scale(options: argparse.Namespace) -> None:
+    counts = {role: count for role in WorkerRole if (count := getattr(options, role.value)) is not None}
+    if not counts:
+        raise ConfigError("Say how many: twinpool scale --prefill N --decode M.")
+    cluster_commands.scale(_target(options), counts)
 
 
 def _serve(options: argparse.Namespace) -> None:

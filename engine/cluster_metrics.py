@@ -141,6 +141,7 @@ class ClusterMetrics:
         self._model_name = model_name
         self._cluster = cluster
         self._totals = _Totals()
+        self._starts: dict[str, int] = {}
 
     def standard(self) -> Iterator[Metric]:
         """Those that vLLM has too."""
@@ -155,6 +156,7 @@ class ClusterMetrics:
         yield from (self._counter(metric, workers) for metric in _OUR_COUNTERS)
         yield from (self._detailed_counter(metric, workers) for metric in _OUR_DETAILED_COUNTERS)
         yield self._tier_bytes(workers)
+        yield self._restarts(workers)
         yield self._pool_workers(workers)
         yield self._prediction_errors(workers)
 
@@ -190,6 +192,17 @@ class ClusterMetrics:
             for tier in worker.load.tiers:
                 role = worker.info.role.value
                 family.add_metric((self._model_name, worker.info.worker_id, role, tier.tier), tier.num_bytes)
+        return family
+
+    def _restarts(self, workers: tuple[WorkerSnapshot, ...]) -> Metric:
+        """A worker's number is how often it was started. One that is away shows when it is back."""
+        for worker in workers:
+            self._starts[worker.info.worker_id] = worker.info.incarnation
+        family = CounterMetricFamily(
+            f"{PREFIX}worker_restarts", "Processes of a worker that ended.", labels=("model_name", "worker")
+        )
+        for worker_id, num_starts in self._starts.items():
+            family.add_metric((self._model_name, worker_id), num_starts - 1)
         return family
 
     def _pool_workers(self, workers: tuple[WorkerSnapshot, ...]) -> Metric:

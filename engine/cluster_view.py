@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import urllib.error
-import urllib.request
 
 import orjson
 from pydantic import TypeAdapter, ValidationError
@@ -13,10 +11,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kvcache.errors import TwinpoolError, UnavailableError
-from scheduler.types import ClusterSnapshot, WorkerSnapshot
+from engine.http_call import base_url, call_server
+from kvcache.errors import TwinpoolError
+from scheduler.types import ClusterSnapshot, DutyState, WorkerSnapshot
 
-TIMEOUT_S = 5.0
 NUMBERS = ("GFLOP/s", "GB/s", "KV used", "KV free", "running", "waiting")
 WIDTH_OFF_TERMINAL = 120
 
@@ -28,15 +26,7 @@ def show_status(url: str, api_key: str | None, *, as_json: bool) -> None:
         UnavailableError: nobody answers at ``url``.
         TwinpoolError: the answer is a refusal, or not from Twinpool.
     """
-    if "://" not in url:
-        url = f"http://{url}"
-    if not url.startswith(("http://", "https://")):
-        raise TwinpoolError(f"{url!r} is no http address.")
-    body = _fetch(url.rstrip("/") + "/cluster", api_key)
-    try:
-        cluster = TypeAdapter(ClusterSnapshot).validate_json(body)
-    except ValidationError:
-        raise TwinpoolError(f"What answers at {url} is not this version of Twinpool.") from None
+    cluster = parse_cluster(call_server(f"{base_url(url)}/cluster", api_key), url)
     if as_json:
         sys.stdout.write(orjson.dumps(cluster, option=orjson.OPT_INDENT_2).decode() + "\n")
     else:
@@ -44,6 +34,17 @@ def show_status(url: str, api_key: str | None, *, as_json: bool) -> None:
         if not console.is_terminal and "COLUMNS" not in os.environ:
             console = Console(width=WIDTH_OFF_TERMINAL)
         console.print(status_table(cluster))
+
+
+def parse_cluster(body: bytes, url: str) -> ClusterSnapshot:
+    """
+    Raises:
+        TwinpoolError: this is no view of a cluster.
+    """
+    try:
+        return TypeAdapter(ClusterSnapshot).validate_json(body)
+    except ValidationError:
+        raise TwinpoolError(f"What answers at {url} is not this version of Twinpool.") from None
 
 
 def status_table(cluster: ClusterSnapshot) -> Table:
@@ -70,11 +71,20 @@ def _title(cluster: ClusterSnapshot) -> str:
     return f"{info.model}, context {info.max_model_len}, KV in {kv}"
 
 
+def _role(worker: WorkerSnapshot) -> str:
+    """With the number of its ranks, and what it is on its way to."""
+    info, duty = worker.info, worker.duty
+    ranks = f" x{info.tensor_parallel_size}" if info.tensor_parallel_size > 1 else ""
+    state = f", {duty.state.value}" if duty.state is not DutyState.ACTIVE else ""
+    target = f" to {duty.next_role.value}" if duty.next_role is not None else ""
+    return f"{info.role.value}{ranks}{state}{target}"
+
+
 def _row(worker: WorkerSnapshot) -> tuple[str, ...]:
     info, load = worker.info, worker.load
     return (
         info.worker_id,
-        info.role.value if info.tensor_parallel_size == 1 else f"{info.role.value} x{info.tensor_parallel_size}",
+        _role(worker),
         f"{info.device.gemm_gflop_s:.0f}",
         f"{info.device.read_gb_s:.1f}",
         str(info.num_blocks - load.blocks_free),
@@ -94,18 +104,3 @@ def _errors(cluster: ClusterSnapshot) -> str | None:
         if known:
             told.append(f"{worker.info.worker_id} {', '.join(known)}")
     return f"predictions off by (median): {'; '.join(told)}" if told else None
-
-
-def _fetch(address: str, api_key: str | None) -> bytes:
-    request = urllib.request.Request(address)
-    if api_key:
-        request.add_header("Authorization", f"Bearer {api_key}")
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-            body: bytes = response.read()
-    except urllib.error.HTTPError as error:
-        hint = "; give the server's key with --api-key" if error.code == 401 else ""
-        raise TwinpoolError(f"{address} answered {error.code} {error.reason}{hint}.") from None
-    except (urllib.error.URLError, OSError) as error:
-        raise UnavailableError(f"Nobody answers at {address} ({getattr(error, 'reason', error)}).") from None
-    return body

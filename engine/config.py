@@ -22,6 +22,7 @@ from pydantic_settings import (
 
 from kvcache.errors import ConfigError
 from kvcache.transfer.port_choice import PortName
+from scheduler.autoscaler import PoolLimits
 from scheduler.placement import DEFAULT_POLICY, TPOT_TARGET_S, TTFT_TARGET_S, PlacementOptions
 from scheduler.policies import POLICIES
 from scheduler.types import WorkerRole
@@ -67,6 +68,17 @@ class ServeConfig(BaseSettings):
     prefill_workers: int | None = _option(None, "Pools", "workers that compute prompts (default: 1)", ge=0, le=256)
     decode_workers: int | None = _option(None, "Pools", "workers that generate tokens (default: 1)", ge=0, le=256)
     colocated: int = _option(0, "Pools", "workers that do both phases, instead of or beside two pools", ge=0, le=256)
+    min_prefill_workers: int | None = _option(
+        None, "Pools", "autoscaling leaves at least so many (default: --prefill-workers)", ge=1, le=256
+    )
+    max_prefill_workers: int | None = _option(
+        None, "Pools", "autoscaling: up to so many, on nodes that Ray is asked for", ge=1, le=256
+    )
+    min_decode_workers: int | None = _option(None, "Pools", "the same for decode workers", ge=1, le=256)
+    max_decode_workers: int | None = _option(None, "Pools", "the same for decode workers", ge=1, le=256)
+    roles: Literal["fixed", "auto"] = _option(
+        "fixed", "Pools", "auto: workers change between prefill and decode as the load does", "WAY"
+    )
     device: Literal["auto", "cpu", "cuda"] = _option(
         "auto", "Pools", "what workers compute on; auto is cuda, a GPU for each, where torch finds one", "DEVICE"
     )
@@ -223,6 +235,9 @@ class ServeConfig(BaseSettings):
     grpc_tls_dir: Path | None = _option(
         None, "Server", "the same with certificates of yours: a folder with ca.pem, cert.pem and key.pem", "DIR"
     )
+    admin_key: str | None = _option(
+        None, "Server", "key of drain, role and scale (default: made anew, and found by this user's commands)", "KEY"
+    )
     shutdown_timeout: float = _option(
         10.0, "Server", "seconds that running requests get to end after Ctrl-C", "SECONDS", ge=0, le=3600
     )
@@ -241,9 +256,21 @@ class ServeConfig(BaseSettings):
     def _check_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
         """An empty key, as of a secret that was not set, must not turn into no key at all."""
         for key in keys:
-            if not key or not key.isascii() or not key.isprintable() or key != key.strip():
-                raise ValueError("a key must be printable ASCII, not empty and without spaces around it")
+            _check_key(key)
         return keys
+
+    @field_validator("admin_key")
+    @classmethod
+    def _check_admin_key(cls, key: str | None) -> str | None:
+        if key is not None:
+            _check_key(key)
+        return key
+
+    @model_validator(mode="after")
+    def _check_separate_keys(self) -> Self:
+        if self.admin_key in self.api_key:
+            raise ValueError("admin_key is one of the api_keys: whoever may ask could drain and scale too")
+        return self
 
     @field_validator("placement_policy")
     @classmethod
@@ -283,7 +310,7 @@ class ServeConfig(BaseSettings):
             if not name or not AMOUNT.fullmatch(amount) or float(amount) <= 0:
                 raise ValueError(f"{resource!r} is not NAME=AMOUNT with an amount above 0")
             if name in RESERVED_RESOURCES:
-                raise ValueError(f"{name} is worked out from other options; this is for custom resources")
+                raise ValueError(f"the amount of {name} is worked out from other options; this is for custom resources")
         return resources
 
     @model_validator(mode="after")
@@ -306,6 +333,28 @@ class ServeConfig(BaseSettings):
         for name in POOL_OPTIONS:
             if not prefill and any(getattr(self, f"{pool}_{name}") is not None for pool in ("prefill", "decode")):
                 raise ValueError(f"there are no two pools whose {name} could differ: colocated has one")
+        return self
+
+    @model_validator(mode="after")
+    def _check_autoscaling(self) -> Self:
+        for role in (WorkerRole.PREFILL, WorkerRole.DECODE):
+            low, high = (getattr(self, f"{end}_{role.value}_workers") for end in ("min", "max"))
+            count = self.num_workers_of(role)
+            if low is not None and high is None:
+                raise ValueError(
+                    f"min_{role.value}_workers is {low}, and without max_{role.value}_workers nothing scales"
+                )
+            if high is None:
+                continue
+            if self.address is None or self.roles == "auto":
+                reason = (
+                    "roles is auto" if self.address is not None else "this machine has no more nodes: set address too"
+                )
+                raise ValueError(f"max_{role.value}_workers asks Ray for nodes, and {reason}")
+            if not (low or count) <= count <= high or not count:
+                raise ValueError(
+                    f"{role.value}_workers is {count}, and autoscaling would keep it from {low or count} to {high}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -363,7 +412,12 @@ class ServeConfig(BaseSettings):
 
     @property
     def placement(self) -> PlacementOptions:
-        return PlacementOptions(self.placement_policy, self.ttft_target_ms / 1000, self.tpot_target_ms / 1000)
+        return PlacementOptions(
+            self.placement_policy,
+            self.ttft_target_ms / 1000,
+            self.tpot_target_ms / 1000,
+            roles_follow_load=self.roles == "auto",
+        )
 
     @property
     def num_prefill_workers(self) -> int:
@@ -381,6 +435,17 @@ class ServeConfig(BaseSettings):
     def num_ranks(self) -> int:
         """Processes that compute: workers times the size of their groups."""
         return sum(self.num_workers_of(role) * self.tensor_parallel_size_of(role) for role in WorkerRole)
+
+    @property
+    def pool_limits(self) -> dict[WorkerRole, PoolLimits]:
+        """Of the pools that scale by themselves."""
+        limits = {}
+        for role in (WorkerRole.PREFILL, WorkerRole.DECODE):
+            high = getattr(self, f"max_{role.value}_workers")
+            if high is not None:
+                low = getattr(self, f"min_{role.value}_workers") or self.num_workers_of(role)
+                limits[role] = PoolLimits(low, high)
+        return limits
 
     def num_workers_of(self, role: WorkerRole) -> int:
         return {
@@ -433,6 +498,11 @@ class ServeConfig(BaseSettings):
     @classmethod
     def _file_values(cls) -> dict[str, Any]:
         return {}
+
+
+def _check_key(key: str) -> None:
+    if not key or not key.isascii() or not key.isprintable() or key != key.strip():
+        raise ValueError("a key must be printable ASCII, not empty and without spaces around it")
 
 
 def load_config(flags: Mapping[str, Any], file: Path | None = None) -> ServeConfig:
@@ -499,7 +569,9 @@ def _first_problem(
         where = f"{field} in {file}"
     else:
         where = field
-    given = "" if field == "api_key" else f" is {problem['input']!r}"  # a key stays out of terminals and logs
+    given = (
+        "" if field in ("api_key", "admin_key") else f" is {problem['input']!r}"
+    )  # a key stays out of terminals and logs
     return f"{where}{given}: {message[0].lower()}{message[1:]}."
 
 

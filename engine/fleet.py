@@ -6,17 +6,19 @@ So a node that leaves loses its workers to others, and a node that joins gets th
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
-from kvcache.errors import TwinpoolError
+from engine.autoscaling import Autoscaling
+from kvcache.errors import RequestError, TwinpoolError
 from scheduler.backoff import RestartBackoff
-from scheduler.events import Event, WorkerLeft
-from scheduler.types import ClusterSnapshot, WorkerInfo
+from scheduler.events import DrainWorker, Event, WorkerLeft, WorkersExpected
+from scheduler.types import ClusterSnapshot, DutyState, WorkerInfo, WorkerRole
 from workers.load_progress import LoadProgress
 from workers.worker_options import WorkerOptions
 
@@ -61,6 +63,8 @@ class Member:
     num_starts: int = 0
     start_at_s: float = 0.0
     registered_at_s: float = 0.0
+    is_leaving: bool = False  # it drains, then ends, then is forgotten
+    has_been_stopped: bool = False
     backoff: RestartBackoff = field(default_factory=RestartBackoff)
 
     @property
@@ -68,10 +72,19 @@ class Member:
         return self.options.worker_id
 
 
+@dataclass(frozen=True, slots=True)
+class RunningCluster:
+    """What a launcher has started; ends with it."""
+
+    scheduler: Any  # its actor's handle
+    fleet: Fleet
+
+
 class Fleet:
-    """Starts, watches and ends workers. All but ``start_thread`` and ``close`` is called by one thread at a time.
+    """Starts, watches and ends workers, so many as ``scale`` was told last. Any thread may call.
 
     Args:
+        workers: those to begin with; what more workers of a role are like, its first one shows.
         start_worker: starts a process of a worker, the n-th.
         clock: monotonic seconds.
     """
@@ -82,22 +95,54 @@ class Fleet:
         start_worker: Callable[[WorkerOptions, int], WorkerProcess],
         scheduler: FleetScheduler,
         clock: Callable[[], float] = time.monotonic,
+        autoscaling: Autoscaling | None = None,
     ) -> None:
         self.members = {options.worker_id: Member(options) for options in workers}
+        self._models = {options.role: options for options in reversed(workers)}
+        self._cluster = ClusterSnapshot()  # the newest view
+        self._told_epoch: int | None = None  # of the scheduler that knows which workers there shall be
+        self._lock = threading.Lock()
+        self._joining = True
         self._start_worker = start_worker
         self._scheduler = scheduler
         self._clock = clock
+        self._autoscaling = autoscaling
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def step(self) -> None:
-        """Looks at every worker once, and does what is due. One worker registers at a time: each measures its device,
-        which several may share."""
-        for member in self.members.values():
-            try:
-                self._advance(member)
-            except TwinpoolError as error:
-                self._lose(member, error)
+    def step(self, *, joining: bool = True) -> None:
+        """Looks at every worker once, and does what is due.
+
+        One worker registers at a time, and none without ``joining``: each measures its device, which several may share,
+        and on which others may still load.
+        """
+        with self._lock:
+            self._look()
+            self._joining = joining
+            for member in list(self.members.values()):
+                try:
+                    self._advance(member)
+                except TwinpoolError as error:
+                    self._lose(member, error)
+
+    def scale(self, counts: Mapping[WorkerRole, int]) -> None:
+        """From now on there shall be so many workers of each role given; those too many drain first.
+
+        Raises:
+            RequestError: the cluster could not serve so, or has no workers of a role that more could be like.
+        """
+        with self._lock:
+            self._check_counts(counts)
+            self._set_counts(counts)
+
+    def num_workers(self, role: WorkerRole) -> int:
+        """That there shall be."""
+        with self._lock:
+            return len(self._of_role(role))
+
+    @property
+    def is_loaded(self) -> bool:
+        return all(member.progress.is_ready for member in self.members.values())
 
     @property
     def is_complete(self) -> bool:
@@ -113,6 +158,8 @@ class Fleet:
         self._closing.set()
         if self._thread is not None:
             self._thread.join()
+        if self._autoscaling is not None:
+            self._autoscaling.close()
         processes = [member.process for member in self.members.values() if member.process is not None]
         for process in processes:
             process.stop()
@@ -129,16 +176,93 @@ class Fleet:
             except Exception:  # the thread's top, which must go on
                 logger.exception("Looking after the workers failed.")
 
+    def _set_counts(self, counts: Mapping[WorkerRole, int]) -> None:
+        for role, count in counts.items():
+            present = self._of_role(role)
+            for _ in range(count - len(present)):
+                self._add(role)
+            for member in sorted(present, key=self._dispensability)[: max(0, len(present) - count)]:
+                member.is_leaving = True
+        self._told_epoch = None
+
+    def _autoscale(self, autoscaling: Autoscaling, cluster: ClusterSnapshot) -> None:
+        counts = {role: len(self._of_role(role)) for role in WorkerRole}
+        changes = autoscaling.decide(cluster, counts, self._clock())
+        if changes:
+            self._set_counts(changes)
+        autoscaling.request([member.options.room for member in self.members.values() if not member.is_leaving])
+
+    def _check_counts(self, counts: Mapping[WorkerRole, int]) -> None:
+        wanted = {role: counts.get(role, len(self._of_role(role))) for role in WorkerRole}
+        prefill, decode = wanted[WorkerRole.PREFILL], wanted[WorkerRole.DECODE]
+        if bool(prefill) != bool(decode) or not sum(wanted.values()):
+            raise RequestError(
+                f"with {prefill} prefill, {decode} decode and {wanted[WorkerRole.COLOCATED]} colocated workers not"
+                " every phase would have one; two pools need at least one of each"
+            )
+        for role, count in wanted.items():
+            if count and role not in self._models:
+                raise RequestError(f"the server was started without {role.value} workers, and knows of none to start")
+
+    def _of_role(self, role: WorkerRole) -> list[Member]:
+        return [member for member in self.members.values() if member.options.role is role and not member.is_leaving]
+
+    def _add(self, role: WorkerRole) -> None:
+        names = (f"{role.value}-{number}" for number in itertools.count())
+        worker_id = next(name for name in names if name not in self.members)
+        self.members[worker_id] = Member(replace(self._models[role], worker_id=worker_id))
+
+    def _dispensability(self, member: Member) -> tuple[bool, int, int]:
+        """First those that do not serve yet, then those with the least to do, then the newest."""
+        found = [each for each in self._cluster.workers if each.info.worker_id == member.worker_id]
+        in_flight = found[0].requests_in_flight if found else 0
+        return member.info is not None, in_flight, -list(self.members).index(member.worker_id)
+
+    def _look(self) -> None:
+        """Learns what the scheduler knows, and tells one that does not know it which workers there shall be."""
+        cluster = self._scheduler.poll()
+        if cluster is None:
+            return
+        self._cluster = cluster
+        for worker in cluster.workers:
+            member = self.members.get(worker.info.worker_id)
+            if member is not None and member.options.role is not worker.info.role:
+                member.options = replace(member.options, role=worker.info.role)  # also of its next process
+        if self._told_epoch != cluster.epoch:
+            self._told_epoch = cluster.epoch
+            self._scheduler.tell(WorkersExpected(tuple(self.members)))
+        if self._autoscaling is not None and self.is_complete:
+            self._autoscale(self._autoscaling, cluster)
+
     def _advance(self, member: Member) -> None:
-        if member.process is None:
+        if member.is_leaving:
+            self._dismiss(member)
+        elif member.process is None:
             if self._clock() >= member.start_at_s:
                 self._start(member)
         elif member.process.has_ended():
             self._lose(member, member.failure)
         elif not member.progress.is_ready:
             member.progress = member.process.progress() or member.progress
-        elif member.info is None and self._may_join(member):
+        elif member.info is None and self._joining and self._may_join(member):
             self._join(member, member.process)
+
+    def _dismiss(self, member: Member) -> None:
+        """Drains a worker, then ends its process. The order is repeated until the scheduler shows that it was heard."""
+        process = member.process
+        if process is None or member.info is None or process.has_ended():
+            if process is not None:
+                process.close()
+            del self.members[member.worker_id]
+            self._told_epoch = None
+            logger.info("%s has left", member.worker_id)
+            return
+        states = [each.duty.state for each in self._cluster.workers if each.info.worker_id == member.worker_id]
+        if states == [DutyState.ACTIVE]:
+            self._scheduler.tell(DrainWorker(member.worker_id, force=True))
+        elif states == [DutyState.DRAINED] and not member.has_been_stopped:
+            member.has_been_stopped = True
+            process.stop()
 
     def _start(self, member: Member) -> None:
         member.num_starts += 1

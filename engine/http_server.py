@@ -14,15 +14,18 @@ from collections.abc import Iterator
 import uvicorn
 
 from engine.activity_log import log_activity
-from engine.api.app import create_app
+from engine.admin import Operator
+from engine.admin_key import admin_key
+from engine.api.app import AdminAccess, create_app
 from engine.config import ServeConfig
+from engine.fleet import RunningCluster
 from engine.gateway import AsyncEngine
 from engine.metrics import Metrics
 from engine.outputs import ServedModel
 from engine.scheduler_client import SchedulerClient
 from engine.startup import StartupPlan
 from engine.tokenizer import Tokenizer
-from scheduler.ray_actor import ActorHandle, RayScheduler
+from scheduler.ray_actor import RayScheduler
 
 END_GRACE_S = 5  # for the error frames of requests that did not end in time
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -33,15 +36,29 @@ async def serve_http(
     tokenizer: Tokenizer,
     config: ServeConfig,
     plan: StartupPlan,
-    scheduler: ActorHandle,
+    running: RunningCluster,
     server_socket: socket.socket,
 ) -> None:
     """Answers requests until a signal says stop. Imported late: with the API it takes a second."""
-    client = SchedulerClient(RayScheduler(scheduler), config.placement)
+    with admin_key(config.admin_key, config.port) as key:
+        await _serve(tokenizer, config, plan, running, server_socket, key)
+
+
+async def _serve(
+    tokenizer: Tokenizer,
+    config: ServeConfig,
+    plan: StartupPlan,
+    running: RunningCluster,
+    server_socket: socket.socket,
+    key: str,
+) -> None:
+    scheduler = RayScheduler(running.scheduler)
+    client = SchedulerClient(scheduler, config.placement)
     await client.start()
     engine = AsyncEngine(_served_model(config, plan), tokenizer, client, plan.gateway_tls)
     metrics = Metrics(engine.model.names[0], lambda: engine.cluster)
-    app = create_app(engine, api_keys=config.api_key, metrics=metrics)
+    operator = Operator(scheduler, running.fleet, lambda: client.cluster, plan.worker_bytes)
+    app = create_app(engine, api_keys=config.api_key, metrics=metrics, admin=AdminAccess(operator, key))
     server = _Server(
         uvicorn.Config(
             app,

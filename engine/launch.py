@@ -20,16 +20,24 @@ from typing import Any
 
 import ray
 
+from engine.autoscaling import Autoscaling
 from engine.config import ServeConfig
-from engine.fleet import Fleet
+from engine.fleet import Fleet, RunningCluster
 from engine.machine_limits import is_loopback
-from engine.ray_session import check_interrupted, cluster_nodes, interrupt_on_signals, joined_cluster, ray_session
+from engine.ray_session import (
+    check_interrupted,
+    cluster_nodes,
+    interrupt_on_signals,
+    joined_cluster,
+    ray_session,
+    request_nodes,
+)
 from engine.start_progress import StartProgress, start_progress
 from engine.startup import StartupPlan, bind_server_socket, check_installation, make_plan
 from kvcache.errors import ResourceError
 from kvcache.spec import KVCacheSpec
-from scheduler.ray_actor import ActorHandle, PolledScheduler, start_scheduler
-from scheduler.types import DeviceProfile, WorkerInfo
+from scheduler.ray_actor import PolledScheduler, start_scheduler
+from scheduler.types import DeviceProfile, WorkerInfo, WorkerRole
 from workers.load_progress import LoadProgress
 from workers.model.checkpoint import prepare_checkpoint
 from workers.ray_worker import RayWorker
@@ -62,12 +70,12 @@ def serve(config: ServeConfig) -> None:
             _check_gpus(plan)
             _log_model(plan)
             preparing = beside.submit(_prepare_http, plan)
-            scheduler = cluster.enter_context(_running_cluster(plan, config, progress))
+            running = cluster.enter_context(_running_cluster(plan, config, progress))
             serve_http = preparing.result()
         gc.freeze()
         gc.enable()
         try:
-            asyncio.run(serve_http(config, plan, scheduler, server_socket))
+            asyncio.run(serve_http(config, plan, running, server_socket))
         finally:
             interrupt_on_signals()  # the event loop has taken its own handlers away
 
@@ -122,16 +130,24 @@ def _prepare_http(plan: StartupPlan) -> Any:
 
 
 @contextlib.contextmanager
-def _running_cluster(plan: StartupPlan, config: ServeConfig, progress: StartProgress) -> Iterator[ActorHandle]:
+def _running_cluster(plan: StartupPlan, config: ServeConfig, progress: StartProgress) -> Iterator[RunningCluster]:
     """The scheduler with all workers loaded, measured and registered."""
     scheduler = start_scheduler([options.worker_id for options in plan.workers], config.placement)
-    fleet = Fleet(plan.workers, RayWorker, PolledScheduler(scheduler))
+    fleet = Fleet(plan.workers, RayWorker, PolledScheduler(scheduler), autoscaling=_autoscaling(config))
     try:
         _await_workers(plan, fleet, progress)
         fleet.start_thread()
-        yield scheduler
+        yield RunningCluster(scheduler, fleet)
     finally:
         fleet.close(config.shutdown_timeout)
+
+
+def _autoscaling(config: ServeConfig) -> Autoscaling | None:
+    if not config.pool_limits:
+        return None
+    placement = config.placement
+    targets = {WorkerRole.PREFILL: placement.ttft_target_s, WorkerRole.DECODE: placement.tpot_target_s}
+    return Autoscaling(config.pool_limits, targets, request_nodes)
 
 
 def _await_workers(plan: StartupPlan, fleet: Fleet, progress: StartProgress) -> None:
@@ -140,14 +156,14 @@ def _await_workers(plan: StartupPlan, fleet: Fleet, progress: StartProgress) -> 
     logger.info("Starting workers: %s", ", ".join(fleet.members))
     progress.stage(f"Loading weights on {len(fleet.members)} workers" if len(fleet.members) > 1 else "Loading weights")
     told: set[str] = set()
-    is_loading = True
+    is_loaded = False
     while not fleet.is_complete:
-        fleet.step()
+        fleet.step(joining=is_loaded)
         check_interrupted()
         _check_start(fleet, time.monotonic() - started)
         progress.load(sum(member.progress.part for member in fleet.members.values()) / len(fleet.members))
-        if is_loading and all(member.progress.is_ready for member in fleet.members.values()):
-            is_loading = False
+        if not is_loaded and fleet.is_loaded:
+            is_loaded = True
             _log_loaded(plan, [member.progress for member in fleet.members.values()])
         for member in fleet.members.values():
             if member.info is not None and member.worker_id not in told:

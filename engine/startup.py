@@ -43,6 +43,7 @@ class StartupPlan:
     checkpoint: CheckpointInfo
     max_model_len: int
     workers: tuple[WorkerOptions, ...]
+    worker_bytes: Mapping[WorkerRole, int]  # memory of this machine that one more worker takes; empty: Ray books it
     gateway_tls: TlsFolder | None = None
 
     @property
@@ -162,10 +163,11 @@ def make_plan(config: ServeConfig, path: Path, nodes: Sequence[Node] | None = No
             host=config.worker_host or (LOOPBACK if nodes is None else NODE_ADDRESS),
             model_source=config.model,
             room=rooms[role],
+            changes_role=config.roles == "auto",
         )
         for worker_id, role in _roles(config)
     )
-    return StartupPlan(checkpoint, max_model_len, workers)
+    return StartupPlan(checkpoint, max_model_len, workers, worker_bytes if nodes is None else {})
 
 
 def _spec(config: ServeConfig, checkpoint: CheckpointInfo, role: WorkerRole) -> KVCacheSpec:

@@ -12,10 +12,15 @@ from dataclasses import dataclass
 from kvcache.errors import UnavailableError
 from scheduler.cache_index import CacheIndex
 from scheduler.cost_model import CostModel
+from scheduler.demand import DemandMeter, candidates, pool_loads
+from scheduler.duties import DutyBook
 from scheduler.events import (
+    ActivateWorker,
     AskForCache,
     AskToRegister,
+    ChangeRole,
     Command,
+    DrainWorker,
     Event,
     PlaceRequest,
     PrefillDone,
@@ -29,15 +34,18 @@ from scheduler.events import (
     WorkerRegistered,
     WorkerRemoved,
     WorkerReported,
+    WorkersExpected,
 )
 from scheduler.pairing import PairingRules
 from scheduler.placement import Choice, Cluster, PlacementOptions
+from scheduler.planner import RolePlanner
 from scheduler.policies import make_policy
 from scheduler.prediction import PredictionLog, Sizes, predict
-from scheduler.types import ClusterSnapshot, Placement, WorkerInfo, WorkerLoad
+from scheduler.types import ClusterSnapshot, Placement, PoolLoad, WorkerLoad
 from scheduler.worker_state import WorkerState, Workload
 from scheduler.worker_table import WorkerTable
 
+PLAN_INTERVAL_S = 2.0
 OUTPUT_TOKENS_GUESS = 128.0  # the length of an answer before any has ended
 _OUTPUT_MEMORY = 0.02  # what the newest answer counts in the mean length
 
@@ -82,6 +90,13 @@ class ClusterController:
         self._log = PredictionLog(self._costs)
         self._placed: dict[str, _Placed] = {}
         self._mean_output_tokens = OUTPUT_TOKENS_GUESS
+        self._duties = DutyBook(self._workers)
+        self._demand = DemandMeter()
+        self._planner = RolePlanner()
+        self._plans_roles = options.roles_follow_load
+        self._tpot_target_s = options.tpot_target_s
+        self._plan_at_s = 0.0
+        self._pools: tuple[PoolLoad, ...] = ()
 
     @classmethod
     def from_snapshot(
@@ -94,7 +109,7 @@ class ClusterController:
         """
         controller = cls(options=options, epoch=snapshot.epoch)
         for worker in snapshot.workers:
-            controller.handle(WorkerRegistered(worker.info), now)
+            controller.handle(WorkerRegistered(worker.info, worker.duty), now)
         for request in placed:
             controller.handle(request, now)
         for worker in snapshot.workers:
@@ -115,20 +130,49 @@ class ClusterController:
             case WorkerReported():
                 return self._report(event, now)
             case WorkerRegistered():
-                return self._register(event.info, now)
+                return self._register(event, now)
             case WorkerLeft():
                 return self._remove(event.worker_id, event.incarnation, "it has left")
             case RequestPlaced():
                 self._book_told(event, now)
             case Tick():
-                return self._remove_silent(now)
+                return self._tick(now)
+            case _:
+                return self._order(event)
         return []
+
+    def _order(self, event: DrainWorker | ActivateWorker | ChangeRole | WorkersExpected) -> list[Command]:
+        """What operators and the launcher want of the workers."""
+        match event:
+            case DrainWorker():
+                return self._duties.drain(event.worker_id, force=event.force)
+            case ActivateWorker():
+                return self._duties.activate(event.worker_id)
+            case ChangeRole():
+                return self._duties.change_role(event.worker_id, event.role)
+            case WorkersExpected():
+                self._expected = event.worker_ids
+        return []
+
+    def _tick(self, now: float) -> list[Command]:
+        commands = self._remove_silent(now)
+        if now >= self._plan_at_s:
+            self._plan_at_s = now + PLAN_INTERVAL_S
+            self._pools = pool_loads(list(self._workers), self._costs, self._demand, now, self._tpot_target_s)
+            if self._plans_roles and not self._duties.is_changing:
+                commands += self._plan_role(now)
+        return commands
+
+    def _plan_role(self, now: float) -> list[Command]:
+        able = candidates(list(self._workers), self._costs, self._demand.sizes(now), self._tpot_target_s)
+        flip = self._planner.decide(able, self._demand.demand(now), now)
+        return self._duties.change_role(flip.worker_id, flip.role) if flip is not None else []
 
     def snapshot(self) -> ClusterSnapshot:
         workers = sorted(self._workers, key=lambda worker: worker.worker_id)
         snapshots = tuple(worker.snapshot(self._costs.errors(worker.worker_id)) for worker in workers)
         missing = tuple(name for name in self._expected if self._workers.get(name) is None)
-        return ClusterSnapshot(snapshots, missing, self._epoch)
+        return ClusterSnapshot(snapshots, missing, self._epoch, self._pools)
 
     def _place(self, request: RequestArrived, now: float) -> list[Command]:
         num_output_tokens = self._expected_output(request.max_tokens)
@@ -139,6 +183,7 @@ class ClusterController:
         prefills = choice.prefills
         num_cached_tokens = self._cluster.cached_tokens(prefills, request)
         prefill_s = self._costs.prefill_seconds(prefills.info.worker_id, request.num_prompt_tokens, num_cached_tokens)
+        self._demand.add(request.num_prompt_tokens, num_cached_tokens, num_output_tokens, now)
         work = Workload(request.num_prompt_tokens, request.max_tokens, num_output_tokens, prefill_s)
         prefill = choice.prefill.address if choice.prefill is not None else None
         placement = Placement(request.request_id, choice.decode.address, prefill)
@@ -206,7 +251,8 @@ class ClusterController:
         decode.end_request(work.num_prompt_tokens + work.max_tokens)
         self._workers.changed(decode)
 
-    def _register(self, info: WorkerInfo, now: float) -> list[Command]:
+    def _register(self, event: WorkerRegistered, now: float) -> list[Command]:
+        info = event.info
         problem = self._pairing.problem(info)
         if problem is not None:
             return [RefuseWorker(info.worker_id, problem, is_final=True)]
@@ -218,13 +264,15 @@ class ClusterController:
             return []
         if known is not None:
             self._forget(known)
-        self._enter(info, now)
+        self._enter(event, now)
         return []
 
-    def _enter(self, info: WorkerInfo, now: float) -> None:
+    def _enter(self, event: WorkerRegistered, now: float) -> None:
+        info = event.info
         self._costs.add(info)
         self._pairing.add(info)
-        self._workers.add(WorkerState(info, WorkerLoad(blocks_free=info.num_blocks), now))
+        self._duties.enter(info.worker_id)
+        self._workers.add(WorkerState(info, WorkerLoad(blocks_free=info.num_blocks), now, event.duty))
 
     def _hear(self, worker: WorkerState, load: WorkerLoad, now: float) -> None:
         worker.hear(load, now)
@@ -243,8 +291,8 @@ class ClusterController:
         for transfers in event.transfers:
             self._costs.observe_transfers(event.worker_id, transfers)
         if event.cache is not None and not self._cache.apply(event.worker_id, event.cache):
-            return [AskForCache(event.worker_id)]
-        return []
+            return [AskForCache(event.worker_id), *self._duties.heard(worker)]
+        return self._duties.heard(worker)
 
     def _remove_silent(self, now: float) -> list[Command]:
         commands: list[Command] = []

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scheduler.types import CacheDelta, Placement, PrefixHashes, StepTimes, TransferTimes, WorkerInfo, WorkerLoad
+from scheduler.types import (
+    ACTIVE,
+    CacheDelta,
+    Duty,
+    Placement,
+    PrefixHashes,
+    StepTimes,
+    TransferTimes,
+    WorkerInfo,
+    WorkerLoad,
+    WorkerRole,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerRegistered:
     info: WorkerInfo
+    duty: Duty = ACTIVE  # what it was told last, maybe by a scheduler of which this one knows nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +42,36 @@ class WorkerLeft:
 
     worker_id: str
     incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersExpected:
+    """All workers that there shall be."""
+
+    worker_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DrainWorker:
+    """No new requests for it; told by an operator, by a fleet that shrinks, or by the worker itself, which will end."""
+
+    worker_id: str
+    force: bool = False  # even if nobody else takes its phase
+
+
+@dataclass(frozen=True, slots=True)
+class ActivateWorker:
+    """The end of a drain, whether or not it is done."""
+
+    worker_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeRole:
+    """To the other pool, once what runs there has ended."""
+
+    worker_id: str
+    role: WorkerRole
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +115,18 @@ class Tick:
 
 
 Event = (
-    WorkerRegistered | WorkerReported | WorkerLeft | RequestArrived | RequestPlaced | PrefillDone | RequestEnded | Tick
+    WorkerRegistered
+    | WorkerReported
+    | WorkerLeft
+    | WorkersExpected
+    | DrainWorker
+    | ActivateWorker
+    | ChangeRole
+    | RequestArrived
+    | RequestPlaced
+    | PrefillDone
+    | RequestEnded
+    | Tick
 )
 
 
@@ -112,9 +165,28 @@ class AskForCache:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeDuty:
+    """What a worker is to do from now on; it keeps it, and says it when it registers again."""
+
+    worker_id: str
+    role: WorkerRole
+    duty: Duty
+
+
+@dataclass(frozen=True, slots=True)
+class RefuseDuty:
+    """What an operator asked for is not done."""
+
+    worker_id: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerRemoved:
     worker_id: str
     message: str
 
 
-Command = PlaceRequest | RefuseRequest | RefuseWorker | AskToRegister | AskForCache | WorkerRemoved
+Command = (
+    PlaceRequest | RefuseRequest | RefuseWorker | AskToRegister | AskForCache | TakeDuty | RefuseDuty | WorkerRemoved
+)

@@ -14,6 +14,7 @@ class _Kind:
 
     model: str
     vocab_size: int
+    version: str
     spec: KVCacheSpec
     exchanges_kv: bool
 
@@ -34,6 +35,8 @@ class PairingRules:
                 return f"{info.worker_id} serves model {info.model!r} and {name} serves {kind.model!r}"
             if kind.vocab_size != info.vocab_size:
                 return f"vocab_size of {info.worker_id} is {info.vocab_size} and that of {name} {kind.vocab_size}"
+            if kind.version != info.version:
+                return f"version of {info.worker_id} is {info.version or 'unknown'} and that of {name} {kind.version}"
             obstacle = info.spec.obstacle(kind.spec)
             if _kind(info).exchanges_kv and kind.exchanges_kv and obstacle is not None:
                 return f"KV of {info.worker_id} and {name} cannot be exchanged: {obstacle}"
@@ -50,4 +53,4 @@ class PairingRules:
 
 
 def _kind(info: WorkerInfo) -> _Kind:
-    return _Kind(info.model, info.vocab_size, info.spec, info.role is not WorkerRole.COLOCATED)
+    return _Kind(info.model, info.vocab_size, info.version, info.spec, info.role is not WorkerRole.COLOCATED)

@@ -28,6 +28,7 @@ class PlacementOptions:
     ttft_target_s: float = TTFT_TARGET_S
     tpot_target_s: float = TPOT_TARGET_S
     seed: int = 0  # of the policies that draw
+    roles_follow_load: bool = False  # workers change between prefill and decode
 
 
 @dataclass(slots=True)
@@ -76,12 +77,12 @@ class Cluster:
         return self.workers.best(phase, avoid)
 
     def holders(self, request: RequestArrived, limit: int) -> list[WorkerState]:
-        """Workers that have most of the prompt cached, up to ``limit`` for each block size."""
+        """Active workers that have most of the prompt cached, up to ``limit`` for each block size."""
         found = []
         for prefix in request.prefixes:
             for worker_id in self.cache.deepest(prefix, limit):
                 worker = self.workers.get(worker_id)
-                if worker is not None and worker_id not in request.avoid:
+                if worker is not None and worker.is_active and worker_id not in request.avoid:
                     found.append(worker)
         return found
 

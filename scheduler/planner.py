@@ -20,6 +20,11 @@ class Demand:
     prefill_tokens_s: float
     decode_tokens_s: float
 
+    def of(self, role: WorkerRole) -> Demand:
+        """The part that workers of one role have to do."""
+        is_prefill = role is WorkerRole.PREFILL
+        return Demand(self.prefill_tokens_s if is_prefill else 0.0, 0.0 if is_prefill else self.decode_tokens_s)
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:

@@ -74,7 +74,7 @@ class ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """What a worker says of itself when it registers; constant for the life of one process."""
+    """What a worker says of itself when it registers; constant for the life of one process, its role apart."""
 
     worker_id: str  # given by the launcher, e.g. "prefill-0"; a restarted worker keeps it
     incarnation: int  # grows with every restart: late words of an earlier process are ignored
@@ -91,6 +91,7 @@ class WorkerInfo:
     max_num_seqs: int = 64  # sequences in its batch
     max_num_batched_tokens: int = 512  # tokens it computes in one step
     vocab_size: int = 0
+    version: str = ""  # of Twinpool, on the worker's machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +205,23 @@ class PrefixHashes:
     hashes: tuple[int, ...]
 
 
+class DutyState(StrEnum):
+    """Whether a worker gets requests; ``scheduler.duties`` has the transitions."""
+
+    ACTIVE = "active"
+    DRAINING = "draining"  # nothing new; what was placed there ends
+    DRAINED = "drained"  # nothing runs there, no KV waits to be taken
+
+
+@dataclass(frozen=True, slots=True)
+class Duty:
+    state: DutyState = DutyState.ACTIVE
+    next_role: WorkerRole | None = None  # which a draining worker takes once it is empty
+
+
+ACTIVE = Duty()
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerSnapshot:
     """One worker as the scheduler sees it."""
@@ -216,6 +234,17 @@ class WorkerSnapshot:
     last_heard_s: float  # monotonic seconds of the scheduler's clock
     errors: PredictionErrors = NO_ERRORS
     backlog_s: float = 0.0  # predicted seconds of prompts placed here whose first token is not out
+    duty: Duty = ACTIVE
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLoad:
+    """How a role's active workers stand to the work that arrives."""
+
+    role: WorkerRole  # PREFILL or DECODE
+    num_workers: int
+    latency_s: float  # predicted for a request of the mean size, placed now: TTFT of prefill, TPOT of decode workers
+    busyness: float  # work that arrives over what they can do; 1 is all
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +254,7 @@ class ClusterSnapshot:
     workers: tuple[WorkerSnapshot, ...] = ()
     missing: tuple[str, ...] = field(default=())  # ids of workers that were launched and are not registered now
     epoch: int = 0  # another number after every restart of the scheduler: what it knew of requests is gone
+    pools: tuple[PoolLoad, ...] = ()  # of the roles that have active workers; every few seconds anew
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from scheduler.types import Phase, PredictionErrors, WorkerAddress, WorkerInfo, WorkerLoad, WorkerRole, WorkerSnapshot
+from scheduler.types import (
+    ACTIVE,
+    Duty,
+    DutyState,
+    Phase,
+    PredictionErrors,
+    WorkerAddress,
+    WorkerInfo,
+    WorkerLoad,
+    WorkerRole,
+    WorkerSnapshot,
+)
 
 _PREFILL = WorkerRole.PREFILL  # members of an enumeration are slow to get
 
@@ -47,6 +58,7 @@ class WorkerState:
     info: WorkerInfo
     load: WorkerLoad
     last_heard_s: float
+    duty: Duty = ACTIVE  # changed by ``assign``, with the role
     requests_in_flight: int = 0
     tokens_in_flight: int = 0
     requests_placed: int = 0
@@ -98,8 +110,18 @@ class WorkerState:
     def decoding_context_tokens(self) -> int:
         return self.batch_context_tokens - self.awaited_tokens
 
+    @property
+    def is_active(self) -> bool:
+        return self.duty.state is DutyState.ACTIVE
+
     def takes(self, phase: Phase) -> bool:
-        return self.info.role.takes(phase)
+        return self.is_active and self.role.takes(phase)
+
+    def assign(self, duty: Duty, role: WorkerRole) -> None:
+        """For ``scheduler.duties``, which takes the worker out of its table meanwhile."""
+        self.duty = duty
+        self.role = role
+        self.info = replace(self.info, role=role)
 
     def backlog_s(self, now: float) -> float:
         """Predicted seconds until a prompt placed now would be begun."""
@@ -164,4 +186,5 @@ class WorkerState:
             self.last_heard_s,
             errors,
             self.prefill_s,
+            self.duty,
         )

@@ -6,11 +6,13 @@ import asyncio
 import gc
 import logging
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -23,24 +25,27 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from kvcache.errors import ConfigError, TwinpoolError, UnavailableError
+from kvcache.errors import TwinpoolError, UnavailableError
 from kvcache.transfer.allocator import keep_message_buffers
-from scheduler.events import AskForCache, AskToRegister, RefuseWorker, WorkerLeft, WorkerRegistered
 from scheduler.ray_actor import ActorHandle, find_scheduler
-from scheduler.types import DeviceProfile, WorkerInfo
+from scheduler.types import WorkerInfo
 from workers.load_progress import LoadProgress
+from workers.membership import Membership
 from workers.model.checkpoint import prepare_checkpoint
 from workers.worker_options import NODE_ADDRESS, WorkerOptions
 
 if TYPE_CHECKING:
     from workers.worker import Worker
 
-HEARTBEAT_INTERVAL_S = 0.5
 logger = logging.getLogger(__name__)
 
 
 class WorkerActor:
-    """One worker process. Whoever started it asks for ``progress``, then calls ``join``; ``run`` ends with it."""
+    """One worker process. Whoever started it asks for ``progress``, then calls ``join``; ``run`` ends with it.
+
+    No method is a coroutine: Ray would run all of them on one event loop, and ``__init__`` not in the main thread,
+    where signals come.
+    """
 
     def __init__(self, options: WorkerOptions, incarnation: int) -> None:
         """``incarnation``: how often this worker was started, this time included; whoever starts it counts."""
@@ -50,13 +55,14 @@ class WorkerActor:
         self._scheduler = find_scheduler()
         self._incarnation = incarnation
         self._has_stopped = threading.Event()
+        self._membership: Membership | None = None
         self._failure: Exception | None = None
         self._worker: Worker | None = None
-        self._info: WorkerInfo | None = None
         self._heartbeats: asyncio.Task[None] | None = None
         # Held, because Ray ends an actor that nobody holds; when this process ends, Ray ends all of them.
         self._followers: list[ActorHandle] = []
         self._progress = LoadProgress()
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         # Beside the actor's own thread, so that it can say how far it is.
         threading.Thread(target=self._load, name="load", daemon=True).start()
 
@@ -70,12 +76,9 @@ class WorkerActor:
             raise self._failure
         return self._progress
 
-    async def run(self) -> None:
-        """Returns after ``stop``; its caller so hears when this process has ended otherwise.
-
-        Ray runs an actor's methods on one event loop when one of them is a coroutine: the wait must not hold it.
-        """
-        await asyncio.to_thread(self._has_stopped.wait)
+    def run(self) -> None:
+        """Returns after ``stop``; its caller so hears when this process has ended otherwise."""
+        self._has_stopped.wait()
 
     def _load(self) -> None:
         try:
@@ -102,64 +105,46 @@ class WorkerActor:
         self._progress = progress
 
     def join(self) -> WorkerInfo:
-        """Measures the device, registers with the scheduler and begins to send heartbeats.
+        """Measures the device, registers with the scheduler and begins to send heartbeats. Called once.
 
         Called for one worker at a time, so that they do not measure each other.
 
         Raises:
             ConfigError: the scheduler refuses this worker.
         """
-        if self._info is None:
-            registered = self._register(self._loaded.measure())
-            self._info = asyncio.run_coroutine_threadsafe(registered, self._event_loop).result()
-        return self._info
+        info = self._loaded.info(self._incarnation, self._loaded.measure())
+        self._membership = Membership(self._loaded, self._scheduler, self._end_when_empty)
+        self._run_in_worker(self._membership.register(info))
+        self._event_loop.call_soon_threadsafe(self._begin_heartbeats, self._membership)
+        return info
 
     def stop(self) -> None:
         """Ends what is running and gives everything back."""
         if self._progress.is_ready:
-            asyncio.run_coroutine_threadsafe(self._stop(), self._event_loop).result()
+            if self._heartbeats is not None:
+                self._event_loop.call_soon_threadsafe(self._heartbeats.cancel)
+            if self._membership is not None:
+                self._run_in_worker(self._membership.leave())
+            self._run_in_worker(self._loaded.stop())
         self._has_stopped.set()
 
-    async def _register(self, device: DeviceProfile) -> WorkerInfo:
-        info = self._loaded.info(self._incarnation, device)
-        while not await self._registered(info):  # noqa: ASYNC110  the scheduler is another process: only time tells
-            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
-        self._heartbeats = asyncio.create_task(self._send_heartbeats(info))
+    def _run_in_worker(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._event_loop).result()
+
+    def _begin_heartbeats(self, membership: Membership) -> None:
+        self._heartbeats = asyncio.create_task(membership.send_heartbeats())
         self._heartbeats.add_done_callback(self._end_process_on_failure)
-        return info
 
-    async def _registered(self, info: WorkerInfo) -> bool:
-        try:
-            commands = await self._scheduler.handle((WorkerRegistered(info),))
-        except UnavailableError:
-            return False
-        for command in commands[0]:
-            if isinstance(command, RefuseWorker):
-                if command.is_final:
-                    raise ConfigError(f"Worker {info.worker_id} was refused: {command.message}.")
-                return False
-        return True
+    def _end_when_empty(self) -> None:
+        threading.Thread(target=self.stop, name="stop", daemon=True).start()
 
-    async def _send_heartbeats(self, info: WorkerInfo) -> None:
-        while True:
-            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
-            report = self._loaded.report(info.incarnation)
-            try:
-                commands = await self._scheduler.handle((report,))
-            except UnavailableError:
-                self._loaded.cache_news.begin_anew()  # who knows what arrived
-                continue  # tokens go on flowing; the next heartbeat finds the restarted scheduler
-            for command in commands[0]:
-                if isinstance(command, AskToRegister):
-                    await self._registered(info)
-                if isinstance(command, AskToRegister | AskForCache):
-                    self._loaded.cache_news.begin_anew()
-
-    async def _stop(self) -> None:
-        if self._heartbeats is not None and self._info is not None:
-            self._heartbeats.cancel()
-            await self._scheduler.handle((WorkerLeft(self._info.worker_id, self._incarnation),))
-        await self._loaded.stop()
+    def _on_sigterm(self, _signum: int, _frame: FrameType | None) -> None:
+        """The first one drains: what runs here ends, and KV is delivered. The second ends the process at once, as the
+        first does where nothing runs yet, or any more."""
+        membership = self._membership
+        if membership is None or membership.info is None or membership.is_leaving or self._has_stopped.is_set():
+            os._exit(0)
+        membership.leave_when_empty()
 
     @property
     def _loaded(self) -> Worker:
@@ -263,6 +248,7 @@ class RayWorker:
         self._actor = actor_class.options(
             num_cpus=0,
             num_gpus=int(options.device == "cuda"),  # its own, and the only one it sees
+            max_concurrency=4,  # it says how far it is while ``run`` waits and ``join`` measures
             scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, 0),
         ).remote(options, incarnation)
         self._running = self._actor.run.remote()

@@ -29,11 +29,9 @@ class SequenceLimits:
 
 
 class WorkerService(pb_grpc.WorkerServicer):
-    """A role that this worker does not have is None, and its calls are refused."""
+    """Serves both roles; which of them gets requests, the scheduler decides."""
 
-    def __init__(
-        self, limits: SequenceLimits, prefill: PrefillRole | None, decode: DecodeRole | None, offers: OfferTaker
-    ) -> None:
+    def __init__(self, limits: SequenceLimits, prefill: PrefillRole, decode: DecodeRole, offers: OfferTaker) -> None:
         self._limits = limits
         self._offers = offers
         self._prefill = prefill
@@ -44,8 +42,6 @@ class WorkerService(pb_grpc.WorkerServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         try:
-            if self._decode is None:
-                raise RequestError("this worker does not decode")
             sequence = self._sequence(request)
             sequence.remote_prefill = bool(request.prefill_address)
             async with aclosing(self._decode.generate(sequence, request.prefill_address)) as outputs:
@@ -60,8 +56,6 @@ class WorkerService(pb_grpc.WorkerServicer):
 
     async def Prefill(self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext) -> None:
         try:
-            if self._prefill is None:
-                raise RequestError("this worker does not prefill for others")
             _check_id("transfer_id", request.transfer_id)
             sequence = self._sequence(request)
             sequence.prefill_only = True

@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,7 @@ class Worker:
         return probe_device(probed_model(options, self._runner.model), options.device)
 
     def info(self, incarnation: int, device: DeviceProfile) -> WorkerInfo:
+        """What it says of itself, in the role that it was started in."""
         options = self.options
         return WorkerInfo(
             options.worker_id,
@@ -179,6 +181,7 @@ class Worker:
             options.limits.max_num_seqs,
             options.limits.max_num_batched_tokens,
             options.vocab_size,
+            metadata.version("twinpool"),
         )
 
     def load(self) -> WorkerLoad:
@@ -217,13 +220,9 @@ class Worker:
         )
 
     def _service(self) -> WorkerService:
-        options = self.options
-        return WorkerService(
-            SequenceLimits(options.max_model_len, options.vocab_size),
-            self._prefill if options.role.takes(Phase.PREFILL) else None,
-            self._decode if options.role.takes(Phase.DECODE) else None,
-            self.offers_taken,
-        )
+        """Both roles, whichever it has: a request that was placed here before the role changed ends here."""
+        limits = SequenceLimits(self.options.max_model_len, self.options.vocab_size)
+        return WorkerService(limits, self._prefill, self._decode, self.offers_taken)
 
 
 def build_worker(
@@ -263,7 +262,7 @@ def run_on_gpu(options: WorkerOptions, model: Any) -> tuple[StepModel, PagedStor
     step_model = choose_cuda_model(model, options.spec, options.max_model_len, options.device)
     num_blocks = options.num_blocks if options.num_blocks is not None else _fitting_blocks(options, step_model)
     storage = _take_storage(options, num_blocks, with_scratch_block=True)
-    if not options.role.takes(Phase.DECODE):
+    if not (options.role.takes(Phase.DECODE) or options.changes_role):
         return step_model, storage
     return record_decode(step_model, storage, options.limits, options.max_model_len), storage
 

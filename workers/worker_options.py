@@ -34,6 +34,7 @@ class WorkerOptions:
     limits: BatchLimits
     host: str = "127.0.0.1"  # or NODE_ADDRESS
     model_source: str = ""  # what the operator calls the model: fetched where ``model_path`` does not exist
+    changes_role: bool = False  # the scheduler may give it the other role as the load changes
     room: Room = ANY_ROOM  # what it takes of a node
     num_threads: int = 1  # of each rank
     tensor_parallel_size: int = 1  # ranks that compute the model together; ``spec`` has the heads of all

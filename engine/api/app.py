@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fastapi import Depends, FastAPI
 
+from engine.api.admin import ClusterAdmin, admin_router
 from engine.api.chat import chat_router
 from engine.api.completions import completions_router
 from engine.api.errors import add_error_handlers
-from engine.api.middleware import ApiKeys, BodyLimit, ErrorBoundary
+from engine.api.middleware import AdminKey, ApiKeys, BodyLimit, ErrorBoundary
 from engine.api.openapi import bearer
 from engine.api.serving import Serving
 from engine.api.status import probes_router, status_router
@@ -20,19 +22,31 @@ from engine.outputs import TextEngine
 MAX_BODY_BYTES = 8 << 20
 
 
-def create_app(engine: TextEngine, *, api_keys: Sequence[str] = (), metrics: Metrics) -> FastAPI:
+@dataclass(frozen=True, slots=True)
+class AdminAccess:
+    admin: ClusterAdmin
+    key: str
+
+
+def create_app(
+    engine: TextEngine, *, api_keys: Sequence[str] = (), metrics: Metrics, admin: AdminAccess | None = None
+) -> FastAPI:
     """The ASGI application of one engine, which stays the caller's to start and to stop.
 
-    With ``api_keys``, every path but the probes needs one of them.
+    With ``api_keys``, every path but the probes needs one of them; admin calls, where there are any, need their own.
     """
     app = FastAPI(title="Twinpool", docs_url=None, redoc_url=None, openapi_url="/openapi.json", redirect_slashes=False)
     serving = Serving(engine, metrics)
     app.include_router(probes_router(serving))
     for router in (completions_router(serving), chat_router(serving), tokens_router(serving), status_router(serving)):
         app.include_router(router, dependencies=[Depends(bearer)])
+    if admin is not None:
+        app.include_router(admin_router(admin.admin), dependencies=[Depends(bearer)])
     add_error_handlers(app)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)  # the last one added is the outermost
     if api_keys:
         app.add_middleware(ApiKeys, keys=tuple(api_keys))
+    if admin is not None:
+        app.add_middleware(AdminKey, key=admin.key)
     app.add_middleware(ErrorBoundary)
     return app

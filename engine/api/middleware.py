@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine.api.errors import describe, failure
 from engine.cache_salt import ANYBODY, identity_of_key
 
+ADMIN_PREFIX = "/admin"
 OPEN_PATHS = frozenset({"/health", "/live", "/ready"})
 """Answered without a key: probes have none."""
 
@@ -43,15 +44,38 @@ class ErrorBoundary:
             await reply.response()(scope, receive, send)
 
 
+def is_admin(path: str) -> bool:
+    return path == ADMIN_PREFIX or path.startswith(f"{ADMIN_PREFIX}/")
+
+
+class AdminKey:
+    """Lets admin calls in if they carry the admin key as a bearer token. No API key does."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._key = key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and is_admin(scope["path"]):
+            given = bearer_token(Headers(scope=scope))
+            if given is None or not hmac.compare_digest(given, self._key):
+                await _refuse(scope, receive, send, "no valid admin key; send it as 'Authorization: Bearer KEY'")
+                return
+        await self._app(scope, receive, send)
+
+
 class ApiKeys:
-    """Lets a request in if it carries one of the keys as a bearer token, and notes whose it is: ``caller_of``."""
+    """Lets a request in if it carries one of the keys as a bearer token, and notes whose it is: ``caller_of``.
+
+    Admin calls pass: they have a key of their own.
+    """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
         self._identities = {key.encode(): identity_of_key(key) for key in keys}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or is_admin(scope["path"]):
             await self._app(scope, receive, send)
             return
         caller = self._identify(Headers(scope=scope))
@@ -59,24 +83,28 @@ class ApiKeys:
             scope.setdefault("state", {})["caller"] = caller
             await self._app(scope, receive, send)
             return
-        refusal = failure(
-            401,
-            "no valid API key; send it as 'Authorization: Bearer KEY'",
-            code="invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-        await refusal.response()(scope, receive, send)
+        await _refuse(scope, receive, send, "no valid API key; send it as 'Authorization: Bearer KEY'")
 
     def _identify(self, headers: Headers) -> str | None:
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
+        given = bearer_token(headers)
+        if given is None:
             return None
-        given = token.strip().encode("latin-1")  # the bytes of the header
         caller = None
         for key, identity in self._identities.items():  # all of them, so that the time does not tell which was close
             if hmac.compare_digest(given, key):
                 caller = identity
         return caller
+
+
+def bearer_token(headers: Headers) -> bytes | None:
+    """The bytes of the header's token; None where there is none."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip().encode("latin-1") if scheme.lower() == "bearer" else None
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send, message: str) -> None:
+    refusal = failure(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+    await refusal.response()(scope, receive, send)
 
 
 def caller_of(request: Request) -> str:

@@ -2,68 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import threading
+import subprocess
+import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import psutil
 import pytest
 
 from scheduler.types import WorkerRole
 from tests.cluster import TinyCheckpoint
 from tests.e2e.ray_cluster import Nodes, ray_nodes
-from tests.e2e.server import RunningServer, serving, wait_until
+from tests.e2e.server import RunningServer, free_port, serving, wait_until
+from tests.e2e.traffic import SMALL, ask, saved_tiny, traffic
 
 pytestmark = pytest.mark.e2e
-
-NUM_TOKENS = 200
-SMALL = ("--kv-cache-memory-bytes", "8MiB", "--max-model-len", "512", "--threads-per-worker", "1")
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
-    checkpoint = TinyCheckpoint(tmp_path_factory.mktemp("tiny"))
-    checkpoint.save_tokenizer()
-    return checkpoint
+    return saved_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     with ray_nodes() as running:
         yield running
-
-
-def ask(server: RunningServer, tiny: TinyCheckpoint, seed: int, num_tokens: int = NUM_TOKENS) -> None:
-    """One completion, compared with the reference."""
-    prompt = tiny.prompt(40, seed)
-    body = {"prompt": list(prompt), "max_tokens": num_tokens, "temperature": 0, "return_token_ids": True}
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
-    assert answer.status_code == 200, answer.text
-    assert tuple(answer.json()["choices"][0]["token_ids"]) == tiny.greedy(prompt, num_tokens)
-
-
-@contextlib.contextmanager
-def traffic(server: RunningServer, tiny: TinyCheckpoint, num_clients: int = 3) -> Iterator[None]:
-    """Clients that ask one request after the other, each of which must end well."""
-    stop = threading.Event()
-
-    def ask_on(client: int) -> None:
-        for number in itertools.count():
-            ask(server, tiny, seed=10 * client + number % 4)
-            if stop.is_set():
-                return
-
-    with ThreadPoolExecutor(num_clients) as clients:
-        asking = [clients.submit(ask_on, client) for client in range(num_clients)]
-        try:
-            yield
-        finally:
-            stop.set()
-        for client in asking:
-            client.result()
 
 
 def node_of(worker_process_id: int) -> int:
@@ -104,3 +67,61 @@ def test_workers_land_on_their_nodes_and_move_with_them(nodes: Nodes, tiny: Tiny
 
 def _generated(server: RunningServer, worker_id: str) -> int:
     return sum(each.load.generation_tokens for each in server.cluster().workers if each.info.worker_id == worker_id)
+
+
+def test_two_servers_share_a_cluster_and_learn_their_state_back(nodes: Nodes, tiny: TinyCheckpoint) -> None:
+    """The ranks of a worker are on one node. Both schedulers are killed: streams go on, and workers register again."""
+    for _ in range(2):
+        nodes.add(num_cpus=2, zone="ranks")
+    flags = ("--address", nodes.address, "--node-label", "zone=ranks", "--colocated", "1", *SMALL)
+    ranks = ("-tp", "2", "--threads-per-worker", "2")  # the later one of two flags counts
+    with (
+        serving(str(tiny.path), *flags, *ranks, expected_workers=1) as first,
+        serving(str(tiny.path), *flags, expected_workers=1) as second,
+    ):
+        (leader,) = first.workers(WorkerRole.COLOCATED)
+        raylet = psutil.Process(node_of(leader.info.process_id))
+        followers = [each for each in raylet.children() if "FollowerActor" in " ".join(each.cmdline())]
+        assert len(followers) == 1, "a rank is on another node than its leader"
+
+        epochs = [server.cluster().epoch for server in (first, second)]
+        with traffic(first, tiny), traffic(second, tiny):
+            for scheduler in _schedulers():
+                scheduler.kill()
+            for server, epoch in zip((first, second), epochs, strict=True):
+                wait_until("the workers are known again", lambda: _is_relearned(server, epoch), 10)  # noqa: B023
+        assert leader.info == first.workers(WorkerRole.COLOCATED)[0].info
+
+
+def _is_relearned(server: RunningServer, epoch: int) -> bool:
+    cluster = server.cluster()
+    return cluster.epoch != epoch and len(cluster.workers) == 1 and not cluster.missing
+
+
+def _schedulers() -> list[psutil.Process]:
+    return [each for each in psutil.process_iter() if _is_ours(each) and "SchedulerActor" in " ".join(each.cmdline())]
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    """The test's own descendants: other tests may run on this machine."""
+    me = psutil.Process()
+    try:
+        return any(parent == me for parent in process.parents())
+    except psutil.Error:
+        return False
+
+
+def test_a_label_that_no_node_has_is_refused_by_name(nodes: Nodes, tiny: TinyCheckpoint) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "engine.cli", "serve", str(tiny.path), "--port", str(free_port())),
+            *("--address", nodes.address, "--decode-node-label", "tier=moon", *SMALL),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("twinpool: ")]
+    assert done.returncode == 1
+    assert "no node has the label tier=moon" in sentence and "--decode-node-label" in sentence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -198,3 +199,55 @@ def test_a_port_of_another_name_is_refused() -> None:
     with pytest.raises(ConfigError, match="--kv-transfer-port is 'rdma'"):
         load_config({"kv_transfer_port": "rdma"})
     assert load_config({}).kv_transfer_port == "auto"
+
+
+# The cluster
+
+
+def test_a_pool_may_have_nodes_and_resources_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {
+        "address": "auto",
+        "node_label": ["zone=a", "tier=b"],
+        "decode_node_label": ["tier=c"],
+        "decode_resource": ["bandwidth_heavy=0.5"],
+    }
+    config = load_config(flags)
+    assert config.node_labels_of(WorkerRole.PREFILL) == (("zone", "a"), ("tier", "b"))
+    assert config.node_labels_of(WorkerRole.DECODE) == (("tier", "c"),)
+    assert config.resources_of(WorkerRole.DECODE) == (("bandwidth_heavy", 0.5),)
+    assert config.resources_of(WorkerRole.PREFILL) == ()
+    monkeypatch.setenv("TWINPOOL_NODE_LABEL", "zone=a, tier=b")
+    assert load_config({"address": "auto"}).node_labels_of(WorkerRole.PREFILL) == (("zone", "a"), ("tier", "b"))
+
+
+BAD_CLUSTERS = {
+    "no address": ({"node_label": ["a=b"]}, "node_label chooses among the nodes of a running Ray cluster: set address"),
+    "no port": ({"address": "head"}, "--address is 'head': it must be auto, or HOST:PORT"),
+    "no value": ({"address": "auto", "node_label": ["a"]}, "'a' is not KEY=VALUE"),
+    "no amount": ({"address": "auto", "resource": ["a=x"]}, "'a=x' is not NAME=AMOUNT"),
+    "an amount of nothing": ({"address": "auto", "resource": ["a=0"]}, "with an amount above 0"),
+    "a resource of ours": (
+        {"address": "auto", "decode_resource": ["CPU=2"]},
+        "the amount of CPU is worked out from other options",
+    ),
+    "an address that nobody reaches": ({"worker_host": "0.0.0.0"}, "it must be one that others can reach"),
+    "roles of no kind": ({"roles": "some"}, "--roles is 'some'"),
+    "pools that are none": (
+        {"address": "auto", "colocated": "1", "decode_node_label": ["a=b"]},
+        "no two pools whose node_label could differ",
+    ),
+    "a key for both": ({"api_key": ["k"], "admin_key": "k"}, "admin_key is one of the api_keys"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CLUSTERS)
+def test_a_cluster_that_contradicts_itself_is_refused_by_name(case: str) -> None:
+    flags, words = BAD_CLUSTERS[case]
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_config(flags)
+
+
+def test_an_admin_key_that_cannot_work_is_not_repeated() -> None:
+    with pytest.raises(ConfigError, match="--admin-key: a key must be") as caught:
+        load_config({"admin_key": "schlüssel"})
+    assert "schlüssel" not in str(caught.value)

@@ -7,12 +7,23 @@ from dataclasses import replace
 
 import pytest
 
+from engine.autoscaling import Autoscaling
 from engine.fleet import Fleet
-from kvcache.errors import ModelError, TwinpoolError, UnavailableError
+from kvcache.errors import ModelError, RequestError, TwinpoolError, UnavailableError
 from kvcache.spec import KVCacheSpec
+from scheduler.autoscaler import PoolLimits
 from scheduler.batching import BatchLimits
-from scheduler.events import WorkerLeft
-from scheduler.types import ClusterSnapshot, WorkerInfo, WorkerRole
+from scheduler.events import DrainWorker, WorkerLeft, WorkersExpected
+from scheduler.types import (
+    ClusterSnapshot,
+    Duty,
+    DutyState,
+    PoolLoad,
+    WorkerInfo,
+    WorkerLoad,
+    WorkerRole,
+    WorkerSnapshot,
+)
 from tests.builders import make_shape, make_worker
 from tests.fakes import ManualClock
 from workers.load_progress import LoadProgress
@@ -24,12 +35,12 @@ OPTIONS = WorkerOptions(
     model_path="/nowhere",
     model_name="tiny",
     spec=KVCacheSpec(1, 1, 16, 16, "float32"),
+    shape=make_shape(),
     num_blocks=4,
     max_model_len=64,
     vocab_size=100,
     dtype="float32",
     limits=BatchLimits(1, 16),
-    shape=make_shape(),
 )
 
 
@@ -70,14 +81,18 @@ class FakeProcess:
 
 
 class FakeScheduler:
-    def __init__(self) -> None:
-        self.told: list[object] = []
-
     def tell(self, *events: object) -> None:
         self.told += events
 
+    def __init__(self) -> None:
+        self.told: list[object] = []
+        self.cluster: ClusterSnapshot | None = None
+
     def poll(self) -> ClusterSnapshot | None:
-        return None
+        return self.cluster
+
+    def expects(self) -> tuple[str, ...]:
+        return [each for each in self.told if isinstance(each, WorkersExpected)][-1].worker_ids
 
 
 class World:
@@ -86,7 +101,8 @@ class World:
         self.scheduler = FakeScheduler()
         self.started: list[FakeProcess] = []
         self.next_joins = True
-        workers = [replace(OPTIONS, worker_id=name) for name in names]
+        roles = {"p": WorkerRole.PREFILL, "d": WorkerRole.DECODE}
+        workers = [replace(OPTIONS, worker_id=name, role=roles.get(name[0], WorkerRole.DECODE)) for name in names]
         self.fleet = Fleet(workers, self.start, self.scheduler, self.clock)
 
     def start(self, options: WorkerOptions, incarnation: int) -> FakeProcess:
@@ -113,6 +129,19 @@ def test_all_workers_start_at_once_and_register_one_after_the_other() -> None:
     assert world.fleet.members["b"].info is None, "both measured at the same time"
     world.newest("a").joins = True
     world.run()
+    assert world.fleet.is_complete
+
+
+def test_nobody_measures_while_others_load() -> None:
+    world = World("a", "b")
+    world.fleet.step(joining=False)
+    world.newest("b").loads = False
+    for _ in range(5):
+        world.fleet.step(joining=world.fleet.is_loaded)
+    assert world.fleet.members["a"].info is None
+    world.newest("b").loads = True
+    for _ in range(5):
+        world.fleet.step(joining=world.fleet.is_loaded)
     assert world.fleet.is_complete
 
 
@@ -173,3 +202,122 @@ def test_closing_stops_all_and_gives_their_room_back() -> None:
     world.run()
     world.fleet.close(timeout_s=1.0)
     assert all(each.was_told_to_stop and each.is_closed for each in world.started)
+
+
+# Scaling
+
+PREFILL, DECODE = WorkerRole.PREFILL, WorkerRole.DECODE
+
+
+def view(*workers: WorkerSnapshot, epoch: int = 1) -> ClusterSnapshot:
+    return ClusterSnapshot(workers, epoch=epoch)
+
+
+def seen(
+    name: str, role: WorkerRole = DECODE, state: DutyState = DutyState.ACTIVE, in_flight: int = 0
+) -> WorkerSnapshot:
+    return WorkerSnapshot(make_worker(name, role), WorkerLoad(), in_flight, 0, 0, 0.0, duty=Duty(state))
+
+
+def test_a_pool_grows_by_workers_like_its_first() -> None:
+    world = World("prefill-0", "decode-0")
+    world.run()
+    world.fleet.scale({DECODE: 3})
+    world.run()
+    assert [each.options.worker_id for each in world.started] == ["prefill-0", "decode-0", "decode-1", "decode-2"]
+    assert world.newest("decode-2").options.role is DECODE
+    assert world.fleet.is_complete
+
+
+def test_a_worker_that_is_too_many_drains_and_ends_and_is_forgotten() -> None:
+    world = World("prefill-0", "decode-0", "decode-1")
+    world.run()
+    busy, idle = seen("decode-1", in_flight=4), seen("decode-0")
+    world.scheduler.cluster = view(busy, idle)
+    world.run()
+    world.fleet.scale({DECODE: 1})
+    world.run()
+    assert DrainWorker("decode-0", force=True) in world.scheduler.told
+    assert not world.newest("decode-0").was_told_to_stop, "stopped before it was empty"
+    world.scheduler.cluster = view(busy, seen("decode-0", state=DutyState.DRAINED))
+    world.run()
+    assert world.newest("decode-0").was_told_to_stop and world.newest("decode-0").is_closed
+    assert list(world.fleet.members) == ["prefill-0", "decode-1"]
+    assert world.scheduler.expects() == ("prefill-0", "decode-1")
+    assert not any(isinstance(each, WorkerLeft) for each in world.scheduler.told), "it says so itself"
+
+
+def test_a_drain_is_ordered_again_until_the_scheduler_has_heard_it() -> None:
+    world = World("prefill-0", "decode-0", "decode-1")
+    world.run()
+    world.scheduler.cluster = view(seen("decode-0"), seen("decode-1"))
+    world.fleet.scale({DECODE: 1})
+    world.run()
+    orders = [each for each in world.scheduler.told if isinstance(each, DrainWorker)]
+    assert len(orders) > 2
+    assert {each.worker_id for each in orders} == {"decode-1"}, "the newest of equals leaves"
+
+
+def test_a_worker_that_does_not_run_leaves_at_once() -> None:
+    world = World("prefill-0", "decode-0", "decode-1")
+    world.run()
+    world.newest("decode-1").is_dead = True
+    world.fleet.step()
+    world.fleet.scale({DECODE: 1})
+    world.run(5)
+    assert list(world.fleet.members) == ["prefill-0", "decode-0"]
+    assert len(world.started) == 3
+
+
+def test_a_worker_that_changed_its_role_counts_and_restarts_in_the_new_one() -> None:
+    world = World("prefill-0", "prefill-1", "decode-0")
+    world.run()
+    world.scheduler.cluster = view(seen("prefill-0", PREFILL), seen("prefill-1", DECODE), seen("decode-0"))
+    world.run()
+    assert (world.fleet.num_workers(PREFILL), world.fleet.num_workers(DECODE)) == (1, 2)
+    world.newest("prefill-1").is_dead = True
+    world.run(3)
+    assert world.newest("prefill-1").options.role is DECODE
+
+
+def test_a_scheduler_that_was_restarted_is_told_which_workers_there_shall_be() -> None:
+    world = World("prefill-0", "decode-0")
+    world.scheduler.cluster = view(epoch=1)
+    world.run()
+    world.scheduler.told.clear()
+    world.run()
+    assert world.scheduler.told == []
+    world.scheduler.cluster = view(epoch=2)
+    world.run()
+    assert world.scheduler.told == [WorkersExpected(("prefill-0", "decode-0"))]
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ({DECODE: 0}, "1 prefill, 0 decode"),
+        ({DECODE: 0, PREFILL: 0}, "0 prefill, 0 decode and 0 colocated"),
+        ({WorkerRole.COLOCATED: 1}, "without colocated workers"),
+    ],
+)
+def test_numbers_that_cannot_serve_are_refused_and_change_nothing(counts: dict[WorkerRole, int], words: str) -> None:
+    world = World("prefill-0", "decode-0")
+    world.run()
+    with pytest.raises(RequestError, match=words):
+        world.fleet.scale(counts)
+    world.run()
+    assert len(world.fleet.members) == 2
+
+
+def test_a_fleet_that_scales_by_itself_starts_what_is_needed_and_asks_ray_for_it() -> None:
+    world = World("prefill-0", "decode-0")
+    asked: list[int] = []
+    limits, targets = {DECODE: PoolLimits(1, 3)}, {DECODE: 0.1}
+    autoscaling = Autoscaling(limits, targets, lambda rooms: asked.append(len(rooms)))
+    world.fleet._autoscaling = autoscaling
+    world.scheduler.cluster = replace(view(seen("decode-0")), pools=(PoolLoad(DECODE, 1, 0.5, 1.3),))
+    world.run(30)
+    assert sorted(world.fleet.members) == ["decode-0", "decode-1", "prefill-0"]
+    assert asked == [2, 3]
+    world.fleet.close(timeout_s=0.0)
+    assert asked[-1] == 0

@@ -168,3 +168,11 @@ def test_how_far_off_predictions_were_is_told_by_what_was_predicted(board: Board
     assert board.value("twinpool_cost_model_error", worker="decode-0", of="decode") == 0.25
     assert board.value("twinpool_cost_model_error", worker="decode-0", of="tpot") == 0.5
     assert 'of="ttft"' not in board.metrics.exposition().decode()
+
+
+def test_restarts_are_counted_by_how_often_a_worker_was_started(board: Board) -> None:
+    for incarnation in (1, 2, 5):
+        board.cluster = ClusterSnapshot((worker("decode-0", WorkerRole.DECODE, WorkerLoad(), incarnation),))
+        assert board.value("twinpool_worker_restarts_total", worker="decode-0") == incarnation - 1
+    board.cluster = ClusterSnapshot()
+    assert board.value("twinpool_worker_restarts_total", worker="decode-0") == 4

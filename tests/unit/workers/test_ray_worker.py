@@ -35,6 +35,7 @@ OPTIONS = WorkerOptions(
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], WorkerActor]:
     def start_with(build: Callable[..., Any]) -> WorkerActor:
+        monkeypatch.setattr(ray_worker.signal, "signal", lambda *_: None)
         monkeypatch.setattr(ray_worker, "find_scheduler", lambda: None)
         monkeypatch.setattr(ray_worker, "_import_build_worker", lambda: build)
         return WorkerActor(OPTIONS, 1)

@@ -1,0 +1,74 @@
+"""What an operator may ask of a running cluster; ``engine.api.admin`` is its HTTP side."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from engine.fleet import Fleet
+from engine.machine_limits import available_memory_bytes
+from engine.scheduler_client import SchedulerPort
+from kvcache.errors import RequestError
+from scheduler.events import ActivateWorker, ChangeRole, DrainWorker, Event, RefuseDuty
+from scheduler.types import ClusterSnapshot, WorkerRole
+
+
+class Operator:
+    """Implements ``engine.api.admin.ClusterAdmin``: duties are the scheduler's, numbers of workers the fleet's."""
+
+    def __init__(
+        self,
+        scheduler: SchedulerPort,
+        fleet: Fleet,
+        cluster: Callable[[], ClusterSnapshot],
+        worker_bytes: Mapping[WorkerRole, int],
+    ) -> None:
+        """``worker_bytes``: of this machine's memory for one more worker; empty where Ray books memory."""
+        self._scheduler = scheduler
+        self._fleet = fleet
+        self._view = cluster
+        self._worker_bytes = worker_bytes
+
+    @property
+    def cluster(self) -> ClusterSnapshot:
+        return self._view()
+
+    async def drain(self, worker_id: str, *, force: bool) -> None:
+        """
+        Raises:
+            RequestError: there is no such worker, or nobody else takes its phase.
+            UnavailableError: the scheduler is away.
+        """
+        await self._order(DrainWorker(worker_id, force))
+
+    async def activate(self, worker_id: str) -> None:
+        """Raises as ``drain``."""
+        await self._order(ActivateWorker(worker_id))
+
+    async def change_role(self, worker_id: str, role: WorkerRole) -> None:
+        """Raises as ``drain``."""
+        await self._order(ChangeRole(worker_id, role))
+
+    async def scale(self, counts: dict[WorkerRole, int]) -> None:
+        """
+        Raises:
+            RequestError: as ``Fleet.scale``, or this machine has no memory for so many.
+        """
+        await asyncio.to_thread(self._scale, counts)
+
+    def _scale(self, counts: dict[WorkerRole, int]) -> None:
+        more = {role: max(0, count - self._fleet.num_workers(role)) for role, count in counts.items()}
+        needed = sum(self._worker_bytes.get(role, 0) * number for role, number in more.items())
+        available = available_memory_bytes()
+        if needed > available:
+            raise RequestError(
+                f"{sum(more.values())} more workers need {needed >> 20:,} MiB of memory and {available >> 20:,} MiB are"
+                " available"
+            )
+        self._fleet.scale(counts)
+
+    async def _order(self, event: Event) -> None:
+        (commands,) = await self._scheduler.handle([event])
+        for command in commands:
+            if isinstance(command, RefuseDuty):
+                raise RequestError(command.message)

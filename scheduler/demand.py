@@ -1,0 +1,114 @@
+"""How much work arrives, per phase, and how fast workers could do it: what ``RolePlanner`` is asked with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scheduler.planner import Candidate, Demand, busyness
+from scheduler.types import PoolLoad, WorkerRole
+from scheduler.worker_state import CostPredictor, WorkerState
+
+_POOLS = (WorkerRole.PREFILL, WorkerRole.DECODE)
+MEMORY_S = 30.0  # arrivals count by exp(-age / MEMORY_S)
+
+
+@dataclass(slots=True)
+class _Rate:
+    """An amount per second, smoothed. Low at first: what was before the first amount counts as nothing."""
+
+    _sum: float = 0.0
+    _at_s: float = 0.0
+
+    def add(self, amount: float, now: float) -> None:
+        self._sum = self._sum * math.exp((self._at_s - now) / MEMORY_S) + amount
+        self._at_s = now
+
+    def per_second(self, now: float) -> float:
+        return self._sum * math.exp((self._at_s - now) / MEMORY_S) / MEMORY_S
+
+
+class DemandMeter:
+    """Counts requests as they are placed."""
+
+    def __init__(self) -> None:
+        self._requests = _Rate()
+        self._prefill = _Rate()
+        self._decode = _Rate()
+        self._prompt = _Rate()
+
+    def add(self, num_prompt_tokens: int, num_cached_tokens: int, num_output_tokens: int, now: float) -> None:
+        """``num_output_tokens``: as many as are expected."""
+        self._requests.add(1, now)
+        self._prompt.add(num_prompt_tokens, now)
+        self._prefill.add(num_prompt_tokens - num_cached_tokens, now)
+        self._decode.add(num_output_tokens, now)
+
+    def demand(self, now: float) -> Demand:
+        return Demand(self._prefill.per_second(now), self._decode.per_second(now))
+
+    def sizes(self, now: float) -> tuple[int, int]:
+        """Mean tokens of a prompt and of a sequence halfway through its answer; 1 at least."""
+        requests = self._requests.per_second(now)
+        if requests <= 0:
+            return 1, 1
+        prompt = self._prompt.per_second(now) / requests
+        return max(1, round(prompt)), max(1, round(prompt + self._decode.per_second(now) / requests / 2))
+
+
+def candidates(
+    workers: Sequence[WorkerState], costs: CostPredictor, sizes: tuple[int, int], tpot_target_s: float
+) -> list[Candidate]:
+    """What each worker of the two pools could do of requests of these sizes in either role."""
+    num_prompt_tokens, context_tokens = sizes
+    return [
+        Candidate(
+            worker.worker_id,
+            worker.info.role,
+            num_prompt_tokens / costs.prefill_seconds(worker.worker_id, num_prompt_tokens),
+            decode_rate(worker, costs, context_tokens, tpot_target_s),
+        )
+        for worker in workers
+        if worker.info.role in _POOLS and worker.is_active
+    ]
+
+
+def decode_rate(worker: WorkerState, costs: CostPredictor, context_tokens: int, tpot_target_s: float) -> float:
+    """Tokens per second in the largest batch that keeps the target and that the worker has room for."""
+    room = worker.max_tokens // context_tokens
+    most = max(1, min(worker.info.max_num_seqs, room))
+    best, size = 0.0, 1
+    while size <= most:
+        step_s = costs.decode_step_seconds(worker.worker_id, size, size * context_tokens)
+        if best and step_s > tpot_target_s:
+            break
+        best = max(best, size / step_s)
+        size *= 2
+    return best
+
+
+def pool_loads(
+    workers: Sequence[WorkerState], costs: CostPredictor, meter: DemandMeter, now: float, tpot_target_s: float
+) -> tuple[PoolLoad, ...]:
+    """Of the two pools, as far as they have active workers."""
+    sizes, demand = meter.sizes(now), meter.demand(now)
+    able = candidates(workers, costs, sizes, tpot_target_s)
+    active = {role: [each for each in workers if each.info.role is role and each.is_active] for role in _POOLS}
+    loads = []
+    for role in _POOLS:
+        if active[role]:
+            latency_s = min(_latency(each, costs, sizes, now) for each in active[role])
+            alone = [each for each in able if each.role is role]
+            of_role = demand.of(role)
+            loads.append(PoolLoad(role, len(active[role]), latency_s, busyness(alone, of_role)))
+    return tuple(loads)
+
+
+def _latency(worker: WorkerState, costs: CostPredictor, sizes: tuple[int, int], now: float) -> float:
+    """Of one more request of the mean size."""
+    num_prompt_tokens, context_tokens = sizes
+    if worker.info.role is WorkerRole.PREFILL:
+        return worker.backlog_s(now) + costs.prefill_seconds(worker.worker_id, num_prompt_tokens)
+    batch_size, context = worker.batch_size + 1, worker.batch_context_tokens + context_tokens
+    return costs.decode_step_seconds(worker.worker_id, batch_size, context)

@@ -1,0 +1,96 @@
+"""Pools that scale by themselves: from the scheduler's view to the fleet's members and to what Ray is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from engine.autoscaling import INTERVAL_S, Autoscaling
+from engine.config import load_config
+from kvcache.errors import ConfigError
+from scheduler.autoscaler import HOLD_DOWN_S, HOLD_UP_S, PoolLimits
+from scheduler.room import Room
+from scheduler.types import ClusterSnapshot, PoolLoad, WorkerRole
+
+PREFILL, DECODE = WorkerRole.PREFILL, WorkerRole.DECODE
+TARGETS = {PREFILL: 1.0, DECODE: 0.1}
+
+
+class Ray:
+    def __init__(self) -> None:
+        self.asked: list[list[Room]] = []
+
+    def request_nodes(self, rooms: Sequence[Room]) -> None:
+        self.asked.append(list(rooms))
+
+
+def view(latency_s: float, busyness: float, role: WorkerRole = DECODE) -> ClusterSnapshot:
+    return ClusterSnapshot(pools=(PoolLoad(role, 1, latency_s, busyness),))
+
+
+def decisions(autoscaling: Autoscaling, cluster: ClusterSnapshot, seconds: float, count: int) -> list[int]:
+    """What a pool of ``count`` workers that stays so is told, step by step."""
+    told = []
+    now = 100.0
+    for _ in range(int(seconds / 0.5)):
+        now += 0.5
+        told += autoscaling.decide(cluster, dict.fromkeys(WorkerRole, count), now).values()
+    return told
+
+
+def test_a_pool_that_misses_its_target_is_told_to_grow() -> None:
+    autoscaling = Autoscaling({DECODE: PoolLimits(1, 4)}, TARGETS, Ray().request_nodes)
+    assert decisions(autoscaling, view(0.3, 1.4), HOLD_UP_S + 2 * INTERVAL_S, count=1)[0] == 2
+
+
+def test_a_pool_that_keeps_it_with_ease_is_told_to_shrink() -> None:
+    autoscaling = Autoscaling({DECODE: PoolLimits(1, 4)}, TARGETS, Ray().request_nodes)
+    assert decisions(autoscaling, view(0.01, 0.05), HOLD_DOWN_S + 2 * INTERVAL_S, count=3)[0] == 2
+
+
+def test_a_pool_without_limits_is_left_alone() -> None:
+    autoscaling = Autoscaling({PREFILL: PoolLimits(1, 4)}, TARGETS, Ray().request_nodes)
+    assert decisions(autoscaling, view(5.0, 9.0), 100, count=1) == []
+
+
+def test_ray_is_asked_when_what_is_needed_changes_and_for_nothing_at_the_end() -> None:
+    ray = Ray()
+    autoscaling = Autoscaling({DECODE: PoolLimits(1, 4)}, TARGETS, ray.request_nodes)
+    small, large = [Room()], [Room(), Room(2)]
+    for rooms in (small, small, large, large):
+        autoscaling.request(rooms)
+    autoscaling.close()
+    assert ray.asked == [small, large, []]
+
+
+def test_limits_come_from_the_options() -> None:
+    flags = {"address": "auto", "decode_workers": "2", "max_decode_workers": "6", "min_decode_workers": "1"}
+    assert load_config(flags).pool_limits == {DECODE: PoolLimits(1, 6)}
+    assert load_config({"address": "auto", "max_prefill_workers": "3"}).pool_limits == {PREFILL: PoolLimits(1, 3)}
+
+
+BAD = {
+    "on one machine": ({"max_decode_workers": "4"}, "this machine has no more nodes: set address too"),
+    "beside roles that change": ({"address": "auto", "max_decode_workers": "4", "roles": "auto"}, "roles is auto"),
+    "a minimum alone": ({"address": "auto", "min_decode_workers": "1"}, "without max_decode_workers nothing scales"),
+    "above the maximum": (
+        {"address": "auto", "decode_workers": "5", "max_decode_workers": "4"},
+        "decode_workers is 5, and autoscaling would keep it from 5 to 4",
+    ),
+    "below the minimum": (
+        {"address": "auto", "decode_workers": "1", "min_decode_workers": "2", "max_decode_workers": "4"},
+        "decode_workers is 1, and autoscaling would keep it from 2 to 4",
+    ),
+    "of a pool that is none": (
+        {"address": "auto", "colocated": "1", "max_decode_workers": "4"},
+        "decode_workers is 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_limits_that_contradict_are_refused(case: str) -> None:
+    flags, words = BAD[case]
+    with pytest.raises(ConfigError, match=words):
+        load_config(flags)

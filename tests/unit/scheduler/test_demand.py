@@ -1,0 +1,95 @@
+"""How much work arrives, how fast workers could do it, and how busy that makes a pool."""
+
+from __future__ import annotations
+
+import pytest
+
+from scheduler.cost_model import CostModel
+from scheduler.demand import MEMORY_S, DemandMeter, candidates, decode_rate, pool_loads
+from scheduler.types import Duty, DutyState, WorkerLoad, WorkerRole
+from scheduler.worker_state import WorkerState
+from tests.builders import make_worker
+
+PREFILL, DECODE, COLOCATED = WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.COLOCATED
+TPOT_TARGET_S = 0.1
+
+
+def state(name: str, role: WorkerRole, costs: CostModel, duty: Duty | None = None, **rates: float) -> WorkerState:
+    info = make_worker(name, role, **rates)
+    costs.add(info)
+    return WorkerState(info, WorkerLoad(blocks_free=info.num_blocks), 0.0, duty or Duty())
+
+
+def metered(seconds: float, every_s: float = 0.5) -> tuple[DemandMeter, float]:
+    """Two requests a second of 100 prompt tokens, 20 of them cached, and 30 output tokens."""
+    meter, now = DemandMeter(), 1000.0
+    until = now + seconds
+    while now < until:
+        now += every_s
+        meter.add(100, 20, 30, now)
+    return meter, now
+
+
+def test_a_steady_load_is_measured_as_what_it_is() -> None:
+    meter, now = metered(6 * MEMORY_S)
+    demand = meter.demand(now)
+    assert demand.prefill_tokens_s == pytest.approx(160, rel=0.03)
+    assert demand.decode_tokens_s == pytest.approx(60, rel=0.03)
+    assert meter.sizes(now) == (100, 115)
+
+
+def test_a_load_that_has_ended_is_forgotten() -> None:
+    meter, now = metered(6 * MEMORY_S)
+    assert meter.demand(now + 5 * MEMORY_S).prefill_tokens_s < 2
+
+
+def test_nothing_yet_is_no_load() -> None:
+    meter = DemandMeter()
+    assert (meter.demand(5.0).prefill_tokens_s, meter.sizes(5.0)) == (0.0, (1, 1))
+
+
+def test_a_decode_rate_is_that_of_the_largest_batch_that_keeps_the_target() -> None:
+    costs = CostModel()
+    worker = state("d", DECODE, costs, read_gb_s=0.01)
+    rates = {size: size / costs.decode_step_seconds("d", size, size * 4) for size in (1, 2, 4, 8, 16, 32, 64)}
+    target_s = 8 / rates[8]
+    kept = [rate for size, rate in rates.items() if size / rate <= target_s]
+    assert len(kept) == 4, "the target must cut somewhere"
+    assert decode_rate(worker, costs, 4, target_s) == max(kept)
+
+
+def test_a_target_that_no_batch_keeps_leaves_one_sequence_at_a_time() -> None:
+    costs = CostModel()
+    worker = state("d", DECODE, costs)
+    assert decode_rate(worker, costs, 4, 1e-9) == 1 / costs.decode_step_seconds("d", 1, 4)
+
+
+def test_only_active_workers_of_the_two_pools_can_change_roles() -> None:
+    costs = CostModel()
+    workers = [
+        state("p", PREFILL, costs),
+        state("d", DECODE, costs),
+        state("c", COLOCATED, costs),
+        state("gone", DECODE, costs, Duty(DutyState.DRAINED)),
+    ]
+    assert [each.worker_id for each in candidates(workers, costs, (10, 20), TPOT_TARGET_S)] == ["p", "d"]
+
+
+def test_a_pool_is_as_busy_as_its_work_over_what_its_active_workers_can_do() -> None:
+    costs = CostModel()
+    workers = [state(name, PREFILL, costs) for name in ("p0", "p1")] + [state("d", DECODE, costs)]
+    meter, now = metered(6 * MEMORY_S)
+    prefill, decode = pool_loads(workers, costs, meter, now, TPOT_TARGET_S)
+    rates = {each.worker_id: each for each in candidates(workers, costs, meter.sizes(now), TPOT_TARGET_S)}
+    demand = meter.demand(now)
+    assert (prefill.role, prefill.num_workers, decode.role, decode.num_workers) == (PREFILL, 2, DECODE, 1)
+    assert prefill.busyness == pytest.approx(demand.prefill_tokens_s / (2 * rates["p0"].prefill_tokens_s))
+    assert decode.busyness == pytest.approx(demand.decode_tokens_s / rates["d"].decode_tokens_s)
+    assert prefill.latency_s == pytest.approx(costs.prefill_seconds("p0", 100))
+    assert decode.latency_s == pytest.approx(costs.decode_step_seconds("d", 1, 115))
+
+
+def test_a_pool_without_an_active_worker_has_no_load() -> None:
+    costs = CostModel()
+    workers = [state("p", PREFILL, costs), state("d", DECODE, costs, Duty(DutyState.DRAINING))]
+    assert [load.role for load in pool_loads(workers, costs, DemandMeter(), 1.0, TPOT_TARGET_S)] == [PREFILL]

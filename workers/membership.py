@@ -1,0 +1,111 @@
+"""A worker's place in its cluster: registers, reports, does what the scheduler says, and leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
+
+from kvcache.errors import ConfigError, UnavailableError
+from scheduler.events import (
+    AskForCache,
+    AskToRegister,
+    Command,
+    DrainWorker,
+    Event,
+    RefuseWorker,
+    TakeDuty,
+    WorkerLeft,
+    WorkerRegistered,
+)
+from scheduler.types import ACTIVE, DutyState, WorkerInfo
+
+if TYPE_CHECKING:
+    from workers.worker import Worker
+
+HEARTBEAT_INTERVAL_S = 0.5
+
+
+class SchedulerPort(Protocol):
+    """What ``scheduler.ray_actor.RayScheduler`` offers."""
+
+    async def handle(self, events: Sequence[Event]) -> list[list[Command]]: ...
+
+
+class Membership:
+    """Lives on the worker's event loop; ``leave_when_empty`` may be called from a signal handler."""
+
+    def __init__(self, worker: Worker, scheduler: SchedulerPort, on_empty: Callable[[], None]) -> None:
+        """``on_empty`` is called once, when a worker that shall leave has nothing left to do."""
+        self.info: WorkerInfo | None = None  # in its present role; None until it has registered
+        self._worker = worker
+        self._scheduler = scheduler
+        self._on_empty = on_empty
+        self._duty = ACTIVE
+        self._is_leaving = False
+
+    async def register(self, info: WorkerInfo) -> None:
+        """Returns when the scheduler has taken it.
+
+        Raises:
+            ConfigError: it refuses this worker for good.
+        """
+        while not await self._registered(info):  # noqa: ASYNC110  the scheduler is another process: only time tells
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+        self.info = info
+
+    @property
+    def is_leaving(self) -> bool:
+        return self._is_leaving
+
+    def leave_when_empty(self) -> None:
+        """Asks to be drained, with the next heartbeat."""
+        self._is_leaving = True
+
+    async def send_heartbeats(self) -> None:
+        """Runs until cancelled, or until a worker that leaves is empty."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+            assert self.info is not None, "a worker registers before it reports"
+            events: list[Event] = [self._worker.report(self.info.incarnation)]
+            if self._is_leaving and self._duty.state is DutyState.ACTIVE:
+                events.append(DrainWorker(self.info.worker_id, force=True))
+            try:
+                answers = await self._scheduler.handle(events)
+            except UnavailableError:
+                self._worker.cache_news.begin_anew()  # who knows what arrived
+                continue  # tokens go on flowing; the next heartbeat finds the restarted scheduler
+            for command in answers[0]:
+                await self._obey(command, self.info)
+            if self._is_leaving and self._duty.state is DutyState.DRAINED:
+                self._on_empty()
+                return
+
+    async def leave(self) -> None:
+        """Says so; a scheduler that is away will miss the heartbeats."""
+        if self.info is not None:
+            with contextlib.suppress(UnavailableError):
+                await self._scheduler.handle((WorkerLeft(self.info.worker_id, self.info.incarnation),))
+
+    async def _obey(self, command: Command, info: WorkerInfo) -> None:
+        if isinstance(command, AskToRegister):
+            await self._registered(info)
+        if isinstance(command, AskToRegister | AskForCache):
+            self._worker.cache_news.begin_anew()
+        if isinstance(command, TakeDuty):
+            self._duty = command.duty
+            self.info = replace(info, role=command.role)
+
+    async def _registered(self, info: WorkerInfo) -> bool:
+        try:
+            (commands,) = await self._scheduler.handle((WorkerRegistered(info, self._duty),))
+        except UnavailableError:
+            return False
+        for command in commands:
+            if isinstance(command, RefuseWorker):
+                if command.is_final:
+                    raise ConfigError(f"Worker {info.worker_id} was refused: {command.message}.")
+                return False
+        return True
