@@ -307,6 +307,6 @@ def _result(reference: ray.ObjectRef[Any]) -> Any:
     except RayTaskError as error:
         if isinstance(error.cause, TwinpoolError):
             raise error.cause from None
-        raise
+        raise UnavailableError(f"it failed: {error}") from error
     except RayError as error:
         raise UnavailableError(f"its process has ended ({type(error).__name__})") from error
