@@ -69,6 +69,7 @@ def _generated(server: RunningServer, worker_id: str) -> int:
     return sum(each.load.generation_tokens for each in server.cluster().workers if each.info.worker_id == worker_id)
 
 
+@pytest.mark.slow
 def test_two_servers_share_a_cluster_and_learn_their_state_back(nodes: Nodes, tiny: TinyCheckpoint) -> None:
     """The ranks of a worker are on one node. Both schedulers are killed: streams go on, and workers register again."""
     for _ in range(2):
