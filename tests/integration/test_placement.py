@@ -1,4 +1,4 @@
-"""Placements that only real workers can prove: prefill in place on a decode worker, and prefixes found where they are."""
+"""Placements that only real workers can prove: in place on a decode worker, and where a prefix is cached."""
 
 from __future__ import annotations
 
