@@ -17,7 +17,7 @@ from engine.device_profiles import load_profile
 from engine.machine_limits import available_memory_bytes
 from kvcache.errors import ConfigError, ResourceError
 from kvcache.heads import Shard, check_size
-from kvcache.spec import KVCacheSpec
+from kvcache.spec import DTYPE_BYTES, KVCacheSpec
 from kvcache.transfer.wire import MAX_BLOCK_BYTES
 from scheduler.batching import BatchLimits
 from scheduler.room import Node
@@ -271,7 +271,7 @@ def _worker_bytes(config: ServeConfig, checkpoint: CheckpointInfo, device: Devic
     # Twice the weights: while they are packed and compared, a worker holds them as loaded and as packed. To a GPU
     # they only pass through.
     on_cpu = device == "cpu"
-    per_worker = 2 * checkpoint.weight_bytes + _kv_cache_bytes(config) if on_cpu else checkpoint.weight_bytes
+    per_worker = _loading_bytes(config, checkpoint) + _kv_cache_bytes(config) if on_cpu else checkpoint.weight_bytes
     return {
         role: per_worker
         + PROCESS_BYTES * config.tensor_parallel_size_of(role)
@@ -292,6 +292,17 @@ def _check_memory(
             f"Too little memory: {config.num_workers} workers with {_mebibytes(checkpoint.weight_bytes)} of weights"
             f" {purpose}each need {_mebibytes(needed)}; {_mebibytes(available)} are available."
         )
+
+
+def _loading_bytes(config: ServeConfig, checkpoint: CheckpointInfo) -> int:
+    """The most that a worker on a CPU holds of its weights at a time.
+
+    Each layer is given back once it is packed; only the head is held three times for a moment: as loaded, in float32
+    and packed. Weights that are to be int4 are packed in 8 bits before, to compare the model's structure.
+    """
+    head = checkpoint.vocab_size * checkpoint.hidden_size * DTYPE_BYTES["float32"]
+    compared = checkpoint.num_parameters if config.quantization == "int4" else 0
+    return checkpoint.weight_bytes + 2 * head + compared
 
 
 def _mebibytes(num_bytes: int) -> str:

@@ -104,7 +104,7 @@ def test_a_killed_follower_ends_the_step_and_the_group(checkpoint: TinyCheckpoin
     with running_group(options, ranks) as (group, model):
         group.watch(lost.append)
         whole = GroupModel(group, model)
-        plan = runner._comparison_plans(checkpoint.spec.block_size, checkpoint.vocab_size)[0]
+        plan = runner._comparison_plans(checkpoint.spec.block_size, runner._compared_tokens(checkpoint.vocab_size))[0]
         whole.logits(plan, group.shards[0])
         follower = ranks.processes[0]
         psutil.Process(follower.pid).suspend()  # so that the step surely waits for it

@@ -7,12 +7,25 @@ Every row is computed by itself: the rows around it change no bit of its result.
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
+
 import torch
 
 BLOCK = 256
 SMALL_BLOCK = 64  # of which the largest few are gathered
+PIECE_BITS = 16  # lower bits of a float32 that a histogram leaves out
 NONE = -1
 _BELOW_ONE = 1.0 - 2.0**-50
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """A place in a descending row."""
+
+    place: tuple[int, int]  # of two places the later one is larger
+    running_sum: float  # up to and with it
+    index: int  # in the row
 
 
 def likeliest(logits: torch.Tensor) -> list[int]:
@@ -85,3 +98,34 @@ def index_at(weights: torch.Tensor, fractions: torch.Tensor) -> torch.Tensor:
     # A fraction again, since a block's own running sum differs from its sum above by rounding.
     target = within.clamp(0.0, _BELOW_ONE) * inside[:, -1:]
     return block[:, 0] * BLOCK + torch.searchsorted(inside, target, right=True)[:, 0]
+
+
+class Descending:
+    """A row of weights, float32 and not negative, from the largest to the smallest; ties in order of their indices.
+
+    Only the weights around the places that are asked for are sorted. The order of such floats is that of their bits: a
+    histogram over the upper ones says where a running sum gets to.
+    """
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        self._weights = weights
+        self._pieces = weights.view(torch.int32) >> PIECE_BITS
+        self._running = torch.bincount(self._pieces, weights=weights.double()).flip(0).cumsum(0)
+        self.total = float(self._running[-1])
+
+    def reach(self, target: float) -> Reached:
+        """The first place at which the running sum is ``target`` or more, but for rounding; 0 < target <= total."""
+        return self._find(max(target, sys.float_info.min), right=False)
+
+    def exceed(self, target: float) -> Reached:
+        """The first place at which the running sum is more than ``target``; 0 <= target < total."""
+        return self._find(target, right=True)
+
+    def _find(self, target: float, *, right: bool) -> Reached:
+        piece = min(int(torch.searchsorted(self._running, target, right=right)), len(self._running) - 1)
+        before = float(self._running[piece - 1]) if piece else 0.0
+        inside = (self._pieces == len(self._running) - 1 - piece).nonzero()[:, 0]
+        values, order = self._weights[inside].sort(descending=True, stable=True)
+        running = before + values[values > 0].double().cumsum(0)
+        place = min(int(torch.searchsorted(running, target, right=right)), len(running) - 1)
+        return Reached((piece, place), float(running[place]), int(inside[order[place]]))

@@ -30,7 +30,7 @@ from workers.worker_options import WorkerOptions
 # float16, 1e-2 in bfloat16, 1e-1 in int8 and fp8; an error in the structure gives 1.
 MAX_RELATIVE_DIFFERENCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "int8": 3e-1, "fp8": 3e-1, "int4": 6e-1}
 QUANTIZED = {"int8": WeightFormat.INT8, "int4": WeightFormat.INT4}
-COMPARED_TOKENS = 24
+COMPARED_TOKENS = 24  # or as many as the model has positions for
 logger = logging.getLogger(__name__)
 
 
@@ -189,7 +189,7 @@ def choose_step_model(
     misfit = find_misfit(model, spec, reference.layers)
     was_packed = misfit is None
     if misfit is None:
-        model_len = max(max_model_len, COMPARED_TOKENS)
+        model_len = max(max_model_len, len(expected))
         if quantization == "int4":  # which may cost as much as an error would: the structure is compared in 8 bits
             other = FusedDecoder(model, spec, model_len, num_threads, WeightFormat.INT8, rank)
             misfit = _difference_of(other, expected, spec, vocab_size, rank)
@@ -223,7 +223,8 @@ def choose_step_model(
 
 def compared_logits(model: Any) -> torch.Tensor:
     """What ``model`` gives by itself after each of the tokens that ``find_difference`` compares."""
-    return own_logits(model, _compared_tokens(int(model.config.vocab_size)))
+    positions = getattr(model.config, "max_position_embeddings", None) or COMPARED_TOKENS
+    return own_logits(model, _compared_tokens(int(model.config.vocab_size), min(COMPARED_TOKENS, positions)))
 
 
 def find_difference(
@@ -269,10 +270,9 @@ def relative_differences(
 ) -> list[float]:
     """Runs a few steps: how far the logits of each token are from ``expected``, over the largest of them.
 
-    ``expected`` holds the logits after each of ``_compared_tokens``, of a rank its part of them. They are where the
-    model computes.
+    ``expected`` is of ``compared_logits``, of a rank its part of them. It is where the model computes.
     """
-    plans = _comparison_plans(spec.block_size, vocab_size)
+    plans = _comparison_plans(spec.block_size, _compared_tokens(vocab_size, len(expected)))
     num_blocks = 1 + max(block for plan in plans for chunk in plan.chunks for block in chunk.block_table)
     storage = PagedStorage(spec, num_blocks, str(expected.device))
     largest = float(expected.abs().max())
@@ -284,23 +284,32 @@ def relative_differences(
     return [difference if math.isfinite(difference) else math.inf for difference in differences]
 
 
-def _compared_tokens(vocab_size: int) -> tuple[int, ...]:
-    return tuple((37 * i + 11) % vocab_size for i in range(COMPARED_TOKENS))
+def _compared_tokens(vocab_size: int, count: int = COMPARED_TOKENS) -> tuple[int, ...]:
+    return tuple((37 * i + 11) % vocab_size for i in range(count))
 
 
-def _comparison_plans(block_size: int, vocab_size: int) -> tuple[StepPlan, ...]:
+def _comparison_plans(block_size: int, token_ids: Sequence[int]) -> tuple[StepPlan, ...]:
     """A prompt in two chunks beside a single token that goes on, then both decoding; both with the same tokens."""
-    token_ids = _compared_tokens(vocab_size)
-    long = tuple(range(-(-len(token_ids) // block_size)))
+    count = len(token_ids)
+    first, second = count * 13 // COMPARED_TOKENS, count * 21 // COMPARED_TOKENS
+    long = tuple(range(-(-count // block_size)))
     short = tuple(len(long) + block for block in range(-(-3 // block_size)))
     greedy = SamplingParams(max_tokens=1, temperature=0.0)
 
-    def chunk(name: str, start: int, end: int) -> ScheduledChunk:
-        table = long if name == "long" else short
-        return ScheduledChunk(name, token_ids[start:end], start, end - start, table, greedy)
+    def plan(*chunks: tuple[str, int, int]) -> StepPlan:
+        return StepPlan(
+            tuple(
+                ScheduledChunk(
+                    name, tuple(token_ids[start:end]), start, end - start, long if name == "long" else short, greedy
+                )
+                for name, start, end in chunks
+                if start < end <= count
+            )
+        )
 
-    return (
-        StepPlan((chunk("long", 0, 13), chunk("short", 0, 1))),
-        StepPlan((chunk("short", 1, 2), chunk("long", 13, 21))),
-        StepPlan((chunk("long", 21, 22), chunk("short", 2, 3))),
+    plans = (
+        plan(("long", 0, first), ("short", 0, 1)),
+        plan(("short", 1, 2), ("long", first, second)),
+        plan(("long", second, second + 1), ("short", 2, 3)),
     )
+    return tuple(plan for plan in plans if plan.chunks)

@@ -22,11 +22,11 @@ import torch
 from kvcache.errors import RequestError, TwinpoolError
 from scheduler.request import SamplingParams
 from workers.model.logit_processors import process
-from workers.model.rows import NONE, index_at, largest, likeliest, padded
+from workers.model.rows import NONE, Descending, index_at, largest, likeliest, padded
 from workers.model.sequence_state import SequenceState
 
 ROWS_AT_ONCE = 8  # of a draw: their copies stay in the caches
-TOP_P_CANDIDATES = (64, 1024)  # the set that top_p leaves is looked for among so many, then among all
+TOP_P_CANDIDATES = 64  # the set that top_p leaves is looked for among so many, then among all
 NO_STATES: Mapping[int, SequenceState] = MappingProxyType({})
 _MASK = (1 << 64) - 1
 
@@ -156,22 +156,23 @@ def _scaled(rows: torch.Tensor, draws: Sequence[_Draw]) -> torch.Tensor:
 
 def _draw_nuclei(weights: torch.Tensor, draws: Sequence[_Draw]) -> list[int]:
     """For ``padded`` rows that each add up to 1, over the vocabulary."""
-    tokens = [NONE] * len(draws)
-    left = list(range(len(draws)))
-    for count in (*TOP_P_CANDIDATES, weights.shape[1]):
-        is_whole = count >= weights.shape[1]
-        kept, token_ids = largest(weights[left], count)
-        cumulative = kept.double().cumsum(-1)
-        total = cumulative[:, -1:] if is_whole else torch.ones(len(left), 1, dtype=torch.float64)
-        found = token_ids.gather(1, _places(cumulative, total, [draws[i] for i in left]))[:, 0].tolist()
-        reached = cumulative[:, -1].tolist()
-        done = [is_whole or each >= draws[i].params.top_p for i, each in zip(left, reached, strict=True)]
-        for i, token, is_done in zip(left, found, done, strict=True):
-            tokens[i] = token if is_done else NONE
-        left = [i for i, is_done in zip(left, done, strict=True) if not is_done]
-        if not left:
-            break
-    return tokens
+    kept, token_ids = largest(weights, TOP_P_CANDIDATES)
+    cumulative = kept.double().cumsum(-1)
+    total = torch.ones(len(draws), 1, dtype=torch.float64)
+    found = token_ids.gather(1, _places(cumulative, total, draws))[:, 0].tolist()
+    reached = cumulative[:, -1].tolist()
+    return [
+        token if each >= draw.params.top_p else _draw_nucleus(row, draw)
+        for token, each, draw, row in zip(found, reached, draws, weights, strict=True)
+    ]
+
+
+def _draw_nucleus(weights: torch.Tensor, draw: _Draw) -> int:
+    """The same for one row, of whose largest weights many may be needed."""
+    row = Descending(weights)
+    last = row.reach(row.total * draw.params.top_p)
+    drawn = row.exceed(last.running_sum * draw.threshold)
+    return min(drawn, last, key=lambda reached: reached.place).index
 
 
 def _places(cumulative: torch.Tensor, total: torch.Tensor, draws: Sequence[_Draw]) -> torch.Tensor:

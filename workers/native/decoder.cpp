@@ -73,8 +73,7 @@ int twinpool_set_linear(void* decoder, int layer, int which, const float* weight
   try {
     const bool in_layer = which < kHead;
     Linear& linear = which == kHead ? m->head : which == kEmbedding ? m->embedding : m->layers[layer].linears[which];
-    linear.pack(weight, columns, depth,
-                in_layer ? m->format() : m->head_format());
+    linear.pack(weight, columns, depth, in_layer ? m->format() : m->head_format(), m->weights);
     if (bias != nullptr) {
       linear.bias.assign(panels_of(columns) * kPanel, 0.0f);
       std::copy(bias, bias + columns, linear.bias.begin());

@@ -23,6 +23,7 @@ struct ThreadMemory {
 
 struct Decoder {
   TwinpoolShape shape;
+  WeightMemory weights;
   std::vector<Layer> layers;
   Linear head, embedding;  // no embedding when it is tied to the head
   std::vector<float> final_norm;

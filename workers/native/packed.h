@@ -10,35 +10,51 @@
 
 #include "vectors.h"
 
+#include <memory>
+
 namespace {
 
 int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
-// Weights in large pages where the system gives them: a step reads all of them, and small pages cost a look-up each.
-template <typename T>
-struct LargePages {
-  using value_type = T;
-  LargePages() = default;
-  template <typename U>
-  LargePages(const LargePages<U>&) {}
-
-  T* allocate(size_t count) {
-    constexpr size_t kPage = 2 << 20;
-    const size_t size = (count * sizeof(T) + kPage - 1) / kPage * kPage;
-    void* memory = std::aligned_alloc(kPage, size);
-    if (memory == nullptr) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    madvise(memory, size, MADV_HUGEPAGE);
-#endif
-    return static_cast<T*>(memory);
+// Memory for weights, in large pages where the system gives them: a step reads all of them, and small pages cost a
+// look-up each. Matrices lie one after the other, or each of a small model would take a large page of its own.
+class WeightMemory {
+ public:
+  // Zeros, at the beginning of a cache line; they stay as long as this does.
+  template <typename T>
+  T* take(size_t count) {
+    const size_t size = rounded_up(count * sizeof(T), kLine);
+    if (size > left_) add_chunk(std::max(kChunk, rounded_up(size, kPage)));
+    T* memory = reinterpret_cast<T*>(next_);
+    next_ += size;
+    left_ -= size;
+    std::memset(static_cast<void*>(memory), 0, size);
+    return memory;
   }
-  void deallocate(T* memory, size_t) { std::free(memory); }
-  bool operator==(const LargePages&) const { return true; }
-  bool operator!=(const LargePages&) const { return false; }
-};
 
-template <typename T>
-using Weights = std::vector<T, LargePages<T>>;
+ private:
+  static constexpr size_t kLine = 64, kPage = 2 << 20, kChunk = 64 << 20;  // what is not touched takes no memory
+
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+
+  static size_t rounded_up(size_t size, size_t unit) { return (size + unit - 1) / unit * unit; }
+
+  void add_chunk(size_t size) {
+    chunks_.emplace_back(static_cast<char*>(std::aligned_alloc(kPage, size)));
+    if (chunks_.back() == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    madvise(chunks_.back().get(), size, MADV_HUGEPAGE);
+#endif
+    next_ = chunks_.back().get();
+    left_ = size;
+  }
+
+  std::vector<std::unique_ptr<char, Free>> chunks_;
+  char* next_ = nullptr;
+  size_t left_ = 0;
+};
 
 enum Format { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
@@ -61,11 +77,11 @@ constexpr int64_t kFours = kScaleGroup / 4;  // four values of one column side b
 struct Linear {
   int64_t columns = 0, depth = 0;
   Format format = kFloat32;
-  Weights<float> packed;
-  Weights<uint16_t> packed16;
-  Weights<uint8_t> packed8;  // int8 and int4; after the weights their scales: [half panel][group][kLanes] of uint16_t,
-                             // for int4 each group's scales, then its minima
-  std::vector<float> bias;   // empty, or padded to whole panels
+  float* packed = nullptr;  // each of these in the WeightMemory that it was packed into
+  uint16_t* packed16 = nullptr;
+  uint8_t* packed8 = nullptr;  // int8 and int4; after the weights their scales: [half panel][group][kLanes] of uint16_t,
+                               // for int4 each group's scales, then its minima
+  std::vector<float> bias;     // empty, or padded to whole panels
 
   int64_t padded_depth() const {
     return (depth + kDepthMultiple[format] - 1) / kDepthMultiple[format] * kDepthMultiple[format];
@@ -73,16 +89,15 @@ struct Linear {
 
   int64_t num_groups() const { return padded_depth() / kScaleGroup; }
 
-  void pack(const float* weight, int64_t new_columns, int64_t new_depth, Format new_format) {
+  void pack(const float* weight, int64_t new_columns, int64_t new_depth, Format new_format, WeightMemory& memory) {
     columns = new_columns;
     depth = new_depth;
     format = new_format;
     const int64_t num_panels = panels_of(columns), size = num_panels * kPanel * padded_depth();
-    if (format == kFloat32) packed.assign(size, 0.0f);
-    if (format == kBfloat16) packed16.assign(size, 0);
-    // In one piece: every piece takes whole large pages.
+    if (format == kFloat32) packed = memory.take<float>(size);
+    if (format == kBfloat16) packed16 = memory.take<uint16_t>(size);
     if (format == kInt8 || format == kInt4)
-      packed8.assign(weight_bytes8() + 2 * num_panels * scales_per_half() * sizeof(uint16_t), 0);
+      packed8 = memory.take<uint8_t>(weight_bytes8() + 2 * num_panels * scales_per_half() * sizeof(uint16_t));
 #pragma omp parallel for schedule(static)
     for (int64_t p = 0; p < num_panels; ++p)
       for (int64_t column = p * kPanel; column < std::min(columns, (p + 1) * kPanel); ++column)
@@ -94,15 +109,15 @@ struct Linear {
     for (int64_t k = 0; k < depth; ++k) to[k] = at(column, k);
   }
 
-  const float* panel(int64_t index) const { return packed.data() + index * kPanel * depth; }
-  const uint16_t* panel16(int64_t index) const { return packed16.data() + index * kPanel * padded_depth(); }
+  const float* panel(int64_t index) const { return packed + index * kPanel * depth; }
+  const uint16_t* panel16(int64_t index) const { return packed16 + index * kPanel * padded_depth(); }
 
   // A half panel and its scales.
   const uint8_t* half8(int64_t half) const {
-    return packed8.data() + half * kLanes * padded_depth() / (format == kInt4 ? 2 : 1);
+    return packed8 + half * kLanes * padded_depth() / (format == kInt4 ? 2 : 1);
   }
   const uint16_t* half_scales(int64_t half) const {
-    return reinterpret_cast<const uint16_t*>(packed8.data() + weight_bytes8()) + half * scales_per_half();
+    return reinterpret_cast<const uint16_t*>(packed8 + weight_bytes8()) + half * scales_per_half();
   }
 
  private:
@@ -147,7 +162,7 @@ struct Linear {
     uint16_t& scale = const_cast<uint16_t*>(half_scales(half))[first / kScaleGroup * kLanes + lane];
     scale = float_to_bfloat16(highest / 127.0f);
     const float inverse = inverse_of(bfloat16_to_float(scale));
-    uint8_t* to = packed8.data() + half * kLanes * padded_depth();
+    uint8_t* to = packed8 + half * kLanes * padded_depth();
     for (int64_t k = 0; k < size; ++k) {
       const int value = rounded(from[k] * inverse, -127, 127) + 128;
       to[((first + k) / 4 * kLanes + lane) * 4 + k % 4] = static_cast<uint8_t>(value);
@@ -166,7 +181,7 @@ struct Linear {
     const float minimum = bfloat16_to_float(group[kLanes]);
     group[0] = float_to_bfloat16((highest - minimum) / 15.0f);
     const float inverse = inverse_of(bfloat16_to_float(group[0]));
-    uint8_t* to = packed8.data() + half * kLanes * padded_depth() / 2;
+    uint8_t* to = packed8 + half * kLanes * padded_depth() / 2;
     for (int64_t k = 0; k < size; ++k)
       to[index4(lane, first + k)] |= rounded((from[k] - minimum) * inverse, 0, 15) << ((first + k) / 4 % 2 * 4);
   }

@@ -64,3 +64,8 @@ def test_a_head_that_several_ranks_hold_takes_its_memory_several_times(size: int
     spec = make_spec(num_kv_heads=3)
     config = load_config({"kv_cache_memory_bytes": str(120 * spec.block_bytes)})
     assert startup._num_blocks(config, spec, 8, size) == 120 // copies
+
+
+@pytest.mark.parametrize(("quantization", "needed"), [("none", 4000 + 2 * 4 * 3600), ("int4", 5000 + 2 * 4 * 3600)])
+def test_a_worker_needs_its_weights_once_and_its_head_thrice(quantization: str, needed: int) -> None:
+    assert startup._loading_bytes(load_config({"quantization": quantization}), CHECKPOINT) == needed

@@ -8,12 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2Config
 
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import ScheduledChunk, StepPlan
 from scheduler.request import SamplingParams
-from tests.families import FAMILIES, gemma2, gemma3, load_reference, mistral, phi3, reference_logits, save_model
+from tests.families import (
+    FAMILIES,
+    NO_SPECIAL_TOKENS,
+    gemma2,
+    gemma3,
+    load_reference,
+    mistral,
+    phi3,
+    reference_logits,
+    save_model,
+)
+from workers.model.runner import choose_step_model, compared_logits, find_difference
 from workers.model.transformers_model import TransformersModel, load_model
 
 VOCAB_SIZE = 97
@@ -99,3 +111,17 @@ def test_what_makes_a_family_special_is_far_above_the_tolerance(tmp_path: Path, 
         save_model(tmp_path, which(VOCAB_SIZE))
         logits.append(reference_logits(load_reference(tmp_path), sequences()[0])[-1])
     assert float((logits[0] - logits[1]).abs().max()) > 100 * TOLERANCE * float(logits[0].abs().max())
+
+
+@pytest.mark.parametrize("num_positions", [4, 9, 23])
+def test_a_model_with_fewer_positions_than_are_compared_is_compared_on_those(
+    tmp_path: Path, num_positions: int
+) -> None:
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=num_positions, **NO_SPECIAL_TOKENS)
+    save_model(tmp_path, config)
+    model, other = load_model(tmp_path, "float32"), load_model(tmp_path, "float32")
+    spec = KVCacheSpec(1, 2, 16, 4, "float32")
+    assert isinstance(choose_step_model(model, spec, num_positions, 1), TransformersModel)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.1)
+        assert find_difference(model, TransformersModel(model), compared_logits(other), spec) is not None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections import Counter
+from itertools import accumulate
 
 import pytest
 import torch
 
-from workers.model.rows import NONE, index_at, largest, likeliest, padded
+from workers.model.rows import NONE, Descending, index_at, largest, likeliest, padded
 
 SIZES = (1, 5, 255, 256, 257, 300, 512, 1000, 5003)
 
@@ -67,3 +69,31 @@ def test_the_ends_of_the_scale_give_weights_above_zero() -> None:
     row = torch.zeros(2, 1024)
     row[:, 300], row[:, 700] = 1e-30, 1.0
     assert index_at(row, torch.tensor([0.0, 1.0 - 2**-53], dtype=torch.float64)).tolist() == [300, 700]
+
+
+@pytest.mark.parametrize("size", [1, 3, 300, 5003])
+@pytest.mark.parametrize("spread", [0.0, 0.05, 1.0, 30.0])  # ties only; one piece; a few; from 1 to nothing
+def test_places_in_descending_order_are_those_of_a_sort(size: int, spread: float) -> None:
+    weights = torch.softmax(spread * noise(1, size)[0], dim=-1)
+    weights[size // 2 + 1 :: 5] = 0.0
+    order = sorted(range(size), key=lambda index: -float(weights[index]))
+    sums = list(accumulate(float(weights[index]) for index in order))
+    row = Descending(weights)
+    assert row.total == pytest.approx(sums[-1])
+    places = []
+    for fraction in (0.001, 0.1, 0.3333, 0.7, 0.99, 0.999999):
+        # Between two sums, where rounding does not decide.
+        at = bisect(sums, fraction * sums[-1])
+        target = sums[at] - 0.5 * float(weights[order[at]])
+        reached, exceeded = row.reach(target), row.exceed(target)
+        assert reached == exceeded and reached.index == order[at]
+        assert reached.running_sum == pytest.approx(sums[at])
+        places.append(reached.place)
+    assert places == sorted(places)
+
+
+def test_a_sum_that_a_place_has_exactly_is_reached_there_and_exceeded_at_the_next() -> None:
+    row = Descending(torch.tensor([0.25, 0.0, 0.25, 0.5]))
+    assert (row.reach(0.5).index, row.exceed(0.5).index) == (3, 0)
+    assert (row.reach(0.75).index, row.exceed(0.75).index) == (0, 2)
+    assert row.reach(1.0).index == 2 and row.exceed(0.0).index == 3

@@ -247,7 +247,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, num_kept: in
 def test_top_p_holds_where_it_keeps_more_tokens_than_are_looked_at_first(top_p: float) -> None:
     """Tokens of one probability each: the first so many in the order that ties happen to have."""
     size = 3000
-    assert size * 0.02 < TOP_P_CANDIDATES[0] < TOP_P_CANDIDATES[1] < size * 0.5
+    assert size * 0.02 < TOP_P_CANDIDATES < size * 0.5
     drawn = {sample(torch.zeros(1, size), [params(top_p=top_p, seed=seed)], [0])[0] for seed in range(200)}
     assert len(drawn) > 0.5 * min(200, size * top_p)  # 200 draws meet some tokens twice
 
