@@ -268,8 +268,7 @@ def _kv_cache_bytes(config: ServeConfig) -> int:
 
 def _worker_bytes(config: ServeConfig, checkpoint: CheckpointInfo, device: Device) -> dict[WorkerRole, int]:
     """Host memory of one worker. What a GPU holds is checked by the worker that has it."""
-    # Twice the weights: while they are packed and compared, a worker holds them as loaded and as packed. To a GPU
-    # they only pass through.
+    # To a GPU the weights only pass through.
     on_cpu = device == "cpu"
     per_worker = _loading_bytes(config, checkpoint) + _kv_cache_bytes(config) if on_cpu else checkpoint.weight_bytes
     return {
