@@ -23,6 +23,7 @@ CHANNEL_OPTIONS = (
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 1 << 19),
 )
+MESSAGES_HELD = 3  # of a transfer: one that is framed, and one on its way, of which gRPC makes a copy
 SERVICE = "twinpool.kv.KVTransfer"
 
 
@@ -83,10 +84,11 @@ class GrpcPort:
         send: grpc.aio.StreamUnaryMultiCallable[bytes, pb.TransferReceipt] = channel.stream_unary(
             f"/{SERVICE}/Send", request_serializer=None, response_deserializer=pb.TransferReceipt.FromString
         )
-        if len(self._payload) < transfer.max_payload_bytes:
-            self._payload = bytearray(transfer.max_payload_bytes)
+        slot_bytes = transfer.slot_bytes(MESSAGES_HELD)
+        if len(self._payload) < slot_bytes:
+            self._payload = bytearray(slot_bytes)
         try:
-            return _GrpcOutlet(send(), memoryview(self._payload), on_end)
+            return _GrpcOutlet(send(), memoryview(self._payload)[:slot_bytes], on_end)
         except grpc.aio.UsageError:
             raise TransferError(TransferFault.PEER_LOST, "the connection is closed") from None
 

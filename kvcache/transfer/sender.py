@@ -71,6 +71,10 @@ class OutgoingTransfer:
         self._is_opened = False
         self.is_finished = False  # the commit was taken
 
+    def slot_bytes(self, num_slots: int) -> int:
+        """So long that ``num_slots`` of them are as long as two of the largest chunks, where a block allows it."""
+        return max(1, 2 * self.max_payload_bytes // num_slots // self.block_bytes) * self.block_bytes
+
     def mark_ready(self, num_layers: int, num_blocks: int) -> None:
         """The prompt's first ``num_blocks`` blocks are complete in the first ``num_layers`` layers."""
         for layer in range(num_layers):

@@ -70,7 +70,7 @@ class ShmPort:
         if peer is None:
             return None
         try:
-            slot_bytes = _slot_bytes(transfer)
+            slot_bytes = transfer.slot_bytes(NUM_SLOTS)
             ring, descriptor = SlotRing.create(slot_bytes)
             try:
                 shape = pb.ShmRing(num_slots=len(ring.slots), slot_bytes=slot_bytes)
@@ -81,12 +81,6 @@ class ShmPort:
             peer.close()
             return None
         return _ShmOutlet(peer, ring, on_end)
-
-
-def _slot_bytes(transfer: OutgoingTransfer) -> int:
-    """So that the ring is as large as two of the largest chunks, where a block allows it."""
-    whole = 2 * transfer.max_payload_bytes // NUM_SLOTS
-    return max(1, whole // transfer.block_bytes) * transfer.block_bytes
 
 
 def _connect(address: str) -> socket.socket | None:
