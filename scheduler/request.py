@@ -221,7 +221,7 @@ class Request:
     remote_prefill: bool = False  # another worker computes the prompt and hands its KV over
     cache_salt: bytes = b""  # sequences share cached blocks only with those of the same salt
     num_delivered_tokens: int = 0  # the last so many of the prompt are output of a worker that was lost
-    urgency: Urgency = Urgency()
+    urgency: Urgency = Urgency()  # noqa: RUF009  frozen
     arrival: int = 0  # order of arrival on this worker
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(init=False)

@@ -23,7 +23,7 @@ def waiting(
     tenant: str = "a",
     service: float = 1.0,
     *,
-    urgency: Urgency = Urgency(),
+    urgency: Urgency = Urgency(),  # noqa: B008  frozen
     deadline_s: float | None = None,
 ) -> Waiting:
     return Waiting(name, tenant, urgency, service, next(_ARRIVALS), 0.0, deadline_s)
