@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.scheduler_core import HEARTBEAT_S, OUTPUT_TOKENS, PROMPT_TOKENS, publish, workers
 from engine.scheduler_client import SchedulerClient, SchedulerPort
 from engine.startup import prepare_ray
+from scheduler.admission import AdmissionOptions
 from scheduler.events import Event, PrefillDone, RequestArrived, RequestEnded, WorkerRegistered, WorkerReported
 from scheduler.placement import PlacementOptions
 from scheduler.types import PrefixHashes, WorkerLoad
@@ -41,7 +42,7 @@ def measure_live(num_placements: int, seconds: float, policy: str = "cost") -> L
 
     with ray_session(1):
         options = PlacementOptions(policy)
-        actor = start_scheduler([], options)
+        actor = start_scheduler([], options, AdmissionOptions())
         return asyncio.run(
             _measure(SchedulerClient(RayScheduler(actor), options), RayScheduler(actor), num_placements, seconds)
         )

@@ -38,7 +38,8 @@ def membership_news(before: ClusterSnapshot, now: ClusterSnapshot) -> list[str]:
 def activity_line(before: ClusterSnapshot, now: ClusterSnapshot, interval_s: float) -> str | None:
     """The line for two views of the cluster, or None when nothing happened between them."""
     loads = [worker.load for worker in now.workers]
-    running, waiting = sum(load.running for load in loads), sum(load.waiting for load in loads)
+    running = sum(load.running for load in loads)
+    waiting = sum(load.waiting for load in loads) + now.queued_interactive + now.queued_batch
     prompt_tokens = _growth(before, now, "prompt_tokens_computed")
     generated = _growth(before, now, "generation_tokens")
     if not (running or waiting or prompt_tokens or generated):

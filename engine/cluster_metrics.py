@@ -11,6 +11,7 @@ from prometheus_client.metrics_core import Metric
 
 from kvcache.errors import TransferFault
 from scheduler.types import ClusterSnapshot, WorkerSnapshot
+from scheduler.urgency import ServiceClass
 
 PREFIX = "twinpool_"
 
@@ -159,6 +160,17 @@ class ClusterMetrics:
         yield self._restarts(workers)
         yield self._pool_workers(workers)
         yield self._prediction_errors(workers)
+        yield self._queue_length()
+
+    def _queue_length(self) -> Metric:
+        cluster = self._cluster()
+        family = GaugeMetricFamily(
+            f"{PREFIX}queue_length", "Requests that wait for a worker, by class.", labels=("model_name", "class")
+        )
+        lengths = {ServiceClass.INTERACTIVE: cluster.queued_interactive, ServiceClass.BATCH: cluster.queued_batch}
+        for service_class, length in lengths.items():
+            family.add_metric((self._model_name, service_class.value), length)
+        return family
 
     def _gauge(self, metric: _WorkerMetric, workers: tuple[WorkerSnapshot, ...]) -> Metric:
         family = GaugeMetricFamily(PREFIX + metric.name, metric.documentation, labels=_WORKER_LABELS)

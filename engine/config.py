@@ -20,6 +20,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from engine.api_key import check_api_key
 from kvcache.errors import ConfigError
 from kvcache.transfer.port_choice import PortName
 from scheduler.autoscaler import PoolLimits
@@ -223,6 +224,12 @@ class ServeConfig(BaseSettings):
         "MS",
         gt=0,
     )
+    refuse_late: bool = _option(
+        False, "Placement", "answer 429 at once where the first token cannot come within --ttft-target-ms"
+    )
+    max_queued_requests: int = _option(
+        1024, "Placement", "requests that may wait for a worker; beyond, somebody is refused", ge=1, le=1 << 20
+    )
 
     host: str = _option("127.0.0.1", "Server", "address to listen on", "HOST", min_length=1)
     port: int = _option(8000, "Server", "port to listen on", "PORT", ge=1, le=65535)
@@ -238,6 +245,7 @@ class ServeConfig(BaseSettings):
     admin_key: str | None = _option(
         None, "Server", "key of drain, role and scale (default: made anew, and found by this user's commands)", "KEY"
     )
+    tenants: Path | None = _option(None, "Server", "YAML file with tenants, their keys and limits", "FILE")
     shutdown_timeout: float = _option(
         10.0, "Server", "seconds that running requests get to end after Ctrl-C", "SECONDS", ge=0, le=3600
     )
@@ -254,16 +262,15 @@ class ServeConfig(BaseSettings):
     @field_validator("api_key")
     @classmethod
     def _check_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
-        """An empty key, as of a secret that was not set, must not turn into no key at all."""
         for key in keys:
-            _check_key(key)
+            check_api_key(key)
         return keys
 
     @field_validator("admin_key")
     @classmethod
     def _check_admin_key(cls, key: str | None) -> str | None:
         if key is not None:
-            _check_key(key)
+            check_api_key(key)
         return key
 
     @model_validator(mode="after")
@@ -498,11 +505,6 @@ class ServeConfig(BaseSettings):
     @classmethod
     def _file_values(cls) -> dict[str, Any]:
         return {}
-
-
-def _check_key(key: str) -> None:
-    if not key or not key.isascii() or not key.isprintable() or key != key.strip():
-        raise ValueError("a key must be printable ASCII, not empty and without spaces around it")
 
 
 def load_config(flags: Mapping[str, Any], file: Path | None = None) -> ServeConfig:

@@ -5,24 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
 import grpc
 
-from engine.outputs import ServedModel, TextDelta
+from engine.outputs import SOMEBODY, Origin, QueuePlace, ServedModel, TextDelta
 from engine.scheduler_client import SchedulerClient
 from engine.text_assembler import TextAssembler, TokenBatch
+from engine.tickets import Ticket, Tickets
 from engine.tokenizer import Tokenizer
 from kvcache.errors import InvariantError, UnavailableError, WorkerLostError
 from scheduler.cache_index import hashes_of_prompt
 from scheduler.events import PrefillDone, RequestArrived, RequestEnded
 from scheduler.request import FinishReason, SamplingParams, TokenLogprobs, check_sequence
 from scheduler.types import ClusterSnapshot, Phase, Placement, PrefixHashes
+from scheduler.urgency import Urgency
 from workers import worker_pb2 as pb
 from workers.channels import ChannelPool
-from workers.messages import error_from_rpc, logprobs_from_wire, sampling_to_wire
+from workers.messages import error_from_rpc, logprobs_from_wire, sampling_to_wire, urgency_to_wire
 from workers.tls import TlsFolder
 
 MAX_PLACEMENTS = 3  # a sequence that has failed on this many is given up
@@ -40,11 +42,19 @@ class AsyncEngine:
     """
 
     def __init__(
-        self, model: ServedModel, tokenizer: Tokenizer, scheduler: SchedulerClient, tls: TlsFolder | None = None
+        self,
+        model: ServedModel,
+        tokenizer: Tokenizer,
+        scheduler: SchedulerClient,
+        tls: TlsFolder | None = None,
+        on_placed: Callable[[float], None] = lambda _seconds: None,
     ) -> None:
+        """``on_placed`` hears how many seconds each sequence has waited for its workers."""
         self._model = model
         self._tokenizer = tokenizer
         self._scheduler = scheduler
+        self._on_placed = on_placed
+        self._tickets = Tickets()
         self._channels = ChannelPool(tls)
         self._calls: set[grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.TokenEvent]] = set()
         self._is_ending = False
@@ -85,22 +95,39 @@ class AsyncEngine:
         sampling: SamplingParams,
         stop: Sequence[str] = (),
         cache_salt: bytes = b"",
+        origin: Origin = SOMEBODY,
     ) -> AsyncGenerator[TextDelta, None]:
         """See ``TextEngine.generate``."""
         text = TextAssembler(self._tokenizer, self._model.eos_token_ids, stop, sampling.min_tokens)
         is_first = True
-        async with aclosing(self._tokens(tuple(prompt_token_ids), sampling, cache_salt)) as events:
-            async for event in events:
-                delta = text.push(event)
-                if is_first:
-                    delta = replace(delta, num_cached_tokens=event.num_cached_tokens)
-                is_first = False
-                yield delta
-                if delta.finish_reason is not None:
-                    return
+        with self._tickets.held(origin) as ticket:
+            tokens = self._tokens(tuple(prompt_token_ids), sampling, cache_salt, origin, ticket)
+            async with aclosing(tokens) as events:
+                async for event in events:
+                    delta = text.push(event)
+                    if is_first:
+                        delta = replace(delta, num_cached_tokens=event.num_cached_tokens)
+                    is_first = False
+                    yield delta
+                    if delta.finish_reason is not None:
+                        return
+
+    def queue_place(self, tenant: str, ticket: str) -> QueuePlace | None:
+        """See ``TextEngine.queue_place``."""
+        request_ids = self._tickets.request_ids(tenant, ticket)
+        if not request_ids:
+            return None
+        positions = [self._scheduler.position(request_id) for request_id in request_ids]
+        waiting = [position for position in positions if position is not None]
+        return QueuePlace(min(waiting) if len(waiting) == len(positions) else None)
 
     async def _tokens(
-        self, prompt_token_ids: tuple[int, ...], sampling: SamplingParams, cache_salt: bytes
+        self,
+        prompt_token_ids: tuple[int, ...],
+        sampling: SamplingParams,
+        cache_salt: bytes,
+        origin: Origin,
+        ticket: Ticket,
     ) -> AsyncGenerator[TokenBatch, None]:
         """Every token exactly once, over as many placements as it takes."""
         check_sequence(
@@ -118,11 +145,21 @@ class AsyncEngine:
             if delivered:
                 left = sampling.max_tokens - len(delivered)
                 rest = replace(sampling, max_tokens=left, prompt_logprobs=None)  # they came with the first token
-            prefixes = self._prefixes(prompt, cache_salt)
-            placement = await self._scheduler.place(
-                RequestArrived(uuid.uuid4().hex, len(prompt), rest.max_tokens, tuple(avoid), stay_on, prefixes)
+            ticket.request_id = uuid.uuid4().hex
+            placement = await self._place(
+                RequestArrived(
+                    ticket.request_id,
+                    len(prompt),
+                    rest.max_tokens,
+                    tuple(avoid),
+                    stay_on,
+                    self._prefixes(prompt, cache_salt),
+                    origin.tenant,
+                    origin.urgency,
+                    is_continued=bool(avoid),
+                )
             )
-            request = _request(placement, prompt, rest, len(delivered), cache_salt)
+            request = _request(placement, prompt, rest, len(delivered), cache_salt, origin.urgency)
             try:
                 async with aclosing(self._run(placement, request, rest)) as events:
                     async for event in events:
@@ -139,6 +176,13 @@ class AsyncEngine:
                 if len(avoid) == MAX_PLACEMENTS:
                     raise
                 logger.warning("A sequence is placed again after %d tokens: %s", len(delivered), error)
+
+    async def _place(self, arrival: RequestArrived) -> Placement:
+        clock = asyncio.get_running_loop().time
+        began_s = clock()
+        placement = await self._scheduler.place(arrival)
+        self._on_placed(clock() - began_s)
+        return placement
 
     def _prefixes(self, prompt: Sequence[int], cache_salt: bytes) -> tuple[PrefixHashes, ...]:
         """By which the scheduler finds workers that have the prompt's beginning, whatever their block size."""
@@ -160,7 +204,7 @@ class AsyncEngine:
                     is_finished = event.finish_reason is not None
                     yield event
         finally:
-            self._scheduler.tell(RequestEnded(placement.request_id, num_tokens if is_finished else 0))
+            self._scheduler.tell(RequestEnded(placement.request_id, num_tokens if is_finished else 0, num_tokens))
 
     async def _stream(
         self, placement: Placement, request: pb.GenerateRequest, sampling: SamplingParams
@@ -200,6 +244,7 @@ def _request(
     sampling: SamplingParams,
     num_delivered: int,
     cache_salt: bytes,
+    urgency: Urgency,
 ) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         request_id=placement.request_id,
@@ -208,6 +253,7 @@ def _request(
         prefill_address=placement.prefill.address if placement.prefill is not None else "",
         cache_salt=cache_salt,
         num_delivered_tokens=num_delivered,
+        urgency=urgency_to_wire(urgency),
     )
 
 

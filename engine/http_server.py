@@ -55,10 +55,17 @@ async def _serve(
     scheduler = RayScheduler(running.scheduler)
     client = SchedulerClient(scheduler, config.placement)
     await client.start()
-    engine = AsyncEngine(_served_model(config, plan), tokenizer, client, plan.gateway_tls)
-    metrics = Metrics(engine.model.names[0], lambda: engine.cluster)
+    model = _served_model(config, plan)
+    metrics = Metrics(model.names[0], lambda: client.cluster)
+    engine = AsyncEngine(model, tokenizer, client, plan.gateway_tls, metrics.observe_queue_time)
     operator = Operator(scheduler, running.fleet, lambda: client.cluster, plan.worker_bytes)
-    app = create_app(engine, api_keys=config.api_key, metrics=metrics, admin=AdminAccess(operator, key))
+    app = create_app(
+        engine,
+        api_keys=config.api_key,
+        tenants=plan.tenants,
+        metrics=metrics,
+        admin=AdminAccess(operator, key),
+    )
     server = _Server(
         uvicorn.Config(
             app,
@@ -71,7 +78,7 @@ async def _serve(
         config.shutdown_timeout,
     )
     logging_activity = asyncio.create_task(log_activity(engine))
-    announcing = asyncio.create_task(_announce(server, config))
+    announcing = asyncio.create_task(_announce(server, config, plan))
     try:
         for signum in END_SIGNALS:
             asyncio.get_running_loop().add_signal_handler(signum, server.stop)
@@ -119,14 +126,14 @@ def _served_model(config: ServeConfig, plan: StartupPlan) -> ServedModel:
     )
 
 
-async def _announce(server: uvicorn.Server, config: ServeConfig) -> None:
+async def _announce(server: uvicorn.Server, config: ServeConfig, plan: StartupPlan) -> None:
     """Says how to try it, as soon as a request would be answered."""
     while not server.started:  # noqa: ASYNC110  uvicorn offers no event
         await asyncio.sleep(0.05)
     host = f"[{config.host}]" if ":" in config.host else config.host
     url = f"http://{host}:{config.port}"
     model = config.served_name
-    key = ' -H "Authorization: Bearer $TWINPOOL_API_KEY"' if config.api_key else ""
+    key = ' -H "Authorization: Bearer $TWINPOOL_API_KEY"' if config.api_key or plan.tenants.keys else ""
     print(
         f"\nTwinpool serves {model} on {url}\n\n"
         f"  curl -N {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"

@@ -36,6 +36,7 @@ from engine.start_progress import StartProgress, start_progress
 from engine.startup import StartupPlan, bind_server_socket, check_installation, make_plan
 from kvcache.errors import ResourceError
 from kvcache.spec import KVCacheSpec
+from scheduler.admission import AdmissionOptions
 from scheduler.ray_actor import PolledScheduler, start_scheduler
 from scheduler.types import DeviceProfile, WorkerInfo, WorkerRole
 from workers.load_progress import LoadProgress
@@ -132,7 +133,8 @@ def _prepare_http(plan: StartupPlan) -> Any:
 @contextlib.contextmanager
 def _running_cluster(plan: StartupPlan, config: ServeConfig, progress: StartProgress) -> Iterator[RunningCluster]:
     """The scheduler with all workers loaded, measured and registered."""
-    scheduler = start_scheduler([options.worker_id for options in plan.workers], config.placement)
+    worker_ids = [options.worker_id for options in plan.workers]
+    scheduler = start_scheduler(worker_ids, config.placement, _admission(config, plan))
     fleet = Fleet(plan.workers, RayWorker, PolledScheduler(scheduler), autoscaling=_autoscaling(config))
     try:
         _await_workers(plan, fleet, progress)
@@ -148,6 +150,17 @@ def _autoscaling(config: ServeConfig) -> Autoscaling | None:
     placement = config.placement
     targets = {WorkerRole.PREFILL: placement.ttft_target_s, WorkerRole.DECODE: placement.tpot_target_s}
     return Autoscaling(config.pool_limits, targets, request_nodes)
+
+
+def _admission(config: ServeConfig, plan: StartupPlan) -> AdmissionOptions:
+    targets = config.placement
+    return AdmissionOptions(
+        config.max_queued_requests,
+        targets.ttft_target_s,
+        targets.tpot_target_s,
+        config.refuse_late,
+        plan.tenants.weights,
+    )
 
 
 def _await_workers(plan: StartupPlan, fleet: Fleet, progress: StartProgress) -> None:

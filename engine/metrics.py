@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from engine.cluster_metrics import PREFIX, ClusterMetrics
+from engine.tenant_metrics import TenantMetrics
 from scheduler.request import FinishReason
 from scheduler.types import ClusterSnapshot
 
@@ -80,8 +81,12 @@ class Metrics:
         self._generation_length = self._histogram(
             "request_generation_tokens", "Generated tokens per completed sequence.", _LENGTH_BOUNDS
         )
+        self._queue_time = self._histogram(
+            "request_queue_time_seconds", "From asking for a worker to having one.", _REQUEST_BOUNDS
+        )
+        self.of_tenants = TenantMetrics(model_name)
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_BothNames(self._own, ClusterMetrics(model_name, cluster)))
+        self._registry.register(_BothNames(self._own, ClusterMetrics(model_name, cluster), self.of_tenants))
 
     def recorder(self, num_prompt_tokens: int, started_s: float) -> RequestRecorder:
         """For one sequence of a request that came in at ``started_s`` of this object's clock."""
@@ -90,6 +95,9 @@ class Metrics:
     def observe_first_token(self, seconds: float, num_prompt_tokens: int) -> None:
         self._first_token.observe(seconds)
         self._prompt_tokens.inc(num_prompt_tokens)
+
+    def observe_queue_time(self, seconds: float) -> None:
+        self._queue_time.observe(seconds)
 
     def observe_inter_token(self, seconds: float) -> None:
         self._inter_token.observe(seconds)
@@ -164,9 +172,10 @@ class RequestRecorder:
 class _BothNames(Collector):
     """Serves families under our prefix, and the standard ones under vLLM's as well."""
 
-    def __init__(self, own: Iterable[Collector], cluster: ClusterMetrics) -> None:
+    def __init__(self, own: Iterable[Collector], cluster: ClusterMetrics, tenants: TenantMetrics) -> None:
         self._own = own
         self._cluster = cluster
+        self._tenants = tenants
 
     def collect(self) -> Iterator[Metric]:
         for collector in self._own:
@@ -177,6 +186,8 @@ class _BothNames(Collector):
             yield family
             yield _renamed(family, STANDARD_PREFIX)
         yield from self._cluster.ours()
+        for family in self._tenants.collect():
+            yield _renamed(family, PREFIX)
 
 
 def _renamed(family: Metric, prefix: str) -> Metric:

@@ -8,7 +8,9 @@ from typing import Protocol
 
 from engine.tokenizer import Tokenizer
 from scheduler.request import FinishReason, SamplingParams, TokenLogprobs
+from scheduler.tenants import DEFAULT_TENANT
 from scheduler.types import ClusterSnapshot
+from scheduler.urgency import ORDINARY, Urgency
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,25 @@ class ServedModel:
     vocab_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Whose sequence it is, how urgent, and under which name its place in line can be asked for."""
+
+    tenant: str = DEFAULT_TENANT
+    urgency: Urgency = ORDINARY
+    ticket: str | None = None  # None: under no name
+
+
+SOMEBODY = Origin()
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePlace:
+    """Where a request stands that has not ended."""
+
+    position: int | None  # how many sequences are before it; None: it does not wait any more
+
+
 class TextEngine(Protocol):
     """What the HTTP surface needs; ``engine.gateway.AsyncEngine`` is the real one, tests have a fake."""
 
@@ -68,6 +89,7 @@ class TextEngine(Protocol):
         sampling: SamplingParams,
         stop: Sequence[str] = (),
         cache_salt: bytes = b"",
+        origin: Origin = SOMEBODY,
     ) -> AsyncGenerator[TextDelta, None]:
         """Streams one sequence. Closing the generator (or cancelling its task) aborts it on every worker.
 
@@ -76,6 +98,11 @@ class TextEngine(Protocol):
         Raises:
             RequestError: prompt + max_tokens do not fit the model or the KV cache of the workers.
             OverloadedError: no room now.
+            RateLimitError: it cannot begin in time.
             UnavailableError: no worker for a phase, or the one at work was lost.
         """
+        ...
+
+    def queue_place(self, tenant: str, ticket: str) -> QueuePlace | None:
+        """Of the first in line of the tenant's sequences with this ticket; None where there is none."""
         ...

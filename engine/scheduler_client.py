@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from kvcache.errors import TwinpoolError, UnavailableError
+from kvcache.errors import OverloadedError, RateLimitError, TwinpoolError, UnavailableError
 from scheduler.controller import ClusterController
 from scheduler.events import (
     Command,
     Event,
     PlaceRequest,
     PrefillDone,
+    Refusal,
     RefuseRequest,
     RequestArrived,
     RequestEnded,
     RequestPlaced,
+    RequestQueued,
 )
 from scheduler.placement import PlacementOptions
 from scheduler.types import ClusterSnapshot, Placement
@@ -28,14 +32,17 @@ SNAPSHOT_INTERVAL_S = 0.5
 PLACE_TIMEOUT_S = 0.5  # then a request is placed here
 RETRY_INTERVAL_S = 0.2
 RELEARN_S = 10.0  # so long a scheduler that was restarted may take to find its workers before it is asked again
-_Entry = tuple[Event, "asyncio.Future[Placement] | None"]  # None: nobody waits for an answer
+POLL_INTERVAL_S = 0.01  # while requests wait in the scheduler's queue: any call brings what was decided of them
+ASK_INTERVAL_S = 0.5  # after so long they are asked for anew: their places change, and answers may be lost
 logger = logging.getLogger(__name__)
 
 
 class SchedulerPort(Protocol):
     """What ``scheduler.ray_actor.RayScheduler`` offers; tests have the controller in process."""
 
-    async def handle(self, events: Sequence[Event]) -> list[list[Command]]: ...
+    async def handle(self, events: Sequence[Event], asker: str = "") -> list[list[Command]]:
+        """See ``scheduler.delivery.Delivery.handle``."""
+        ...
 
     async def snapshot(self) -> ClusterSnapshot: ...
 
@@ -44,8 +51,20 @@ class _AwayError(UnavailableError):
     """The scheduler did not take the request; nothing is wrong with the request."""
 
 
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A request that the scheduler was asked to place."""
+
+    request: RequestArrived
+    placed: asyncio.Future[Placement]
+    position: int | None = None  # in its queue; None: it has not said that it waits there
+
+
 class SchedulerClient:
     """Collects events while a call is under way and sends them together in the next. One event loop owns it.
+
+    While a request waits in the scheduler's queue, the scheduler is called every few milliseconds, even if there is
+    nothing to tell it.
 
     While the scheduler is away a controller made from its last snapshot stands in for it: the same code, on what is
     known here. When the scheduler is back, and has its workers back, it is told what runs where.
@@ -61,7 +80,11 @@ class SchedulerClient:
         self._scheduler = scheduler
         self._options = options
         self._clock = clock
-        self._outbox: list[_Entry] = []
+        self._name = uuid.uuid4().hex
+        self._outbox: list[Event] = []
+        self._asked: dict[str, _Asked] = {}
+        self._queued: dict[str, _Asked] = {}  # those of them that wait in the scheduler's queue
+        self._ask_at_s = 0.0
         self._has_events = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._live: dict[str, RequestPlaced] = {}  # by request id
@@ -91,6 +114,8 @@ class SchedulerClient:
         """Asks the scheduler, or decides here when it is away.
 
         Raises:
+            OverloadedError: the queue is full.
+            RateLimitError: it would wait longer than it may, or has.
             UnavailableError: no worker for a phase.
         """
         try:
@@ -104,6 +129,11 @@ class SchedulerClient:
         self._live[request.request_id] = placed
         return placement
 
+    def position(self, request_id: str) -> int | None:
+        """How many are before a waiting request, as of half a second ago; None where it is not in the queue."""
+        asked = self._queued.get(request_id)
+        return asked.position if asked is not None else None
+
     def tell(self, event: PrefillDone | RequestEnded) -> None:
         """Sends an event that has no answer, with the next call."""
         if isinstance(event, RequestEnded):
@@ -113,21 +143,28 @@ class SchedulerClient:
         if self._stand_in is not None:
             self._stand_in.handle(event, self._clock())
         if event.request_id not in self._placed_here:
-            self._put(event, None)
+            self._put(event)
         elif isinstance(event, RequestEnded):
             self._placed_here.remove(event.request_id)
 
     async def _ask(self, request: RequestArrived) -> Placement:
-        placed: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
-        self._put(request, placed)
+        """Waits for the first answer as long as a request may go without one, and for a place in the queue's time."""
+        asked = _Asked(request, asyncio.get_running_loop().create_future())
+        self._asked[request.request_id] = asked
+        self._put(request)
         try:
-            async with asyncio.timeout(PLACE_TIMEOUT_S):  # not wait_for: in Python 3.11 that can lose a cancellation
-                return await placed
-        except BaseException as error:
-            self._put(RequestEnded(request.request_id), None)  # it may be on the scheduler's books all the same
-            if isinstance(error, TimeoutError):
-                raise _AwayError("The scheduler does not answer.") from None
+            await asyncio.wait((asked.placed,), timeout=PLACE_TIMEOUT_S)
+            if not asked.placed.done() and asked.position is None:
+                raise _AwayError("The scheduler does not answer.")
+            return await asked.placed
+        except BaseException:
+            self._put(RequestEnded(request.request_id))  # it may be on the scheduler's books all the same
             raise
+        finally:
+            if asked.placed.done() and not asked.placed.cancelled():
+                asked.placed.exception()  # looked at, also where nobody waits for it any more
+            del self._asked[request.request_id]
+            self._queued.pop(request.request_id, None)
 
     def _place_here(self, request: RequestArrived) -> Placement:
         assert self._stand_in is not None, "somebody stands in"
@@ -143,41 +180,71 @@ class SchedulerClient:
             self._stand_in = ClusterController.from_snapshot(
                 self.cluster, self._live.values(), self._options, self._clock()
             )
+            self._fail([asked.request for asked in self._queued.values()], _AwayError(reason))
 
-    def _put(self, event: Event, placed: asyncio.Future[Placement] | None) -> None:
-        self._outbox.append((event, placed))
+    def _put(self, event: Event) -> None:
+        self._outbox.append(event)
         self._has_events.set()
 
     async def _send(self) -> None:
         while True:
-            await self._has_events.wait()
-            self._has_events.clear()
+            await self._await_events()
             batch, self._outbox = self._outbox, []
             try:
-                answers = await self._scheduler.handle([event for event, _ in batch])
+                answers = await self._scheduler.handle(batch, self._name)
             except UnavailableError as error:
                 self._answer_unavailable(batch, error)
                 await asyncio.sleep(RETRY_INTERVAL_S)
                 continue
             except Exception as error:  # the top of this task, which must go on; the events of one batch are lost
                 logger.exception("The scheduler could not take %d events.", len(batch))
-                for _, placed in batch:
-                    if placed is not None and not placed.done():
-                        placed.set_exception(TwinpoolError(f"the scheduler failed: {type(error).__name__}"))
+                self._fail(batch, TwinpoolError(f"the scheduler failed: {type(error).__name__}"))
                 continue
-            for (_, placed), commands in zip(batch, answers, strict=True):
-                if placed is not None and not placed.done():
-                    _resolve(placed, commands)
+            for commands in answers:
+                for command in commands:
+                    self._take(command)
 
-    def _answer_unavailable(self, batch: Sequence[_Entry], error: UnavailableError) -> None:
-        """Requests are placed here at once; what needs no answer is kept for the scheduler's return."""
+    async def _await_events(self) -> None:
+        """Until there is something to send, or time to see what became of waiting requests."""
+        now = self._clock()
+        if self._queued and now >= self._ask_at_s:
+            self._ask_at_s = now + ASK_INTERVAL_S
+            for asked in self._queued.values():
+                self._put(asked.request)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(POLL_INTERVAL_S if self._queued else None):
+                await self._has_events.wait()
+        self._has_events.clear()
+
+    def _take(self, command: Command) -> None:
+        match command:
+            case PlaceRequest():
+                asked = self._asked.get(command.placement.request_id)
+                if asked is not None and not asked.placed.done():
+                    asked.placed.set_result(command.placement)
+            case RefuseRequest():
+                asked = self._asked.get(command.request_id)
+                if asked is not None and not asked.placed.done():
+                    asked.placed.set_exception(_error_of(command))
+            case RequestQueued():
+                asked = self._asked.get(command.request_id)
+                if asked is not None and not asked.placed.done():
+                    asked.position = command.position
+                    self._queued[command.request_id] = asked
+
+    def _answer_unavailable(self, batch: Sequence[Event], error: UnavailableError) -> None:
+        """Requests are placed here at once, those in the queue too; what needs no answer is kept for its return."""
         self._begin_standing_in(error.message)
-        self._outbox[:0] = [entry for entry in batch if entry[1] is None]
+        self._outbox[:0] = [event for event in batch if not isinstance(event, RequestArrived)]
         if self._outbox:
             self._has_events.set()
-        for _, placed in batch:
-            if placed is not None and not placed.done():
-                placed.set_exception(_AwayError(error.message))
+        self._fail(batch, _AwayError(error.message))
+
+    def _fail(self, batch: Sequence[Event], error: TwinpoolError) -> None:
+        for event in batch:
+            asked = self._asked.get(event.request_id) if isinstance(event, RequestArrived) else None
+            if asked is not None and not asked.placed.done():
+                asked.placed.set_exception(error)
 
     async def _refresh(self) -> None:
         while True:
@@ -207,12 +274,14 @@ class SchedulerClient:
             self._stand_in = None
             self._placed_here.clear()
             for placed in self._live.values():
-                self._put(placed, None)
+                self._put(placed)
 
 
-def _resolve(placed: asyncio.Future[Placement], commands: Sequence[Command]) -> None:
-    for command in commands:
-        if isinstance(command, PlaceRequest):
-            placed.set_result(command.placement)
-        elif isinstance(command, RefuseRequest):
-            placed.set_exception(UnavailableError(command.message))
+def _error_of(command: RefuseRequest) -> OverloadedError:
+    match command.reason:
+        case Refusal.UNAVAILABLE:
+            return UnavailableError(command.message, command.retry_after_s)
+        case Refusal.QUEUE_FULL:
+            return OverloadedError(command.message, command.retry_after_s)
+        case Refusal.TTFT_TARGET:
+            return RateLimitError(command.message, command.retry_after_s, command.reason.value)

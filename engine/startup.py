@@ -15,6 +15,7 @@ from engine.cluster_room import check_room, device_of_cluster, own_room, room_in
 from engine.config import ServeConfig, flag_of
 from engine.device_profiles import load_profile
 from engine.machine_limits import available_memory_bytes
+from engine.tenants import Tenants, check_fits, load_tenants
 from kvcache.errors import ConfigError, ResourceError
 from kvcache.heads import Shard, check_size
 from kvcache.spec import DTYPE_BYTES, KVCacheSpec
@@ -44,6 +45,7 @@ class StartupPlan:
     max_model_len: int
     workers: tuple[WorkerOptions, ...]
     worker_bytes: Mapping[WorkerRole, int]  # memory of this machine that one more worker takes; empty: Ray books it
+    tenants: Tenants
     gateway_tls: TlsFolder | None = None
 
     @property
@@ -117,6 +119,8 @@ def make_plan(config: ServeConfig, path: Path, nodes: Sequence[Node] | None = No
     _check_device(config, device, num_gpus)
     checkpoint = describe_checkpoint(path, dtype=config.dtype, device=device)
     max_model_len = _max_model_len(config, checkpoint)
+    tenants = load_tenants(config.tenants, (*config.api_key, *filter(None, (config.admin_key,))))
+    check_fits(tenants, config.tenants, max_model_len)
     if config.quantization != "none" and load_library() is None:
         raise ConfigError(f"--quantization {config.quantization} needs the native decoder, which was not built here.")
     specs = {role: _spec(config, checkpoint, role) for _, role in _roles(config)}
@@ -167,7 +171,7 @@ def make_plan(config: ServeConfig, path: Path, nodes: Sequence[Node] | None = No
         )
         for worker_id, role in _roles(config)
     )
-    return StartupPlan(checkpoint, max_model_len, workers, worker_bytes if nodes is None else {})
+    return StartupPlan(checkpoint, max_model_len, workers, worker_bytes if nodes is None else {}, tenants)
 
 
 def _spec(config: ServeConfig, checkpoint: CheckpointInfo, role: WorkerRole) -> KVCacheSpec:

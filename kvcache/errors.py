@@ -10,6 +10,7 @@
     ├── RequestError                    the client's fault: HTTP 400, names the field
     │   └── UnknownModelError           HTTP 404
     ├── OverloadedError                 back-pressure: HTTP 503 with Retry-After
+    │   ├── RateLimitError              a tenant's limit or a target: HTTP 429 with Retry-After
     │   └── UnavailableError            no worker for a phase, or a handoff failed
     │       └── WorkerLostError         the connection to the worker at work broke
     ├── TransferError                   a KV handoff was refused or broken; carries a reason code
@@ -70,6 +71,15 @@ class OverloadedError(TwinpoolError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class RateLimitError(OverloadedError):
+    """This request is one too many. ``limit`` names what it would exceed, a tenant's limit or a target."""
+
+    def __init__(self, message: str, retry_after_s: float, limit: str) -> None:
+        super().__init__(message, retry_after_s)
+        self.args = (message, retry_after_s, limit)
+        self.limit = limit
 
 
 class UnavailableError(OverloadedError):

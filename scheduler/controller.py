@@ -37,11 +37,11 @@ from scheduler.events import (
     WorkersExpected,
 )
 from scheduler.pairing import PairingRules
-from scheduler.placement import Choice, Cluster, PlacementOptions
+from scheduler.placement import Choice, Cluster, Outlook, PlacementOptions
 from scheduler.planner import RolePlanner
 from scheduler.policies import make_policy
 from scheduler.prediction import PredictionLog, Sizes, predict
-from scheduler.types import ClusterSnapshot, Placement, PoolLoad, WorkerLoad
+from scheduler.types import ClusterSnapshot, Phase, Placement, PoolLoad, WorkerLoad, WorkerRole
 from scheduler.worker_state import WorkerState, Workload
 from scheduler.worker_table import WorkerTable
 
@@ -173,6 +173,35 @@ class ClusterController:
         snapshots = tuple(worker.snapshot(self._costs.errors(worker.worker_id)) for worker in workers)
         missing = tuple(name for name in self._expected if self._workers.get(name) is None)
         return ClusterSnapshot(snapshots, missing, self._epoch, self._pools)
+
+    @property
+    def num_places(self) -> int:
+        """Sequences that the workers decode at once, those aside that take no new ones."""
+        return self._workers.num_places
+
+    def outlook(self, num_prompt_tokens: int, now: float) -> Outlook | None:
+        """What one more request would meet; None where no worker takes a phase."""
+        try:
+            prefills = self._cluster.soonest(Phase.PREFILL)
+            decodes = self._cluster.soonest(Phase.DECODE)
+        except UnavailableError:
+            return None
+        waits = [(worker.backlog_s(now), self._prefill_s(worker, num_prompt_tokens)) for worker in prefills]
+        backlog_s, prefill_s = min(waits, key=sum)
+        step_s = min(self._step_s(worker, num_prompt_tokens) for worker in decodes)
+        return Outlook(backlog_s, prefill_s, step_s, len(self._cluster.taking(Phase.PREFILL)))
+
+    def _prefill_s(self, worker: WorkerState, num_tokens: int) -> float:
+        return self._costs.prefill_seconds(worker.worker_id, num_tokens)
+
+    def _step_s(self, worker: WorkerState, num_prompt_tokens: int) -> float:
+        """With a chunk of the prompt in it, where one worker does both phases."""
+        step_s = self._costs.decode_step_seconds(
+            worker.worker_id, worker.batch_size + 1, worker.batch_context_tokens + num_prompt_tokens
+        )
+        if worker.info.role is WorkerRole.COLOCATED:
+            step_s += self._prefill_s(worker, min(num_prompt_tokens, worker.info.max_num_batched_tokens))
+        return step_s
 
     def _place(self, request: RequestArrived, now: float) -> list[Command]:
         num_output_tokens = self._expected_output(request.max_tokens)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
+from scheduler.tenants import DEFAULT_TENANT
 from scheduler.types import (
     ACTIVE,
     CacheDelta,
@@ -16,6 +18,7 @@ from scheduler.types import (
     WorkerLoad,
     WorkerRole,
 )
+from scheduler.urgency import ORDINARY, Urgency
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,9 @@ class RequestArrived:
     avoid: tuple[str, ...] = ()  # ids of workers that it has failed on already; others are preferred
     stay_on: str = ""  # id of the decode worker that has part of its KV from a handoff that broke
     prefixes: tuple[PrefixHashes, ...] = ()  # one for each block size in the cluster
+    tenant: str = DEFAULT_TENANT
+    urgency: Urgency = ORDINARY
+    is_continued: bool = False  # it was placed before and lost its worker: it does not wait again
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +113,7 @@ class RequestEnded:
 
     request_id: str
     num_output_tokens: int = 0  # of one that finished; 0: says nothing of how long answers are
+    num_delivered_tokens: int = 0  # however it ended: what its tenant is charged
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +143,27 @@ class PlaceRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestQueued:
+    """It waits; its placement or refusal will be a later command. Asking again tells the place again."""
+
+    request_id: str
+    position: int  # how many are before it
+
+
+class Refusal(StrEnum):
+    """Why a request was refused. The value is the metric label."""
+
+    UNAVAILABLE = "unavailable"  # no worker for a phase
+    QUEUE_FULL = "queue_full"
+    TTFT_TARGET = "ttft_target"  # its first token cannot come in time
+
+
+@dataclass(frozen=True, slots=True)
 class RefuseRequest:
     request_id: str
     message: str
+    reason: Refusal = Refusal.UNAVAILABLE
+    retry_after_s: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,5 +213,13 @@ class WorkerRemoved:
 
 
 Command = (
-    PlaceRequest | RefuseRequest | RefuseWorker | AskToRegister | AskForCache | TakeDuty | RefuseDuty | WorkerRemoved
+    PlaceRequest
+    | RequestQueued
+    | RefuseRequest
+    | RefuseWorker
+    | AskToRegister
+    | AskForCache
+    | TakeDuty
+    | RefuseDuty
+    | WorkerRemoved
 )

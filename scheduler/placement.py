@@ -76,6 +76,14 @@ class Cluster:
         self.taking(phase)
         return self.workers.best(phase, avoid)
 
+    def soonest(self, phase: Phase) -> Sequence[WorkerState]:
+        """The best of each group, or all workers of the phase where the policy ranks none.
+
+        Raises:
+            UnavailableError: as ``taking``.
+        """
+        return self.best(phase, ()) or self.taking(phase)
+
     def holders(self, request: RequestArrived, limit: int) -> list[WorkerState]:
         """Active workers that have most of the prompt cached, up to ``limit`` for each block size."""
         found = []
@@ -92,6 +100,16 @@ class Cluster:
             return 0
         prefixes = {prefix.block_size: prefix for prefix in request.prefixes}
         return self.cache.cached_tokens(worker.info, prefixes, request.num_prompt_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """Predicted for one more request, on the workers where it would be soonest."""
+
+    backlog_s: float  # until its prompt would be begun
+    prefill_s: float  # its prompt, alone and with nothing cached
+    step_s: float  # a token of those that decode beside it, at its worst
+    num_prefill_workers: int
 
 
 class PlacementPolicy(Protocol):

@@ -10,7 +10,7 @@ has ended (the paper's variant with prediction).
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -80,11 +80,30 @@ class FairQueue:
         tenant = max(self._lines, key=lambda name: (len(self._lines[name]) / self._weight(name), name == latest))
         return self._lines[tenant][-1]
 
+    def num_ahead(self, tenant: str, priority: int) -> float:
+        """About how many would be placed before a newcomer, if all asked for as much: its tenant's own that are not
+        behind it, and of each other tenant as many as take turns with those, by weight."""
+        own = bisect_right(self._lines.get(tenant, []), priority, key=lambda waiting: waiting.urgency.priority)
+        turns = (own + 1) / self._weight(tenant)
+        others = (min(len(line), turns * self._weight(name)) for name, line in self._lines.items() if name != tenant)
+        return own + sum(others)
+
     def charge(self, tenant: str, service: float) -> None:
         """Books service that a tenant got; less than 0 takes back what was booked too much."""
         self._counters[tenant] = self.counter(tenant) + service / self._weight(tenant)
         if tenant in self._lines:
             self._note(tenant)
+
+    def serve_at_once(self, tenant: str, service: float) -> None:
+        """Books service for a request that did not have to wait, as if it had come and gone in a moment.
+
+        So who used capacity that nobody else wanted does not pay for it later.
+        """
+        if tenant not in self._lines:
+            self._lift(tenant)
+        self.charge(tenant, service)
+        if not self._lines:
+            self._last_counter = self.counter(tenant)
 
     def counter(self, tenant: str) -> float:
         return self._counters.get(tenant, 0.0)
@@ -173,6 +192,17 @@ class WaitingQueue:
     def charge(self, tenant: str, service_class: ServiceClass, service: float) -> None:
         """Books service; see ``FairQueue.charge``."""
         self._classes[service_class].charge(tenant, service)
+        self._positions = None
+
+    def num_ahead(self, tenant: str, urgency: Urgency) -> float:
+        """About how many would be placed before a newcomer: all of the classes before, and some of its own."""
+        own = urgency.service_class
+        before = sum(len(queue) for each, queue in self._classes.items() if each.rank < own.rank)
+        return before + self._classes[own].num_ahead(tenant, urgency.priority)
+
+    def serve_at_once(self, tenant: str, service_class: ServiceClass, service: float) -> None:
+        """Books service of one that did not wait; see ``FairQueue.serve_at_once``."""
+        self._classes[service_class].serve_at_once(tenant, service)
         self._positions = None
 
     def pop_expired(self, now: float) -> list[Waiting]:

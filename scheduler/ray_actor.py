@@ -11,7 +11,9 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kvcache.errors import UnavailableError
+from scheduler.admission import AdmissionControl, AdmissionOptions
 from scheduler.controller import ClusterController
+from scheduler.delivery import Delivery
 from scheduler.events import Command, Event, Tick
 from scheduler.placement import PlacementOptions
 from scheduler.types import ClusterSnapshot
@@ -28,20 +30,22 @@ class SchedulerActor:
     There is no timer: workers report twice a second, and each call lets the time pass.
     """
 
-    def __init__(self, expected_workers: Sequence[str], options: PlacementOptions) -> None:
-        self._controller = ClusterController(expected_workers, options=options, epoch=time.monotonic_ns())
+    def __init__(self, expected_workers: Sequence[str], options: PlacementOptions, admission: AdmissionOptions) -> None:
+        controller = ClusterController(expected_workers, options=options, epoch=time.monotonic_ns())
+        self._admission = AdmissionControl(controller, admission)
+        self._delivery = Delivery(self._admission)
         self._ticked_at = 0.0
 
-    def handle(self, events: Sequence[Event]) -> list[list[Command]]:
-        """The commands that follow from each event, in order."""
+    def handle(self, events: Sequence[Event], asker: str = "") -> list[list[Command]]:
+        """The commands that follow from each event, in order, and one list more: see ``Delivery.handle``."""
         now = time.monotonic()
-        commands = [self._controller.handle(event, now) for event in events]
+        commands = self._delivery.handle(events, asker, now)
         self._tick(now)  # after the heartbeats among the events
         return commands
 
     def snapshot(self) -> ClusterSnapshot:
         self._tick(time.monotonic())
-        return self._controller.snapshot()
+        return self._admission.snapshot()
 
     def _tick(self, now: float) -> None:
         """Time in which this process itself stood still says nothing of the workers: their heartbeats wait in line."""
@@ -49,7 +53,7 @@ class SchedulerActor:
         if now - self._ticked_at >= TICK_INTERVAL_S:
             self._ticked_at = now
             if not stood_still:
-                self._controller.handle(Tick(), now)
+                self._delivery.handle((Tick(),), "the clock", now)
 
 
 class RayScheduler:
@@ -58,13 +62,14 @@ class RayScheduler:
     def __init__(self, actor: ActorHandle) -> None:
         self._actor = actor
 
-    async def handle(self, events: Sequence[Event]) -> list[list[Command]]:
-        """
+    async def handle(self, events: Sequence[Event], asker: str = "") -> list[list[Command]]:
+        """See ``Delivery.handle``.
+
         Raises:
             UnavailableError: the actor is away; Ray is restarting it.
         """
         try:
-            commands: list[list[Command]] = await self._actor.handle.remote(tuple(events))
+            commands: list[list[Command]] = await self._actor.handle.remote(tuple(events), asker)
         except RayTaskError:
             raise  # the controller itself raised: a bug, and no reason to send the same again
         except RayError as error:
@@ -113,7 +118,9 @@ class PolledScheduler:
         return snapshot
 
 
-def start_scheduler(expected_workers: Sequence[str], options: PlacementOptions) -> ActorHandle:
+def start_scheduler(
+    expected_workers: Sequence[str], options: PlacementOptions, admission: AdmissionOptions
+) -> ActorHandle:
     """Starts the actor; Ray restarts it when its process dies, and the workers register again.
 
     On the caller's node, where it can: other nodes may leave.
@@ -122,4 +129,4 @@ def start_scheduler(expected_workers: Sequence[str], options: PlacementOptions) 
     placed: Any = ray.remote(SchedulerActor).options(
         name=ACTOR_NAME, num_cpus=0, max_restarts=-1, scheduling_strategy=here
     )
-    return placed.remote(tuple(expected_workers), options)
+    return placed.remote(tuple(expected_workers), options, admission)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from kvcache.errors import InvariantError, RequestError
-from scheduler.urgency import Urgency
+from scheduler.urgency import ORDINARY, Urgency
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +221,7 @@ class Request:
     remote_prefill: bool = False  # another worker computes the prompt and hands its KV over
     cache_salt: bytes = b""  # sequences share cached blocks only with those of the same salt
     num_delivered_tokens: int = 0  # the last so many of the prompt are output of a worker that was lost
-    urgency: Urgency = Urgency()  # noqa: RUF009  frozen
+    urgency: Urgency = ORDINARY
     arrival: int = 0  # order of arrival on this worker
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(init=False)

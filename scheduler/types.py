@@ -255,6 +255,8 @@ class ClusterSnapshot:
     missing: tuple[str, ...] = field(default=())  # ids of workers that were launched and are not registered now
     epoch: int = 0  # another number after every restart of the scheduler: what it knew of requests is gone
     pools: tuple[PoolLoad, ...] = ()  # of the roles that have active workers; every few seconds anew
+    queued_interactive: int = 0  # requests that wait for a worker
+    queued_batch: int = 0
 
 
 @dataclass(frozen=True, slots=True)

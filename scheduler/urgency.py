@@ -38,6 +38,9 @@ class Urgency:
         return self.service_class is ServiceClass.BATCH
 
 
+ORDINARY = Urgency()
+
+
 def check_priority(priority: int) -> None:
     """The same at the HTTP edge and at the gRPC edge.
 

@@ -87,6 +87,7 @@ class WorkerTable:
         self._heap_of: dict[WorkerState, tuple[tuple[Phase, _Heap], ...]] = {}
         self._heard: OrderedDict[WorkerState, None] = OrderedDict()  # longest silent first
         self._num_unpriced = 0
+        self.num_places = 0  # sequences that those that decode do at once
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -111,6 +112,7 @@ class WorkerTable:
         phases = [phase for phase in Phase if worker.takes(phase)]
         for phase in phases:
             self._members[phase].add(worker)
+        self.num_places += worker.info.max_num_seqs * (Phase.DECODE in phases)
         self._heap_of[worker] = tuple(
             (phase, self._heaps[phase].setdefault(group, _Heap())) for phase in phases if self._ranking is not None
         )
@@ -122,6 +124,7 @@ class WorkerTable:
         for phase in Phase:
             if worker.takes(phase):
                 self._members[phase].remove(worker)
+        self.num_places -= worker.info.max_num_seqs * worker.takes(Phase.DECODE)
         for phase, heap in self._heap_of.pop(worker):
             del heap.ranks[worker]
             if not heap.ranks:

@@ -20,14 +20,16 @@ import torch
 from transformers import LlamaConfig, PreTrainedConfig
 
 from engine.gateway import AsyncEngine
-from engine.outputs import ServedModel, TextDelta
+from engine.outputs import SOMEBODY, Origin, ServedModel, TextDelta
 from engine.scheduler_client import SchedulerClient
 from engine.tokenizer import Tokenizer
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from kvcache.transfer.wire import Chunk, Message
+from scheduler.admission import AdmissionControl, AdmissionOptions
 from scheduler.batching import BatchLimits, StepOutput, StepPlan
 from scheduler.controller import ClusterController
+from scheduler.delivery import Delivery
 from scheduler.events import Command, Event, PlaceRequest, WorkerRegistered
 from scheduler.placement import PlacementOptions
 from scheduler.request import FinishReason, SamplingParams, TokenLogprobs
@@ -52,6 +54,7 @@ MAX_MODEL_LEN = 512
 BLOCK_SIZE = 16
 DEVICE = DeviceProfile("test", gemm_gflop_s=100.0, read_gb_s=10.0, memory_bytes=1 << 30)
 HANDING_OVER = PlacementOptions("least_loaded")  # prompts so short would be computed in place
+WAITING = AdmissionOptions()  # who finds no place waits in the scheduler's queue
 ROOMY = BatchLimits(max_num_seqs=64, max_num_batched_tokens=64)  # long prompts come in several chunks
 
 
@@ -195,17 +198,24 @@ class TransferGate:
 
 
 class InProcessScheduler:
-    """A ``SchedulerPort``: the real controller, without the Ray actor around it. Remembers what it placed."""
+    """A ``SchedulerPort``: the real controller, without the Ray actor around it. Remembers what it placed.
 
-    def __init__(self, options: PlacementOptions) -> None:
+    Without ``admission`` it places everything at once, and requests wait on the workers.
+    """
+
+    def __init__(self, options: PlacementOptions, admission: AdmissionOptions | None = None) -> None:
         self.placements: list[Placement] = []
         self.answers = asyncio.Event()  # cleared: calls get no answer until it is set again
         self.answers.set()
         self._controller = ClusterController(options=options)
+        self._delivery = Delivery(AdmissionControl(self._controller, admission)) if admission is not None else None
 
-    async def handle(self, events: Sequence[Event]) -> list[list[Command]]:
+    async def handle(self, events: Sequence[Event], asker: str = "") -> list[list[Command]]:
         now = time.monotonic()
-        commands = [self._controller.handle(event, now) for event in events]
+        if self._delivery is not None:
+            commands = self._delivery.handle(events, asker, now)
+        else:
+            commands = [self._controller.handle(event, now) for event in events]
         self.placements += [
             command.placement for answer in commands for command in answer if isinstance(command, PlaceRequest)
         ]
@@ -252,11 +262,16 @@ class LocalCluster:
         return self.channels(self.workers[worker_id].address).channel
 
     async def complete(
-        self, prompt: Sequence[int], sampling: SamplingParams, stop: Sequence[str] = (), cache_salt: bytes = b""
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        stop: Sequence[str] = (),
+        cache_salt: bytes = b"",
+        origin: Origin = SOMEBODY,
     ) -> Completion:
         """Runs one sequence to its end; fails when the stream has none."""
         deltas: list[TextDelta] = []
-        async with aclosing(self.engine.generate(prompt, sampling, stop, cache_salt)) as stream:
+        async with aclosing(self.engine.generate(prompt, sampling, stop, cache_salt, origin)) as stream:
             async for delta in stream:
                 assert not deltas or deltas[-1].finish_reason is None, "a piece came after the end"
                 deltas.append(delta)
@@ -340,10 +355,11 @@ async def local_cluster(
     specs: Mapping[WorkerRole, KVCacheSpec] | None = None,
     tls: TlsFolder | None = None,
     placement: PlacementOptions = HANDING_OVER,
+    admission: AdmissionOptions | None = None,
     **options_of_all: Any,
 ) -> AsyncIterator[LocalCluster]:
     """Starts workers named ``prefill-0``, ``decode-0`` and so on; at the end nothing may be left on a live one."""
-    scheduler = InProcessScheduler(placement)
+    scheduler = InProcessScheduler(placement, admission)
     client = SchedulerClient(scheduler, placement)
     served = ServedModel((MODEL_NAME,), checkpoint.max_model_len, 0, (), checkpoint.vocab_size)
     engine = AsyncEngine(served, checkpoint.tokenizer, client, tls)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from engine.outputs import ServedModel, TextDelta
+from engine.outputs import SOMEBODY, Origin, QueuePlace, ServedModel, TextDelta
 from engine.tokenizer import Tokenizer
 from scheduler.request import FinishReason, SamplingParams
 from scheduler.types import ClusterSnapshot
@@ -54,6 +54,7 @@ class Call:
     sampling: SamplingParams
     stop: tuple[str, ...]
     cache_salt: bytes
+    origin: Origin = SOMEBODY
 
 
 @dataclass(slots=True)
@@ -82,6 +83,7 @@ class FakeEngine:
         self.calls: list[Call] = []
         self.finished = 0  # sequences that played to their end or failed
         self.aborted = 0  # sequences that were closed or cancelled before it
+        self.queue_places: dict[tuple[str, str], QueuePlace] = {}  # by tenant and ticket
         self.started = asyncio.Event()  # the first piece of a sequence was asked for
         self._scripts = scripts or (Script(deltas_of("hello", " world")),)
 
@@ -89,15 +91,19 @@ class FakeEngine:
     def open(self) -> int:
         return len(self.calls) - self.finished - self.aborted
 
+    def queue_place(self, tenant: str, ticket: str) -> QueuePlace | None:
+        return self.queue_places.get((tenant, ticket))
+
     async def generate(
         self,
         prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
         stop: Sequence[str] = (),
         cache_salt: bytes = b"",
+        origin: Origin = SOMEBODY,
     ) -> AsyncIterator[TextDelta]:
         script = self._scripts[min(len(self.calls), len(self._scripts) - 1)]
-        self.calls.append(Call(tuple(prompt_token_ids), sampling, tuple(stop), cache_salt))
+        self.calls.append(Call(tuple(prompt_token_ids), sampling, tuple(stop), cache_salt, origin))
         self.started.set()
         try:
             for delta in script.deltas:

@@ -78,6 +78,7 @@ class Tally:
     def __init__(self, jobs: Sequence[Job], num_choices: int) -> None:
         self._num_choices = num_choices
         self._prompt_tokens = sum(len(job.prompt_token_ids) for job in jobs[::num_choices])
+        self._max_tokens = sum(job.sampling.max_tokens for job in jobs)
         self._completion_tokens = 0
         self._cached_tokens: dict[int, int] = {}  # by prompt: what none of its choices had to compute
 
@@ -87,6 +88,20 @@ class Tally:
             prompt = piece.index // self._num_choices
             known = self._cached_tokens.get(prompt, piece.delta.num_cached_tokens)
             self._cached_tokens[prompt] = min(known, piece.delta.num_cached_tokens)
+
+    @property
+    def most_tokens(self) -> int:
+        """What the request may come to, when every choice is as long as it may be."""
+        return self._prompt_tokens + self._max_tokens
+
+    @property
+    def prompt_tokens(self) -> int:
+        """0 before the first token: until then nobody knows that it will be computed."""
+        return self._prompt_tokens if self._completion_tokens else 0
+
+    @property
+    def completion_tokens(self) -> int:
+        return self._completion_tokens
 
     @property
     def usage(self) -> Usage:
@@ -110,20 +125,31 @@ async def answer(
     """
     fanout = Fanout(serving.engine, serving.metrics, started_s)
     tally = Tally(jobs, body.num_choices)
+    pieces = _pieces(serving, fanout, jobs, tally)
     if body.stream:
-        return EventStreamReply(_frames(fanout, jobs, style, tally, body.stream_options or StreamOptions()))
+        return EventStreamReply(_frames(pieces, jobs, style, tally, body.stream_options or StreamOptions()))
     try:
-        choices = await while_connected(_collect(fanout, jobs, tally), request.receive)
+        choices = await while_connected(_collect(pieces, jobs), request.receive)
     except ClientGoneError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return JsonReply(style.whole(choices, tally.usage))
 
 
-async def _collect(fanout: Fanout, jobs: Sequence[Job], tally: Tally) -> list[ChoiceText]:
+async def _pieces(
+    serving: Serving, fanout: Fanout, jobs: Sequence[Job], tally: Tally
+) -> AsyncGenerator[ChoiceDelta, None]:
+    """All pieces of the answer, counted, under the limits of the tenant whose request it is."""
+    with serving.desk.visit(jobs[0].origin.tenant, tally):
+        async with aclosing(fanout.run(jobs)) as pieces:
+            async for piece in pieces:
+                tally.add(piece)
+                yield piece
+
+
+async def _collect(counted: AsyncGenerator[ChoiceDelta, None], jobs: Sequence[Job]) -> list[ChoiceText]:
     choices = [ChoiceText(job.index) for job in jobs]
-    async with aclosing(fanout.run(jobs)) as pieces:
+    async with aclosing(counted) as pieces:
         async for piece in pieces:
-            tally.add(piece)
             choice = choices[piece.index]
             choice.pieces.append(piece.delta.text)
             choice.token_ids += piece.delta.token_ids
@@ -135,13 +161,16 @@ async def _collect(fanout: Fanout, jobs: Sequence[Job], tally: Tally) -> list[Ch
 
 
 async def _frames(
-    fanout: Fanout, jobs: Sequence[Job], style: AnswerFormat, tally: Tally, options: StreamOptions
+    counted: AsyncGenerator[ChoiceDelta, None],
+    jobs: Sequence[Job],
+    style: AnswerFormat,
+    tally: Tally,
+    options: StreamOptions,
 ) -> AsyncGenerator[bytes, None]:
     """The events of a stream: one per piece, also where its text is held back, so that clients can time tokens."""
     opened = False
-    async with aclosing(fanout.run(jobs)) as pieces:
+    async with aclosing(counted) as pieces:
         async for piece in pieces:
-            tally.add(piece)
             if not opened:
                 opened = True
                 for chunk in style.opening(len(jobs)):

@@ -9,7 +9,6 @@ from fastapi import APIRouter, Request, Response
 from engine.api.answer import AnswerHead, ChoiceText, answer
 from engine.api.fanout import ChoiceDelta
 from engine.api.logprobs import chat_logprobs, prompt_logprobs
-from engine.api.middleware import caller_of
 from engine.api.openapi import answer_responses
 from engine.api.protocol import ChatRequest
 from engine.api.replies import (
@@ -98,9 +97,10 @@ def chat_router(serving: Serving) -> APIRouter:
         started_s = serving.metrics.now()
         body.check(serving.unknown_fields)
         model = serving.model_named(body.model)
+        sender = serving.sender_of(body, request)
         token_ids = await serving.render_chat([message.for_template() for message in body.messages])
         prompt, tokenizer = TokenPrompt(token_ids, "messages"), serving.engine.tokenizer
-        jobs = make_jobs(body, [prompt], _limit(body), model, tokenizer, caller_of(request))
+        jobs = make_jobs(body, [prompt], _limit(body), model, tokenizer, sender)
         style = ChatFormat(AnswerHead.make("chatcmpl", model.names[0]), body, tokenizer, prompt)
         return await answer(serving, body, jobs, style, request, started_s)
 

@@ -11,7 +11,6 @@ from fastapi import APIRouter, Request, Response
 from engine.api.answer import AnswerHead, ChoiceText, answer
 from engine.api.fanout import ChoiceDelta
 from engine.api.logprobs import completion_logprobs, echoed_logprobs, joined, prompt_logprobs
-from engine.api.middleware import caller_of
 from engine.api.openapi import answer_responses
 from engine.api.protocol import DEFAULT_COMPLETION_TOKENS, CompletionRequest
 from engine.api.replies import CompletionChoice, CompletionLogprobs, CompletionReply, PromptLogprobs, Usage
@@ -120,10 +119,11 @@ def completions_router(serving: Serving) -> APIRouter:
         started_s = serving.metrics.now()
         body.check(serving.unknown_fields)
         model = serving.model_named(body.model)
+        sender = serving.sender_of(body, request)
         prompts = await _token_prompts(serving, body)
         tokenizer = serving.engine.tokenizer
         limit = TokenLimit(body.max_tokens, DEFAULT_COMPLETION_TOKENS)
-        jobs = make_jobs(body, prompts, limit, model, tokenizer, caller_of(request))
+        jobs = make_jobs(body, prompts, limit, model, tokenizer, sender)
         of_choices = [prompt for prompt in prompts for _ in range(body.num_choices)]
         head = AnswerHead.make("cmpl", model.names[0])
         style = CompletionFormat(head, CompletionOptions.of(body), tokenizer, of_choices)

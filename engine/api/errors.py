@@ -16,6 +16,7 @@ from engine.api.fields import field_path
 from engine.api.replies import ErrorDetail, ErrorReply, JsonReply
 from kvcache.errors import (
     OverloadedError,
+    RateLimitError,
     RequestError,
     TransferError,
     TwinpoolError,
@@ -42,6 +43,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     401: {"model": ErrorReply, "description": "No API key, or a wrong one"},
     404: {"model": ErrorReply, "description": "No such model"},
     413: {"model": ErrorReply, "description": "The body is too large"},
+    429: {"model": ErrorReply, "description": "Over a limit, named by type; try again after Retry-After seconds"},
     500: {"model": ErrorReply, "description": "A bug in the server"},
     503: {"model": ErrorReply, "description": "No room or no worker now; try again after Retry-After seconds"},
     "default": {"model": ErrorReply, "description": "Any other error"},
@@ -81,6 +83,9 @@ def describe(error: Exception) -> Failure:
             return failure(404, error.message, param=error.param, code="model_not_found")
         case RequestError():
             return failure(400, error.message, param=error.param, code="invalid_value")
+        case RateLimitError():
+            headers = {"Retry-After": _seconds(error.retry_after_s)}
+            return failure(429, error.message, error.limit, code="rate_limit_exceeded", headers=headers)
         case UnavailableError():
             return _try_again(error.message, "unavailable", error.retry_after_s)
         case OverloadedError():
@@ -109,8 +114,12 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _try_again(message: str, code: str, retry_after_s: float) -> Failure:
-    seconds = max(1, math.ceil(retry_after_s))
-    return failure(503, message, "service_unavailable_error", None, code, {"Retry-After": str(seconds)})
+    return failure(503, message, "service_unavailable_error", None, code, {"Retry-After": _seconds(retry_after_s)})
+
+
+def _seconds(retry_after_s: float) -> str:
+    """Whole ones, as HTTP wants them."""
+    return str(max(1, math.ceil(retry_after_s)))
 
 
 def _http(error: HTTPException) -> Failure:

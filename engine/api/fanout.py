@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from engine.metrics import Metrics
-from engine.outputs import TextDelta, TextEngine
+from engine.outputs import SOMEBODY, Origin, TextDelta, TextEngine
 from kvcache.errors import InvariantError
 from scheduler.request import FinishReason, SamplingParams
 
@@ -23,6 +23,7 @@ class Job:
     stop: tuple[str, ...]
     cache_salt: bytes = b""
     scores_only: bool = False  # the prompt's log-probabilities are wanted, and nothing that is generated
+    origin: Origin = SOMEBODY
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Fanout:
             await queue.put(error)
 
     async def _run_one(self, job: Job) -> AsyncGenerator[ChoiceDelta, None]:
-        stream = self.engine.generate(job.prompt_token_ids, job.sampling, job.stop, job.cache_salt)
+        stream = self.engine.generate(job.prompt_token_ids, job.sampling, job.stop, job.cache_salt, job.origin)
         with self.metrics.recorder(len(job.prompt_token_ids), self.started_s) as recorder:
             async with aclosing(stream) as deltas:
                 async for told in deltas:

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Stri
 from pydantic_core import PydanticCustomError
 
 from scheduler.request import MAX_LOGIT_BIAS, MAX_LOGPROBS
+from scheduler.urgency import MAX_PRIORITY
 
 MAX_TOKENS_CEILING = 1 << 20
 MAX_PROMPTS = 64
@@ -66,6 +67,7 @@ Seed = Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX), BeforeValidator(_i
 CountOrZero = Annotated[int, Field(ge=0, le=MAX_TOKENS_CEILING), BeforeValidator(_integer)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), BeforeValidator(_integer)]
 TopK = Annotated[int, Field(ge=-1, le=MAX_TOKENS_CEILING), BeforeValidator(_integer)]
+Priority = Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY), BeforeValidator(_integer)]
 TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1), BeforeValidator(_integer)]
 Temperature = Annotated[float, Field(ge=0, le=2), BeforeValidator(_number)]
 TopP = Annotated[float, Field(gt=0, le=1), BeforeValidator(_number)]

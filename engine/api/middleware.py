@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -11,11 +12,20 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.api.errors import describe, failure
-from engine.cache_salt import ANYBODY, identity_of_key
+from engine.cache_salt import ANYBODY
+from scheduler.tenants import DEFAULT_TENANT
 
 ADMIN_PREFIX = "/admin"
 OPEN_PATHS = frozenset({"/health", "/live", "/ready"})
 """Answered without a key: probes have none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sent a request."""
+
+    identity: str = ANYBODY  # who shares cached KV: see ``engine.cache_salt``
+    tenant: str = DEFAULT_TENANT  # who is charged
 
 
 class ErrorBoundary:
@@ -70,9 +80,10 @@ class ApiKeys:
     Admin calls pass: they have a key of their own.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, callers: Mapping[str, Caller]) -> None:
+        """``callers``: by key."""
         self._app = app
-        self._identities = {key.encode(): identity_of_key(key) for key in keys}
+        self._callers = {key.encode(): caller for key, caller in callers.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS or is_admin(scope["path"]):
@@ -85,14 +96,14 @@ class ApiKeys:
             return
         await _refuse(scope, receive, send, "no valid API key; send it as 'Authorization: Bearer KEY'")
 
-    def _identify(self, headers: Headers) -> str | None:
+    def _identify(self, headers: Headers) -> Caller | None:
         given = bearer_token(headers)
         if given is None:
             return None
         caller = None
-        for key, identity in self._identities.items():  # all of them, so that the time does not tell which was close
+        for key, owner in self._callers.items():  # all of them, so that the time does not tell which was close
             if hmac.compare_digest(given, key):
-                caller = identity
+                caller = owner
         return caller
 
 
@@ -107,10 +118,13 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, message: str) -> N
     await refusal.response()(scope, receive, send)
 
 
-def caller_of(request: Request) -> str:
-    """Who sent a request, by the key it carried; ``ANYBODY`` where none is asked for."""
-    caller: str = getattr(request.state, "caller", ANYBODY)
+def caller_of(request: Request) -> Caller:
+    """Who sent a request, by the key it carried; anybody, of the default tenant, where none is asked for."""
+    caller: Caller = getattr(request.state, "caller", _ANY_CALLER)
     return caller
+
+
+_ANY_CALLER = Caller()
 
 
 class BodyLimit:

@@ -20,6 +20,7 @@ from engine.api.fields import (
     OptionalBool,
     Penalty,
     PositiveCount,
+    Priority,
     Probability,
     Prompt,
     RepetitionPenalty,
@@ -91,6 +92,8 @@ class GenerationRequest(BaseModel):
     prompt_logprobs: NumLogprobs | None = None  # as in vLLM
     return_token_ids: OptionalBool = None  # as in vLLM: each choice has the token_ids of its text
     cache_salt: CacheSalt | None = None  # as in vLLM: cached KV is shared with requests of the same salt only
+    priority: Priority | None = None  # as in vLLM: lower first, among the tenant's own of the same class
+    service_tier: Literal["auto", "default", "flex"] | None = None  # as OpenAI's: flex is batch work
     user: Name | None = None  # accepted for the clients that send it; nothing depends on it
 
     @property

@@ -162,6 +162,16 @@ class ChatChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class QueueReply:
+    """Where a request stands: its first sequence in line, where it has several."""
+
+    id: str
+    status: Literal["waiting", "running"]
+    position: int | None  # how many sequences are before it, those of others too; null: it has a worker
+    object: Literal["queue.place"] = "queue.place"
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCard:
     id: str
     created: int

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from fastapi import Request
+
 from engine.api.fanout import Job
+from engine.api.middleware import caller_of
 from engine.api.protocol import GenerationRequest
 from engine.api.sampling import make_sampling, seed_of
 from engine.api.unsupported import UnknownFieldLog
-from engine.cache_salt import ANYBODY, make_cache_salt
+from engine.cache_salt import make_cache_salt
 from engine.metrics import Metrics
-from engine.outputs import ServedModel, TextEngine
+from engine.outputs import Origin, ServedModel, TextEngine
+from engine.tenant_desk import TenantDesk
 from engine.tokenizer import Tokenizer
 from kvcache.errors import RequestError, UnknownModelError
 from scheduler.request import check_sampling
+from scheduler.urgency import Urgency
 
 THREAD_FROM_CHARACTERS = 4096
-MAX_SEQUENCES = 128  # of one request: it shares the workers' queues with others
 """Text from this length on is tokenized in a thread: the event loop carries everybody's streams."""
+MAX_SEQUENCES = 128  # of one request: it shares the workers' queues with others
+TICKET_HEADER = "X-Request-Id"
+TICKET = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +36,7 @@ class Serving:
 
     engine: TextEngine
     metrics: Metrics
+    desk: TenantDesk
     unknown_fields: UnknownFieldLog = field(default_factory=UnknownFieldLog)
 
     def model_named(self, name: str | None) -> ServedModel:
@@ -43,6 +52,15 @@ class Serving:
             )
         return model
 
+    def sender_of(self, body: GenerationRequest, request: Request) -> Sender:
+        """
+        Raises:
+            RequestError: the class or the name that it asks for cannot be had.
+        """
+        caller = caller_of(request)
+        urgency = Urgency(self.desk.service_class(caller.tenant, body.service_tier), body.priority or 0)
+        return Sender(caller.identity, Origin(caller.tenant, urgency, ticket_of(request)))
+
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt."""
         tokenizer = self.engine.tokenizer
@@ -56,6 +74,26 @@ class Serving:
         if sum(len(message["content"]) for message in messages) < THREAD_FROM_CHARACTERS:
             return tokenizer.render_chat(messages)
         return await asyncio.to_thread(tokenizer.render_chat, messages)
+
+
+@dataclass(frozen=True, slots=True)
+class Sender:
+    """Whose request it is: for the prefix cache, for limits and order."""
+
+    identity: str
+    origin: Origin
+
+
+def ticket_of(request: Request) -> str | None:
+    """The name that a client gave to its request, if any. It names it for questions by the same tenant, no more.
+
+    Raises:
+        RequestError: it is no name.
+    """
+    ticket = request.headers.get(TICKET_HEADER)
+    if ticket is not None and not TICKET.fullmatch(ticket):
+        raise RequestError(f"{TICKET_HEADER} must have 1 to 128 letters, digits or any of . _ : -", TICKET_HEADER)
+    return ticket
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +147,10 @@ def make_jobs(
     limit: TokenLimit,
     model: ServedModel,
     tokenizer: Tokenizer,
-    caller: str = ANYBODY,
+    sender: Sender,
 ) -> list[Job]:
     """One job per prompt and choice, ordered as OpenAI indexes choices: all of the first prompt, then the next.
 
-    ``caller`` is whose request it is, for the prefix cache: see ``engine.cache_salt``.
     The i-th choice of a prompt is sampled with ``seed + i``, whichever place the prompt has in its list; without a
     seed every choice gets one of its own.
 
@@ -125,7 +162,7 @@ def make_jobs(
         raise RequestError(
             f"{len(prompts)} prompts with n = {body.num_choices} are more than {MAX_SEQUENCES} sequences", "n"
         )
-    salt = make_cache_salt(caller, body.cache_salt)
+    salt = make_cache_salt(sender.identity, body.cache_salt)
     shared = make_sampling(body, model, tokenizer)
     jobs: list[Job] = []
     for prompt in prompts:
@@ -137,5 +174,6 @@ def make_jobs(
         for choice in range(body.num_choices):
             sampling = replace(shared, max_tokens=max_tokens, seed=seed_of(body, choice))
             check_sampling(sampling, vocab_size=model.vocab_size)
-            jobs.append(Job(len(jobs), token_ids, sampling, body.stop_strings, salt, scores_only=body.max_tokens == 0))
+            scores_only = body.max_tokens == 0
+            jobs.append(Job(len(jobs), token_ids, sampling, body.stop_strings, salt, scores_only, sender.origin))
     return jobs

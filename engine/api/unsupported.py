@@ -25,7 +25,6 @@ _COMMON: dict[str, Neutral] = {
     "guided_regex": (None,),
     "guided_choice": (None,),
     "guided_grammar": (None,),
-    "priority": (None, 0),
     "include_stop_str_in_output": (None, False),
     "skip_special_tokens": (None, True),
     "truncate_prompt_tokens": (None,),

@@ -84,7 +84,7 @@ SHARED: list[tuple[dict[str, Any], str]] = [
     # known, and not honoured yet
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
-    ({"priority": 1}, "priority"),
+    ({"priority": 1_000_001}, "priority"),
     ({"cache_salt": ""}, "cache_salt"),
     ({"cache_salt": "x" * 257}, "cache_salt"),
     ({"cache_salt": 7}, "cache_salt"),

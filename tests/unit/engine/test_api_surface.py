@@ -139,11 +139,11 @@ def test_openapi_declares_errors_streams_and_the_key() -> None:
         assert operation["security"]
         responses = operation["responses"]
         assert "422" not in responses
-        for status in ("400", "401", "404", "413", "500", "503"):
+        for status in ("400", "401", "404", "413", "429", "500", "503"):
             reference = responses[status]["content"]["application/json"]["schema"]["$ref"]
             assert reference.endswith("/ErrorReply")
         assert responses["200"]["content"]["text/event-stream"]["schema"]["properties"]["data"] == {"type": "string"}
     fields = schema["components"]["schemas"]["CompletionRequest"]["properties"]
     assert fields["best_of"]["anyOf"][0] == {"maximum": 16, "minimum": 1, "type": "integer"}
-    assert fields["priority"]["enum"] == [None, 0]
+    assert fields["length_penalty"]["enum"] == [None, 1]
     assert "security" not in schema["paths"]["/health"]["get"]

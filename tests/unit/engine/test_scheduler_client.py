@@ -10,16 +10,18 @@ import pytest
 
 from engine import scheduler_client
 from engine.scheduler_client import SchedulerClient, SchedulerPort
-from kvcache.errors import TwinpoolError, UnavailableError
+from kvcache.errors import OverloadedError, RateLimitError, TwinpoolError, UnavailableError
 from scheduler.controller import ClusterController
 from scheduler.events import (
     Command,
     Event,
     PlaceRequest,
     PrefillDone,
+    Refusal,
     RefuseRequest,
     RequestArrived,
     RequestEnded,
+    RequestQueued,
     WorkerRegistered,
 )
 from scheduler.placement import PlacementOptions
@@ -35,18 +37,21 @@ class ScriptedScheduler:
 
     def __init__(self) -> None:
         self.batches: list[list[Event]] = []
+        self.is_full = False  # new requests wait
+        self.mail: list[Command] = []
         self.failures: list[Exception] = []
         self.gate = asyncio.Event()
         self.gate.set()
         self.called = asyncio.Event()
 
-    async def handle(self, events: Sequence[Event]) -> list[list[Command]]:
+    async def handle(self, events: Sequence[Event], asker: str = "") -> list[list[Command]]:
         self.batches.append(list(events))
         self.called.set()
         await self.gate.wait()
         if self.failures:
             raise self.failures.pop(0)
-        return [self._answer(event) for event in events]
+        mail, self.mail = self.mail, []
+        return [*(self._answer(event) for event in events), mail]
 
     async def snapshot(self) -> ClusterSnapshot:
         return ClusterSnapshot(missing=("decode-0",))
@@ -56,7 +61,21 @@ class ScriptedScheduler:
             return []
         if event.num_prompt_tokens > 1000:
             return [RefuseRequest(event.request_id, "no worker")]
-        return [PlaceRequest(Placement(event.request_id, WorkerAddress("decode-0", "here:1"), None))]
+        if self.is_full:
+            return [RequestQueued(event.request_id, 4)]
+        return [place(event.request_id)]
+
+
+def place(request_id: str) -> PlaceRequest:
+    return PlaceRequest(Placement(request_id, WorkerAddress("decode-0", "here:1"), None))
+
+
+async def queued(client: SchedulerClient, scheduler: ScriptedScheduler, name: str) -> asyncio.Task[Placement]:
+    """A request that waits in the scheduler's queue."""
+    scheduler.is_full = True
+    placing = asyncio.create_task(client.place(arrival(name)))
+    await until(lambda: client.position(name) is not None)
+    return placing
 
 
 class RestartableScheduler:
@@ -70,7 +89,7 @@ class RestartableScheduler:
         self._controller = ClusterController(options=LEAST_LOADED, epoch=1)
         self.register()
 
-    async def handle(self, events: Sequence[Event]) -> list[list[Command]]:
+    async def handle(self, events: Sequence[Event], asker: str = "") -> list[list[Command]]:
         await self.gate.wait()
         if self.is_away:
             raise UnavailableError("restarting")
@@ -111,6 +130,8 @@ def run(scenario: Scenario[AnyScheduler], scheduler: AnyScheduler) -> None:
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler_client, "RETRY_INTERVAL_S", 0.0)
+    monkeypatch.setattr(scheduler_client, "POLL_INTERVAL_S", 0.001)
+    monkeypatch.setattr(scheduler_client, "ASK_INTERVAL_S", 0.002)
     monkeypatch.setattr(scheduler_client, "SNAPSHOT_INTERVAL_S", 0.001)
 
 
@@ -274,3 +295,79 @@ def test_workers_that_do_not_come_back_are_not_waited_for_for_ever(monkeypatch: 
         assert (await client.place(arrival("a"))).decode.worker_id == "x"
 
     run(scenario, RestartableScheduler(make_worker("x"), make_worker("y")))
+
+
+# While a request waits in the scheduler's queue
+
+
+def test_a_placement_that_comes_late_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though nobody tells the scheduler anything meanwhile, and later than any first answer may come."""
+    monkeypatch.setattr(scheduler_client, "ASK_INTERVAL_S", 60.0)
+    monkeypatch.setattr(scheduler_client, "PLACE_TIMEOUT_S", 0.01)
+
+    async def scenario(client: SchedulerClient, scheduler: ScriptedScheduler) -> None:
+        placing = await queued(client, scheduler, "a")
+        assert client.position("a") == 4
+        await asyncio.sleep(0.03)
+        scheduler.mail = [place("a")]
+        assert (await placing).request_id == "a"
+        assert client.position("a") is None
+        assert not client.is_scheduler_away
+
+    run(scenario, ScriptedScheduler())
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [
+        (Refusal.UNAVAILABLE, UnavailableError),
+        (Refusal.QUEUE_FULL, OverloadedError),
+        (Refusal.TTFT_TARGET, RateLimitError),
+    ],
+)
+def test_a_refusal_that_comes_late_says_why_and_until_when(reason: Refusal, kind: type[OverloadedError]) -> None:
+    async def scenario(client: SchedulerClient, scheduler: ScriptedScheduler) -> None:
+        placing = await queued(client, scheduler, "a")
+        scheduler.mail = [RefuseRequest("a", "sorry", reason, 2.5)]
+        with pytest.raises(OverloadedError, match="sorry") as refusal:
+            await placing
+        assert (type(refusal.value), refusal.value.retry_after_s) == (kind, 2.5)
+        assert client.position("a") is None
+
+    run(scenario, ScriptedScheduler())
+
+
+def test_one_that_waits_is_asked_for_again_as_its_answer_may_be_lost() -> None:
+    async def scenario(client: SchedulerClient, scheduler: ScriptedScheduler) -> None:
+        placing = await queued(client, scheduler, "a")
+        scheduler.is_full = False
+        assert (await placing).request_id == "a"
+
+    run(scenario, ScriptedScheduler())
+
+
+def test_those_that_wait_are_placed_here_when_the_scheduler_goes_away() -> None:
+    async def scenario(client: SchedulerClient, scheduler: ScriptedScheduler) -> None:
+        placing = await queued(client, scheduler, "a")
+        scheduler.failures = [UnavailableError("restarting")]
+        with pytest.raises(UnavailableError, match="no worker that was known"):
+            await placing
+        assert client.is_scheduler_away
+
+    run(scenario, ScriptedScheduler())
+
+
+def test_one_that_gives_up_waiting_is_taken_off_the_books() -> None:
+    async def scenario(client: SchedulerClient, scheduler: ScriptedScheduler) -> None:
+        placing = await queued(client, scheduler, "a")
+        placing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await placing
+        scheduler.is_full = False
+        await client.place(arrival("b"))
+        told = [event for batch in scheduler.batches for event in batch]
+        assert RequestEnded("a") in told
+        assert arrival("a") not in told[told.index(RequestEnded("a")) :]
+        assert client.position("a") is None
+
+    run(scenario, ScriptedScheduler())

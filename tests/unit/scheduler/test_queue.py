@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.queue import FairQueue, Waiting, WaitingQueue
-from scheduler.urgency import ServiceClass, Urgency
+from scheduler.urgency import ORDINARY, ServiceClass, Urgency
 from tests.builders import repeatable
 
 INTERACTIVE, BATCH = ServiceClass.INTERACTIVE, ServiceClass.BATCH
@@ -23,7 +23,7 @@ def waiting(
     tenant: str = "a",
     service: float = 1.0,
     *,
-    urgency: Urgency = Urgency(),  # noqa: B008  frozen
+    urgency: Urgency = ORDINARY,
     deadline_s: float | None = None,
 ) -> Waiting:
     return Waiting(name, tenant, urgency, service, next(_ARRIVALS), 0.0, deadline_s)
@@ -155,6 +155,17 @@ def test_one_that_was_away_cannot_save_up() -> None:
         queue.push(waiting(f"b{index}", "b", 10))
     served = [item.tenant for _ in range(10) if (item := pop(queue)) is not None]
     assert served.count("b") == 5
+
+
+def test_who_used_what_nobody_wanted_does_not_pay_for_it_later() -> None:
+    queue = FairQueue({})
+    for _ in range(100):
+        queue.serve_at_once("a", 10)
+    for index in range(10):
+        queue.push(waiting(f"b{index}", "b", 10))
+        queue.push(waiting(f"a{index}", "a", 10))
+    served = [item.tenant for _ in range(10) if (item := pop(queue)) is not None]
+    assert served.count("a") == 5
 
 
 def test_a_lone_tenant_is_never_held_back() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scheduler import ray_actor
+from scheduler.admission import AdmissionOptions
 from scheduler.events import AskToRegister, WorkerRegistered, WorkerReported
 from scheduler.placement import PlacementOptions
 from scheduler.ray_actor import SchedulerActor
@@ -31,7 +32,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_a_worker_that_falls_silent_while_others_speak_is_removed(clock: Clock) -> None:
-    actor = SchedulerActor(("a", "b"), PlacementOptions())
+    actor = SchedulerActor(("a", "b"), PlacementOptions(), AdmissionOptions())
     speaking, silent = make_worker("a"), make_worker("b")
     actor.handle([WorkerRegistered(speaking), WorkerRegistered(silent)])
     for _ in range(14):
@@ -41,10 +42,10 @@ def test_a_worker_that_falls_silent_while_others_speak_is_removed(clock: Clock) 
 
 
 def test_a_standstill_of_the_scheduler_removes_nobody(clock: Clock) -> None:
-    actor = SchedulerActor(("a",), PlacementOptions())
+    actor = SchedulerActor(("a",), PlacementOptions(), AdmissionOptions())
     worker = make_worker("a")
     actor.handle([WorkerRegistered(worker)])
     clock.now += 60.0
     assert [each.info.worker_id for each in actor.snapshot().workers] == ["a"]
-    (commands,) = actor.handle([WorkerReported("a", worker.incarnation, WorkerLoad())])
+    commands, _ = actor.handle([WorkerReported("a", worker.incarnation, WorkerLoad())])
     assert not any(isinstance(command, AskToRegister) for command in commands)
