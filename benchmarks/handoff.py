@@ -109,7 +109,7 @@ class Rates:
         self.gb_s: dict[str, list[float]] = defaultdict(list)
         self.bare: dict[str, list[float]] = defaultdict(list)
         self.together: dict[str, list[Together]] = defaultdict(list)
-        self.tiny_s: list[float] = []
+        self.message_s: list[float] = []  # of a handoff that is nearly all messages
 
     def median(self, name: str) -> float:
         return median(self.gb_s[name])
@@ -128,7 +128,8 @@ async def measure_round(rates: Rates, peers: Peers, sender: Sender, ports: dict[
         rates.gb_s[name].append(await sender.send_one(port, LONG_TOKENS))
         rates.together[name].append(await sender.send_together(port, TOGETHER, SHORT_TOKENS))
     tiny = await sender.send_one(ports["grpc"], TINY_TOKENS)
-    rates.tiny_s.append(sender.handoff_bytes(TINY_TOKENS) / tiny / 1e9)
+    num_messages = sender.spec.num_layers + 2  # a chunk per layer, the opening, the commit
+    rates.message_s.append(sender.spec.handoff_bytes(TINY_TOKENS) / tiny / 1e9 / num_messages)
 
 
 async def measure_transfers(
@@ -174,7 +175,7 @@ def build_result(
     bare = {name: median(seen) for name, seen in rates.bare.items()}
     best_bare = max(bare.values())
     # The whole pipeline's time per chunk on this machine: a bound on what either side's own work takes of it.
-    cost = ChunkCost(MAX_CHUNK_BYTES / rates.median("shm") / 1e9, median(rates.tiny_s))
+    cost = ChunkCost(MAX_CHUNK_BYTES / rates.median("shm") / 1e9, median(rates.message_s))
     together = rates.together
     return Result(
         date=datetime.now(UTC).isoformat(timespec="seconds"),

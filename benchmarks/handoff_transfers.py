@@ -43,12 +43,10 @@ class Sender:
     """The sending half of a prefill worker. Sequences are whole already, so only the handoff takes time."""
 
     def __init__(self, spec: KVCacheSpec, num_blocks: int, peer: Peer) -> None:
+        self.spec = spec
         self._manager, self._storage = make_cache(spec, num_blocks)
         self._peer = peer
         self._names = (f"transfer-{index}" for index in itertools.count())
-
-    def handoff_bytes(self, num_tokens: int) -> int:
-        return self._storage.spec.handoff_bytes(num_tokens)
 
     async def send_one(self, port: KVPort, num_tokens: int) -> float:
         """Returns GB/s."""
