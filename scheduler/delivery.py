@@ -29,11 +29,15 @@ class Delivery:
         self._mail: dict[str, list[Command]] = {}  # by asker
 
     def handle(self, events: Sequence[Event], asker: str, now: float) -> list[list[Command]]:
-        """The commands that follow from each event, in order, and one list more: what was decided of earlier ones."""
+        """The commands that follow from each event, in order.
+
+        With an ``asker``, a name that is the caller's own, one list more: what was decided of its earlier requests.
+        Without one nobody waits for what is decided later.
+        """
         answers = [self._answer(event, asker, now) for event in events]
         for command in self._handler.advance(now):
             self._post(command)
-        return [*answers, self._mail.pop(asker, [])]
+        return [*answers, self._mail.pop(asker, [])] if asker else answers
 
     def _answer(self, event: Event, asker: str, now: float) -> list[Command]:
         own_id = event.request_id if isinstance(event, RequestArrived) else None
@@ -46,7 +50,7 @@ class Delivery:
                 answers.append(command)
             elif request_id == own_id:
                 answers.append(command)
-                if isinstance(command, RequestQueued):
+                if asker and isinstance(command, RequestQueued):
                     self._askers[request_id] = asker
                 else:
                     self._askers.pop(request_id, None)

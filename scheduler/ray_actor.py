@@ -37,7 +37,7 @@ class SchedulerActor:
         self._ticked_at = 0.0
 
     def handle(self, events: Sequence[Event], asker: str = "") -> list[list[Command]]:
-        """The commands that follow from each event, in order, and one list more: see ``Delivery.handle``."""
+        """The commands that follow from each event, in order, and to an asker one list more (``Delivery.handle``)."""
         now = time.monotonic()
         commands = self._delivery.handle(events, asker, now)
         self._tick(now)  # after the heartbeats among the events
@@ -53,7 +53,7 @@ class SchedulerActor:
         if now - self._ticked_at >= TICK_INTERVAL_S:
             self._ticked_at = now
             if not stood_still:
-                self._delivery.handle((Tick(),), "the clock", now)
+                self._delivery.handle((Tick(),), "", now)
 
 
 class RayScheduler:

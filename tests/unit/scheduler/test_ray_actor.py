@@ -47,5 +47,5 @@ def test_a_standstill_of_the_scheduler_removes_nobody(clock: Clock) -> None:
     actor.handle([WorkerRegistered(worker)])
     clock.now += 60.0
     assert [each.info.worker_id for each in actor.snapshot().workers] == ["a"]
-    commands, _ = actor.handle([WorkerReported("a", worker.incarnation, WorkerLoad())])
+    (commands,) = actor.handle([WorkerReported("a", worker.incarnation, WorkerLoad())])
     assert not any(isinstance(command, AskToRegister) for command in commands)
