@@ -57,6 +57,7 @@ class WorkerService(pb_grpc.WorkerServicer):
     async def Prefill(self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext) -> None:
         try:
             _check_id("transfer_id", request.transfer_id)
+            _check_id("target_address", request.target_address)
             sequence = self._sequence(request)
             sequence.prefill_only = True
             target = TransferTarget(request.target_address, request.transfer_id, request.epoch, request.num_held_tokens)
@@ -68,8 +69,6 @@ class WorkerService(pb_grpc.WorkerServicer):
 
     async def Offer(self, request: pb.OfferRequest, context: grpc.aio.ServicerContext) -> None:
         try:
-            if self._prefill is None:
-                raise RequestError("this worker does not prefill for others")
             _check_salt(request.cache_salt)
             num_tokens = len(request.token_ids)
             if not 1 <= num_tokens <= self._limits.max_model_len:

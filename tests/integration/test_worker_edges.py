@@ -84,7 +84,7 @@ def test_both_phases_refuse_bad_input_and_live_on(
     async def scenario() -> None:
         async with local_cluster(checkpoint, prefill=1, decode=1) as cluster:
             generate = pb.GenerateRequest(**fields)  # type: ignore[arg-type]
-            prefill = pb.PrefillRequest(**fields, transfer_id="t", epoch=1)  # type: ignore[arg-type]
+            prefill = pb.PrefillRequest(**fields, transfer_id="t", epoch=1, target_address="nowhere:1")  # type: ignore[arg-type]
             for call in (
                 cluster.stub("decode-0").Generate(generate),
                 cluster.stub("prefill-0").Prefill(prefill),
@@ -116,26 +116,36 @@ def test_a_prefill_from_beyond_the_end_of_the_prompt_is_refused(checkpoint: Tiny
 
     async def scenario() -> None:
         async with local_cluster(checkpoint, prefill=1, decode=1) as cluster:
-            request = pb.PrefillRequest(**fields, transfer_id="t", epoch=1, num_held_tokens=10_000)  # type: ignore[arg-type]
+            handoff = {"transfer_id": "t", "epoch": 1, "target_address": "nowhere:1", "num_held_tokens": 10_000}
+            request = pb.PrefillRequest(**fields, **handoff)  # type: ignore[arg-type]
             error = await refusal_of(cluster.stub("prefill-0").Prefill(request))
             assert (error.code(), param_in(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "num_held_tokens")
 
     asyncio.run(scenario())
 
 
-def test_a_worker_refuses_the_phase_of_the_other(checkpoint: TinyCheckpoint) -> None:
+def test_a_prefill_for_nobody_is_refused(checkpoint: TinyCheckpoint) -> None:
     fields = fields_with(checkpoint, {})
 
     async def scenario() -> None:
         async with local_cluster(checkpoint, prefill=1, decode=1) as cluster:
-            prefill = pb.PrefillRequest(**fields, transfer_id="t", epoch=1)  # type: ignore[arg-type]
-            generate = pb.GenerateRequest(**fields)  # type: ignore[arg-type]
-            for call in (
-                cluster.stub("decode-0").Prefill(prefill),
-                cluster.stub("prefill-0").Generate(generate),
-            ):
-                assert (await refusal_of(call)).code() is grpc.StatusCode.INVALID_ARGUMENT
+            request = pb.PrefillRequest(**fields, transfer_id="t", epoch=1)  # type: ignore[arg-type]
+            error = await refusal_of(cluster.stub("prefill-0").Prefill(request))
+            assert (error.code(), param_in(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "target_address")
             await cluster.check_greedy(checkpoint.prompt(20), 5)
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_ends_what_was_placed_on_it_in_its_other_role(checkpoint: TinyCheckpoint) -> None:
+    """Roles change while requests are on their way."""
+
+    async def scenario() -> None:
+        async with local_cluster(checkpoint, prefill=1, decode=1) as cluster:
+            prompt = checkpoint.prompt(20)
+            call = GenerateCall(cluster, "prefill-0", "late", prompt, greedily(5))
+            await until(lambda: len(call.token_ids) == 5, "all tokens")
+            assert tuple(call.token_ids) == checkpoint.greedy(prompt, 5)
 
     asyncio.run(scenario())
 
