@@ -7,7 +7,8 @@ before it: prefixes are evicted from their ends. So both questions below are ans
 from __future__ import annotations
 
 import struct
-from collections.abc import Container, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Container, Sequence
 
 from kvcache.prefix import NAME_BYTES, HashChain
 from scheduler.types import CacheDelta, PrefixHashes, WorkerInfo
@@ -50,19 +51,21 @@ class CacheIndex:
         for name in self._names.pop(worker_id, ()):
             self._drop(name, worker_id)
 
-    def cached_tokens(self, worker: WorkerInfo, prefixes: Mapping[int, PrefixHashes], num_prompt_tokens: int) -> int:
+    def cached_tokens(self, worker: WorkerInfo, prefixes: Sequence[PrefixHashes], num_prompt_tokens: int) -> int:
         """Tokens of a prompt that a worker need not compute, or not be sent. The last one always is.
 
         Args:
-            prefixes: by block size.
+            prefixes: at most one for each block size.
         """
-        block_size = worker.spec.block_size
-        prefix = prefixes.get(block_size)
         names = self._names.get(worker.worker_id)
-        if not names or prefix is None:
+        if not names:
             return 0
-        num_tokens = _depth(prefix.hashes, names) * prefix.tokens_per_hash
-        return num_tokens if num_tokens < num_prompt_tokens else (num_prompt_tokens - 1) // block_size * block_size
+        block_size = worker.spec.block_size
+        for prefix in prefixes:
+            if prefix.block_size == block_size:
+                num_tokens = _depth(prefix.hashes, names) * prefix.tokens_per_hash
+                return min(num_tokens, (num_prompt_tokens - 1) // block_size * block_size)
+        return 0
 
     def deepest(self, prefix: PrefixHashes, limit: int) -> list[str]:
         """Up to ``limit`` workers that have something of the prompt, those with the most of it first."""
@@ -88,14 +91,8 @@ class CacheIndex:
 
 def _depth(hashes: Sequence[int], known: Container[int]) -> int:
     """How many of the first hashes are known, if none is after the first that is not."""
-    low, high = 0, len(hashes)
-    while low < high:
-        middle = (low + high) // 2
-        if hashes[middle] in known:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+    # From the last to the first they are unknown and then known, in order: so C does the halving.
+    return len(hashes) - bisect_left(hashes[::-1], True, key=known.__contains__)
 
 
 def pack_names(names: Sequence[bytes]) -> bytes:

@@ -164,12 +164,13 @@ class ClusterController:
         return commands
 
     def _plan_role(self, now: float) -> list[Command]:
-        able = candidates(list(self._workers), self._costs, self._demand.sizes(now), self._tpot_target_s)
+        able = candidates(list(self._workers), self._costs, self._demand.sizes(), self._tpot_target_s)
         flip = self._planner.decide(able, self._demand.demand(now), now)
         return self._duties.change_role(flip.worker_id, flip.role) if flip is not None else []
 
-    def snapshot(self) -> ClusterSnapshot:
-        workers = sorted(self._workers, key=lambda worker: worker.worker_id)
+    def snapshot(self, after: str = "", limit: int | None = None) -> ClusterSnapshot:
+        """The workers in the order of their ids; of a page of it, ``limit`` of those after a worker's id."""
+        workers = self._workers.after(after, limit)
         snapshots = tuple(worker.snapshot(self._costs.errors(worker.worker_id)) for worker in workers)
         missing = tuple(name for name in self._expected if self._workers.get(name) is None)
         return ClusterSnapshot(snapshots, missing, self._epoch, self._pools)
@@ -210,7 +211,9 @@ class ClusterController:
         except UnavailableError as error:
             return [RefuseRequest(request.request_id, error.message)]
         prefills = choice.prefills
-        num_cached_tokens = self._cluster.cached_tokens(prefills, request)
+        num_cached_tokens = choice.num_cached_tokens
+        if num_cached_tokens is None:
+            num_cached_tokens = self._cluster.cached_tokens(prefills, request)
         prefill_s = self._costs.prefill_seconds(prefills.info.worker_id, request.num_prompt_tokens, num_cached_tokens)
         self._demand.add(request.num_prompt_tokens, num_cached_tokens, num_output_tokens, now)
         work = Workload(request.num_prompt_tokens, request.max_tokens, num_output_tokens, prefill_s)

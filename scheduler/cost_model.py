@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from statistics import median
 
@@ -174,14 +175,12 @@ class _WorkerCosts:
 
     def prefill_seconds(self, num_tokens: int, num_cached_tokens: int) -> float:
         num_computed = max(1, num_tokens - num_cached_tokens)  # the last token is computed always, for its logits
-        num_full, rest = divmod(num_computed, self._chunk)
-        linear = self._prefill_linear
-        linear_s = num_full * linear.seconds(self._chunk) if num_full else 0.0
-        if rest:
-            linear_s += linear.seconds(rest)
+        num_steps = -(-num_computed // self._chunk)
+        linear_s = self._prefill_linear.seconds(num_computed - (num_steps - 1) * self._chunk)
+        if num_steps > 1:
+            linear_s += (num_steps - 1) * self._prefill_linear.seconds(self._chunk)
         pairs = num_computed * (num_tokens - (num_computed - 1) / 2)
         step, per_linear, per_attention = self._prefill.values
-        num_steps = num_full + (rest > 0)
         return step * num_steps + per_linear * linear_s + per_attention * self._pair_s * pairs
 
     def decode_step_seconds(self, batch_size: int, context_tokens: int) -> float:
@@ -238,6 +237,7 @@ class LinearTimes:
         return self.at_rows[index] + self.slopes[index] * (rows - self.rows[index])
 
 
+@lru_cache(maxsize=256)  # most workers are like others, and what they share stays in the processor's cache
 def linear_times(device: DeviceProfile, weight_bytes: float, flops: float) -> LinearTimes:
     """The longer of reading all weights and computing with every row, at the rate that the device has for so many.
 

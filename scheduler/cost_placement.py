@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, log
+from operator import attrgetter, itemgetter
 
 from scheduler.events import RequestArrived
 from scheduler.placement import NUM_HOLDERS, Choice, Cluster, can_hand_over, prefills_in_place
@@ -20,6 +21,8 @@ from scheduler.worker_table import Rank
 
 TYPICAL_OUTPUT_TOKENS = 128  # to weigh decoding against waiting prompts where no request is in question yet
 _PREFILL = WorkerRole.PREFILL
+_first = itemgetter(0)
+_cost = attrgetter("cost")
 _LIKE = log(1.1)  # devices whose rates differ by less are of one kind: measured rates differ a little everywhere
 
 
@@ -35,7 +38,7 @@ class _Asked:
         self.in_money = cluster.workers.all_priced
         self.now = now
         self._cache = cluster.cache
-        self._prefixes = {prefix.block_size: prefix for prefix in request.prefixes}
+        self._prefixes = request.prefixes
 
     def cached_tokens(self, worker: WorkerState) -> int:
         return self._cache.cached_tokens(worker.info, self._prefixes, self.num_prompt_tokens)
@@ -46,6 +49,7 @@ class _Prefill:
     """A worker that could compute the prompt."""
 
     worker: WorkerState
+    num_cached_tokens: int
     ready_s: float  # from now until the first token is sampled there
     delay_s: float  # that, and by how much those that decode there are delayed, all together
     price: float
@@ -71,9 +75,9 @@ class _Best:
 
     value: float = inf
     decode: WorkerState | None = None
-    prefill: WorkerState | None = None
+    prefill: _Prefill | None = None  # on the same worker: in place
 
-    def offer(self, value: float, decode: WorkerState, prefill: WorkerState | None) -> None:
+    def offer(self, value: float, decode: WorkerState, prefill: _Prefill) -> None:
         if value < self.value:
             self.value, self.decode, self.prefill = value, decode, prefill
 
@@ -126,8 +130,9 @@ class CostPlacement:
             best = self._earliest(asked, decodes, prefills, keeping_pace=True)
         if best.decode is None:
             best = self._earliest(asked, decodes, prefills, keeping_pace=False)
-        assert best.decode is not None, "prefill in place is always possible"
-        return Choice(best.decode, best.prefill)
+        decode, prefill = best.decode, best.prefill
+        assert decode is not None and prefill is not None, "prefill in place is always possible"
+        return Choice(decode, prefill.worker if prefill.worker is not decode else None, prefill.num_cached_tokens)
 
     def _prefill(self, worker: WorkerState, num_cached_tokens: int, asked: _Asked) -> _Prefill:
         """Those that decode there stand still meanwhile, chunk by chunk; and somebody may join them at any moment."""
@@ -137,14 +142,15 @@ class CostPlacement:
             ready_s += worker.free_at_s - asked.now
         price = info.device.price_per_hour if asked.in_money else 1.0
         if worker.role is _PREFILL:
-            return _Prefill(worker, ready_s, ready_s, price, True)
+            return _Prefill(worker, num_cached_tokens, ready_s, ready_s, price, True)
         pause_s = own_s
         if asked.num_prompt_tokens - num_cached_tokens > info.max_num_batched_tokens:
             pause_s = self._costs.prefill_seconds(info.worker_id, info.max_num_batched_tokens, 0)
         batch_size = worker.batch_size
         if batch_size:
             pause_s += worker.step_s
-        return _Prefill(worker, ready_s, ready_s + own_s * batch_size, price, pause_s <= self._tpot_target_s)
+        keeps_pace = pause_s <= self._tpot_target_s
+        return _Prefill(worker, num_cached_tokens, ready_s, ready_s + own_s * batch_size, price, keeps_pace)
 
     def _decode(self, worker: WorkerState, asked: _Asked) -> _Decode:
         info = worker.info
@@ -152,10 +158,12 @@ class CostPlacement:
         context_tokens = worker.batch_context_tokens + asked.context_tokens
         step_s = self._costs.decode_step_seconds(info.worker_id, batch_size + 1, context_tokens)
         rest_s = step_s * asked.num_steps
-        # What does not fit waits until as much has ended.
-        excess = max((batch_size + 1) / info.max_num_seqs, context_tokens / worker.max_tokens) - 1
-        wait_s = rest_s * excess if excess > 0 else 0.0
-        rest_s += wait_s
+        wait_s = 0.0
+        if batch_size >= info.max_num_seqs or context_tokens > worker.max_tokens:
+            # What does not fit waits until as much has ended.
+            excess = max((batch_size + 1) / info.max_num_seqs, context_tokens / worker.max_tokens) - 1
+            wait_s = rest_s * excess
+            rest_s += wait_s
         delay_s = rest_s + (step_s - worker.step_s) * asked.num_steps * batch_size
         price = info.device.price_per_hour if asked.in_money else 1.0
         cost = price * delay_s
@@ -180,12 +188,12 @@ class CostPlacement:
                 if prefill.ready_s <= slack_s and _fits(prefill, decode):
                     transfer_s = self._transfer_s(asked, prefill, decode)
                     if prefill.ready_s + transfer_s <= slack_s:
-                        best.offer(cost + prefill_cost + prefill.price * transfer_s, decode.worker, prefill.worker)
+                        best.offer(cost + prefill_cost + prefill.price * transfer_s, decode.worker, prefill)
             worker = decode.worker
             if cost + decode.price * worker.least_prefill_s * (1 + worker.batch_size) < best.value:
                 own = self._in_place(decode, asked)
                 if own.keeps_pace and own.ready_s <= slack_s:
-                    best.offer(cost + own.price * own.delay_s, worker, None)
+                    best.offer(cost + own.price * own.delay_s, worker, own)
         return best
 
     def _earliest(
@@ -200,13 +208,13 @@ class CostPlacement:
                 continue
             own = self._in_place(decode, asked)
             if own.keeps_pace or not keeping_pace:
-                best.offer(decode.rest_s + own.delay_s, decode.worker, None)
+                best.offer(decode.rest_s + own.delay_s, decode.worker, own)
             for delay_s, prefill in able:
                 if decode.rest_s + delay_s >= best.value:
                     break
                 if _fits(prefill, decode):
                     finish_s = decode.rest_s + delay_s + self._transfer_s(asked, prefill, decode)
-                    best.offer(finish_s, decode.worker, prefill.worker)
+                    best.offer(finish_s, decode.worker, prefill)
         return best
 
     def _in_place(self, decode: _Decode, asked: _Asked) -> _Prefill:
@@ -233,11 +241,3 @@ def _cached_tokens(decode: _Decode, asked: _Asked) -> int:
 
 def _fits(prefill: _Prefill, decode: _Decode) -> bool:
     return not prefills_in_place(decode.worker) and can_hand_over(prefill.worker, decode.worker)
-
-
-def _cost(decode: _Decode) -> float:
-    return decode.cost
-
-
-def _first(entry: tuple[float, _Prefill]) -> float:
-    return entry[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from scheduler.planner import Candidate, Demand, busyness
 from scheduler.types import PoolLoad, WorkerRole
@@ -14,47 +13,36 @@ _POOLS = (WorkerRole.PREFILL, WorkerRole.DECODE)
 MEMORY_S = 30.0  # arrivals count by exp(-age / MEMORY_S)
 
 
-@dataclass(slots=True)
-class _Rate:
-    """An amount per second, smoothed. Low at first: what was before the first amount counts as nothing."""
-
-    _sum: float = 0.0
-    _at_s: float = 0.0
-
-    def add(self, amount: float, now: float) -> None:
-        self._sum = self._sum * math.exp((self._at_s - now) / MEMORY_S) + amount
-        self._at_s = now
-
-    def per_second(self, now: float) -> float:
-        return self._sum * math.exp((self._at_s - now) / MEMORY_S) / MEMORY_S
-
-
 class DemandMeter:
-    """Counts requests as they are placed."""
+    """Counts requests as they are placed; sums fade. Low at first: what was before the first counts as nothing."""
 
     def __init__(self) -> None:
-        self._requests = _Rate()
-        self._prefill = _Rate()
-        self._decode = _Rate()
-        self._prompt = _Rate()
+        self._at_s = 0.0  # as of then are the sums
+        self._requests = 0.0
+        self._prompt = 0.0  # tokens, as below
+        self._prefill = 0.0
+        self._decode = 0.0
 
     def add(self, num_prompt_tokens: int, num_cached_tokens: int, num_output_tokens: int, now: float) -> None:
         """``num_output_tokens``: as many as are expected."""
-        self._requests.add(1, now)
-        self._prompt.add(num_prompt_tokens, now)
-        self._prefill.add(num_prompt_tokens - num_cached_tokens, now)
-        self._decode.add(num_output_tokens, now)
+        fading = math.exp((self._at_s - now) / MEMORY_S)
+        self._at_s = now
+        self._requests = self._requests * fading + 1
+        self._prompt = self._prompt * fading + num_prompt_tokens
+        self._prefill = self._prefill * fading + num_prompt_tokens - num_cached_tokens
+        self._decode = self._decode * fading + num_output_tokens
 
     def demand(self, now: float) -> Demand:
-        return Demand(self._prefill.per_second(now), self._decode.per_second(now))
+        """Tokens per second."""
+        rate = math.exp((self._at_s - now) / MEMORY_S) / MEMORY_S
+        return Demand(self._prefill * rate, self._decode * rate)
 
-    def sizes(self, now: float) -> tuple[int, int]:
+    def sizes(self) -> tuple[int, int]:
         """Mean tokens of a prompt and of a sequence halfway through its answer; 1 at least."""
-        requests = self._requests.per_second(now)
-        if requests <= 0:
+        if not self._requests:
             return 1, 1
-        prompt = self._prompt.per_second(now) / requests
-        return max(1, round(prompt)), max(1, round(prompt + self._decode.per_second(now) / requests / 2))
+        prompt = self._prompt / self._requests
+        return max(1, round(prompt)), max(1, round(prompt + self._decode / self._requests / 2))
 
 
 def candidates(
@@ -92,7 +80,7 @@ def pool_loads(
     workers: Sequence[WorkerState], costs: CostPredictor, meter: DemandMeter, now: float, tpot_target_s: float
 ) -> tuple[PoolLoad, ...]:
     """Of the two pools, as far as they have active workers."""
-    sizes, demand = meter.sizes(now), meter.demand(now)
+    sizes, demand = meter.sizes(), meter.demand(now)
     able = candidates(workers, costs, sizes, tpot_target_s)
     active = {role: [each for each in workers if each.info.role is role and each.is_active] for role in _POOLS}
     loads = []

@@ -37,6 +37,7 @@ class Choice:
 
     decode: WorkerState
     prefill: WorkerState | None = None
+    num_cached_tokens: int | None = None  # of the prompt, where it is computed; None: the policy did not look
 
     @property
     def prefills(self) -> WorkerState:
@@ -96,10 +97,7 @@ class Cluster:
 
     def cached_tokens(self, worker: WorkerState, request: RequestArrived) -> int:
         """Tokens of the prompt that need not be computed there, or not be sent there."""
-        if not request.prefixes:
-            return 0
-        prefixes = {prefix.block_size: prefix for prefix in request.prefixes}
-        return self.cache.cached_tokens(worker.info, prefixes, request.num_prompt_tokens)
+        return self.cache.cached_tokens(worker.info, request.prefixes, request.num_prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)

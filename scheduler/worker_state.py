@@ -79,16 +79,16 @@ class WorkerState:
     address: WorkerAddress = field(init=False)
     role: WorkerRole = field(init=False)
     max_tokens: int = field(init=False)  # how many tokens' KV there is room for
+    worker_id: str = field(init=False)
+    is_active: bool = field(init=False)  # by its duty
 
     def __post_init__(self) -> None:
         info = self.info
         self.address = WorkerAddress(info.worker_id, info.address)
         self.role = info.role
         self.max_tokens = info.num_blocks * info.spec.block_size
-
-    @property
-    def worker_id(self) -> str:
-        return self.info.worker_id
+        self.worker_id = info.worker_id
+        self.is_active = self.duty.state is DutyState.ACTIVE
 
     @property
     def batch_size(self) -> int:
@@ -110,16 +110,13 @@ class WorkerState:
     def decoding_context_tokens(self) -> int:
         return self.batch_context_tokens - self.awaited_tokens
 
-    @property
-    def is_active(self) -> bool:
-        return self.duty.state is DutyState.ACTIVE
-
     def takes(self, phase: Phase) -> bool:
         return self.is_active and self.role.takes(phase)
 
     def assign(self, duty: Duty, role: WorkerRole) -> None:
         """For ``scheduler.duties``, which takes the worker out of its table meanwhile."""
         self.duty = duty
+        self.is_active = duty.state is DutyState.ACTIVE
         self.role = role
         self.info = replace(self.info, role=role)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from scheduler.types import Phase
 from scheduler.worker_state import WorkerState
@@ -36,19 +38,18 @@ class _Heap:
     def best(self, avoid: Collection[str]) -> WorkerState | None:
         """The best worker that is not to be avoided."""
         entries, ranks = self.entries, self.ranks
-        passed: list[tuple[Rank, int, WorkerState]] = []
-        found = None
-        while entries and found is None:
+        while entries:
             rank, _, worker = entries[0]
             if ranks.get(worker) is not rank:
                 heapq.heappop(entries)
-            elif worker.info.worker_id in avoid:
-                passed.append(heapq.heappop(entries))
+            elif avoid and worker.worker_id in avoid:
+                passed = heapq.heappop(entries)
+                found = self.best(avoid)
+                heapq.heappush(entries, passed)
+                return found
             else:
-                found = worker
-        for entry in passed:
-            heapq.heappush(entries, entry)
-        return found
+                return worker
+        return None
 
 
 @dataclass(slots=True)
@@ -88,6 +89,7 @@ class WorkerTable:
         self._heard: OrderedDict[WorkerState, None] = OrderedDict()  # longest silent first
         self._num_unpriced = 0
         self.num_places = 0  # sequences that those that decode do at once
+        self._ids: list[str] = []  # in order
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -106,6 +108,7 @@ class WorkerTable:
     def add(self, worker: WorkerState) -> None:
         """Enters a worker, which must not be here, at the time of its ``last_heard_s``."""
         self._workers[worker.worker_id] = worker
+        insort(self._ids, worker.worker_id)
         self._heard[worker] = None
         self._num_unpriced += not worker.info.device.price_per_hour
         group = self._grouping(worker)
@@ -120,6 +123,7 @@ class WorkerTable:
 
     def remove(self, worker: WorkerState) -> None:
         del self._workers[worker.worker_id], self._heard[worker]
+        del self._ids[bisect_left(self._ids, worker.worker_id)]
         self._num_unpriced -= not worker.info.device.price_per_hour
         for phase in Phase:
             if worker.takes(phase):
@@ -148,6 +152,11 @@ class WorkerTable:
                 break
             silent.append(worker)
         return silent
+
+    def after(self, worker_id: str, limit: int | None) -> list[WorkerState]:
+        """Workers in the order of their ids, those up to ``worker_id`` left out; at most ``limit``."""
+        first = bisect_right(self._ids, worker_id)
+        return [self._workers[each] for each in islice(self._ids, first, None if limit is None else first + limit)]
 
     def taking(self, phase: Phase) -> list[WorkerState]:
         """All workers that take a phase, in no order of meaning. Do not change it."""

@@ -22,7 +22,7 @@ def packed(*names: int) -> bytes:
 
 def cached(index: CacheIndex, worker_id: str, prefix: PrefixHashes = CHAIN, num_prompt_tokens: int = 100) -> int:
     info = make_worker(worker_id, spec=make_spec(block_size=4))
-    return index.cached_tokens(info, {prefix.block_size: prefix}, num_prompt_tokens)
+    return index.cached_tokens(info, (prefix,), num_prompt_tokens)
 
 
 @pytest.fixture

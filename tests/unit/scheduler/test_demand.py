@@ -35,7 +35,7 @@ def test_a_steady_load_is_measured_as_what_it_is() -> None:
     demand = meter.demand(now)
     assert demand.prefill_tokens_s == pytest.approx(160, rel=0.03)
     assert demand.decode_tokens_s == pytest.approx(60, rel=0.03)
-    assert meter.sizes(now) == (100, 115)
+    assert meter.sizes() == (100, 115)
 
 
 def test_a_load_that_has_ended_is_forgotten() -> None:
@@ -45,7 +45,7 @@ def test_a_load_that_has_ended_is_forgotten() -> None:
 
 def test_nothing_yet_is_no_load() -> None:
     meter = DemandMeter()
-    assert (meter.demand(5.0).prefill_tokens_s, meter.sizes(5.0)) == (0.0, (1, 1))
+    assert (meter.demand(5.0).prefill_tokens_s, meter.sizes()) == (0.0, (1, 1))
 
 
 def test_a_decode_rate_is_that_of_the_largest_batch_that_keeps_the_target() -> None:
@@ -80,7 +80,7 @@ def test_a_pool_is_as_busy_as_its_work_over_what_its_active_workers_can_do() -> 
     workers = [state(name, PREFILL, costs) for name in ("p0", "p1")] + [state("d", DECODE, costs)]
     meter, now = metered(6 * MEMORY_S)
     prefill, decode = pool_loads(workers, costs, meter, now, TPOT_TARGET_S)
-    rates = {each.worker_id: each for each in candidates(workers, costs, meter.sizes(now), TPOT_TARGET_S)}
+    rates = {each.worker_id: each for each in candidates(workers, costs, meter.sizes(), TPOT_TARGET_S)}
     demand = meter.demand(now)
     assert (prefill.role, prefill.num_workers, decode.role, decode.num_workers) == (PREFILL, 2, DECODE, 1)
     assert prefill.busyness == pytest.approx(demand.prefill_tokens_s / (2 * rates["p0"].prefill_tokens_s))
