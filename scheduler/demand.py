@@ -10,6 +10,7 @@ from scheduler.types import PoolLoad, WorkerRole
 from scheduler.worker_state import CostPredictor, WorkerState
 
 _POOLS = (WorkerRole.PREFILL, WorkerRole.DECODE)
+MOST_ASKED = 64  # workers of a pool: each costs ten microseconds, and meanwhile no request is placed
 MEMORY_S = 30.0  # arrivals count by exp(-age / MEMORY_S)
 
 
@@ -79,17 +80,16 @@ def decode_rate(worker: WorkerState, costs: CostPredictor, context_tokens: int, 
 def pool_loads(
     workers: Sequence[WorkerState], costs: CostPredictor, meter: DemandMeter, now: float, tpot_target_s: float
 ) -> tuple[PoolLoad, ...]:
-    """Of the two pools, as far as they have active workers."""
+    """Of the two pools, as far as they have active workers; of large ones from a part of their workers."""
     sizes, demand = meter.sizes(), meter.demand(now)
-    able = candidates(workers, costs, sizes, tpot_target_s)
-    active = {role: [each for each in workers if each.info.role is role and each.is_active] for role in _POOLS}
     loads = []
     for role in _POOLS:
-        if active[role]:
-            latency_s = min(_latency(each, costs, sizes, now) for each in active[role])
-            alone = [each for each in able if each.role is role]
-            of_role = demand.of(role)
-            loads.append(PoolLoad(role, len(active[role]), latency_s, busyness(alone, of_role)))
+        active = [each for each in workers if each.info.role is role and each.is_active]
+        asked = active[:: -(-len(active) // MOST_ASKED) or 1]
+        if asked:
+            latency_s = min(_latency(each, costs, sizes, now) for each in asked)
+            busy = busyness(candidates(asked, costs, sizes, tpot_target_s), demand.of(role))
+            loads.append(PoolLoad(role, len(active), latency_s, busy * len(asked) / len(active)))
     return tuple(loads)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from scheduler import demand
 from scheduler.cost_model import CostModel
 from scheduler.demand import MEMORY_S, DemandMeter, candidates, decode_rate, pool_loads
 from scheduler.types import Duty, DutyState, WorkerLoad, WorkerRole
@@ -32,9 +33,9 @@ def metered(seconds: float, every_s: float = 0.5) -> tuple[DemandMeter, float]:
 
 def test_a_steady_load_is_measured_as_what_it_is() -> None:
     meter, now = metered(6 * MEMORY_S)
-    demand = meter.demand(now)
-    assert demand.prefill_tokens_s == pytest.approx(160, rel=0.03)
-    assert demand.decode_tokens_s == pytest.approx(60, rel=0.03)
+    measured = meter.demand(now)
+    assert measured.prefill_tokens_s == pytest.approx(160, rel=0.03)
+    assert measured.decode_tokens_s == pytest.approx(60, rel=0.03)
     assert meter.sizes() == (100, 115)
 
 
@@ -93,3 +94,17 @@ def test_a_pool_without_an_active_worker_has_no_load() -> None:
     costs = CostModel()
     workers = [state("p", PREFILL, costs), state("d", DECODE, costs, Duty(DutyState.DRAINING))]
     assert [load.role for load in pool_loads(workers, costs, DemandMeter(), 1.0, TPOT_TARGET_S)] == [PREFILL]
+
+
+def test_of_a_large_pool_a_part_tells_how_busy_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = CostModel()
+    workers = [state(f"p{number}", PREFILL, costs) for number in range(10)] + [state("d", DECODE, costs)]
+    meter, now = metered(6 * MEMORY_S)
+    whole = pool_loads(workers, costs, meter, now, TPOT_TARGET_S)
+    monkeypatch.setattr(demand, "MOST_ASKED", 3)
+    asked: list[str] = []
+    monkeypatch.setattr(demand, "_latency", lambda worker, *_: asked.append(worker.worker_id) or 0.0)
+    parts = pool_loads(workers, costs, meter, now, TPOT_TARGET_S)
+    assert asked == ["p0", "p4", "p8", "d"]
+    assert [each.num_workers for each in parts] == [10, 1]
+    assert [each.busyness for each in parts] == pytest.approx([each.busyness for each in whole])
