@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 
-from benchmarks.scheduler_core import HEARTBEAT_S, OUTPUT_TOKENS, PROMPT_TOKENS, publish, workers
+from benchmarks.scheduler_core import OUTPUT_TOKENS, PROMPT_TOKENS, publish, workers
 from engine.scheduler_client import SchedulerClient, SchedulerPort
 from engine.startup import prepare_ray
 from scheduler.admission import AdmissionOptions
+from scheduler.controller import HEARTBEATS_PER_S
 from scheduler.events import Event, PrefillDone, RequestArrived, RequestEnded, WorkerRegistered, WorkerReported
 from scheduler.placement import PlacementOptions
 from scheduler.types import PrefixHashes, WorkerLoad
 
 NUM_WORKERS = 1000
-HEARTBEATS_AT_ONCE = 20
 AT_ONCE = 512  # requests that wait for a placement, where the rate is measured
 GENTLE_RATE = 200.0  # requests per second, where the delay is measured
 
@@ -57,6 +59,7 @@ async def _measure(
     events: list[Event] = [*map(WorkerRegistered, infos), *reports]
     await scheduler.handle(events)
     await client.start()
+    gc.freeze()  # as the gateway
     beating = asyncio.create_task(_beat(scheduler))
     try:
         picks = rng.integers(len(conversations), size=num_placements + 10_000).tolist()
@@ -75,12 +78,10 @@ async def _measure(
 
 
 async def _beat(scheduler: SchedulerPort) -> None:
-    """Heartbeats of all workers, spread over the interval."""
-    while True:
-        for first in range(0, NUM_WORKERS, HEARTBEATS_AT_ONCE):
-            names = (f"w{number}" for number in range(first, first + HEARTBEATS_AT_ONCE))
-            await scheduler.handle([WorkerReported(name, 1, WorkerLoad()) for name in names])
-            await asyncio.sleep(HEARTBEAT_S * HEARTBEATS_AT_ONCE / NUM_WORKERS)
+    """A call for each worker, as often as the scheduler wants them of so many."""
+    for number in count():
+        await scheduler.handle([WorkerReported(f"w{number % NUM_WORKERS}", 1, WorkerLoad())])
+        await asyncio.sleep(1 / HEARTBEATS_PER_S)
 
 
 class _Asking:

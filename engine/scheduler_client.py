@@ -29,6 +29,8 @@ from scheduler.placement import PlacementOptions
 from scheduler.types import ClusterSnapshot, Placement
 
 SNAPSHOT_INTERVAL_S = 0.5
+SNAPSHOT_WORKERS_PER_S = 400  # not more: of large clusters a snapshot comes later
+CALLS_AT_ONCE = 2  # one is handled while the other is on its way
 PLACE_TIMEOUT_S = 0.5  # then a request is placed here
 RETRY_INTERVAL_S = 0.2
 RELEARN_S = 10.0  # so long a scheduler that was restarted may take to find its workers before it is asked again
@@ -61,7 +63,7 @@ class _Asked:
 
 
 class SchedulerClient:
-    """Collects events while a call is under way and sends them together in the next. One event loop owns it.
+    """Collects events while calls are under way and sends them together in the next. One event loop owns it.
 
     While a request waits in the scheduler's queue, the scheduler is called every few milliseconds, even if there is
     nothing to tell it.
@@ -103,7 +105,8 @@ class SchedulerClient:
             UnavailableError: the scheduler does not answer.
         """
         self.cluster = await self._scheduler.snapshot()
-        self._tasks = [asyncio.create_task(self._send()), asyncio.create_task(self._refresh())]
+        senders = [asyncio.create_task(self._send(polls=number == 0)) for number in range(CALLS_AT_ONCE)]
+        self._tasks = [*senders, asyncio.create_task(self._refresh())]
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -186,10 +189,13 @@ class SchedulerClient:
         self._outbox.append(event)
         self._has_events.set()
 
-    async def _send(self) -> None:
+    async def _send(self, *, polls: bool) -> None:
+        """One of ``CALLS_AT_ONCE``; the one that polls also calls with nothing to say, while requests wait."""
         while True:
-            await self._await_events()
+            await self._await_events(polls)
             batch, self._outbox = self._outbox, []
+            if not batch and not (polls and self._queued):
+                continue  # another was first
             try:
                 answers = await self._scheduler.handle(batch, self._name)
             except UnavailableError as error:
@@ -204,15 +210,15 @@ class SchedulerClient:
                 for command in commands:
                     self._take(command)
 
-    async def _await_events(self) -> None:
+    async def _await_events(self, polls: bool) -> None:
         """Until there is something to send, or time to see what became of waiting requests."""
         now = self._clock()
-        if self._queued and now >= self._ask_at_s:
+        if polls and self._queued and now >= self._ask_at_s:
             self._ask_at_s = now + ASK_INTERVAL_S
             for asked in self._queued.values():
                 self._put(asked.request)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(POLL_INTERVAL_S if self._queued else None):
+            async with asyncio.timeout(POLL_INTERVAL_S if polls and self._queued else None):
                 await self._has_events.wait()
         self._has_events.clear()
 
@@ -230,6 +236,8 @@ class SchedulerClient:
                 asked = self._asked.get(command.request_id)
                 if asked is not None and not asked.placed.done():
                     asked.position = command.position
+                    if not self._queued:
+                        self._has_events.set()  # whoever polls has not waited with a timeout so far
                     self._queued[command.request_id] = asked
 
     def _answer_unavailable(self, batch: Sequence[Event], error: UnavailableError) -> None:
@@ -248,7 +256,7 @@ class SchedulerClient:
 
     async def _refresh(self) -> None:
         while True:
-            await asyncio.sleep(SNAPSHOT_INTERVAL_S)
+            await asyncio.sleep(max(SNAPSHOT_INTERVAL_S, len(self.cluster.workers) / SNAPSHOT_WORKERS_PER_S))
             try:
                 self._hear(await self._scheduler.snapshot())
             except UnavailableError as error:

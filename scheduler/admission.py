@@ -55,7 +55,7 @@ class Placer(Protocol):
 
     def handle(self, event: Event, now: float) -> list[Command]: ...
 
-    def snapshot(self) -> ClusterSnapshot: ...
+    def snapshot(self, after: str = "", limit: int | None = None) -> ClusterSnapshot: ...
 
     @property
     def num_places(self) -> int:
@@ -129,9 +129,10 @@ class AdmissionControl:
                 self._forget(item)
         return commands
 
-    def snapshot(self) -> ClusterSnapshot:
+    def snapshot(self, after: str = "", limit: int | None = None) -> ClusterSnapshot:
+        """As ``ClusterController.snapshot``."""
         return replace(
-            self._placer.snapshot(),
+            self._placer.snapshot(after, limit),
             queued_interactive=self._queue.length_of(ServiceClass.INTERACTIVE),
             queued_batch=self._queue.length_of(ServiceClass.BATCH),
         )

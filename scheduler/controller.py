@@ -18,6 +18,7 @@ from scheduler.events import (
     ActivateWorker,
     AskForCache,
     AskToRegister,
+    BeatEvery,
     ChangeRole,
     Command,
     DrainWorker,
@@ -42,10 +43,14 @@ from scheduler.planner import RolePlanner
 from scheduler.policies import make_policy
 from scheduler.prediction import PredictionLog, Sizes, predict
 from scheduler.types import ClusterSnapshot, Phase, Placement, PoolLoad, WorkerLoad, WorkerRole
-from scheduler.worker_state import WorkerState, Workload
+from scheduler.worker_state import HEARTBEAT_INTERVAL_S, WorkerState, Workload
 from scheduler.worker_table import WorkerTable
 
 PLAN_INTERVAL_S = 2.0
+HEARTBEATS_PER_S = 200  # of all workers together, where the longest interval allows it
+MAX_HEARTBEAT_INTERVAL_S = 5.0  # a restarted scheduler has its workers back within 10 s
+_PACE_SLACK = 0.2  # a part of the interval by which it may be off: workers that come one by one change little
+_MISSED_HEARTBEATS = 3
 OUTPUT_TOKENS_GUESS = 128.0  # the length of an answer before any has ended
 _OUTPUT_MEMORY = 0.02  # what the newest answer counts in the mean length
 
@@ -64,7 +69,7 @@ class ClusterController:
 
     Args:
         expected_workers: ids that were launched; those not registered are reported as missing.
-        heartbeat_timeout_s: a worker not heard of for this long is taken for dead.
+        heartbeat_timeout_s: a worker not heard of for this long, and for three heartbeats, is taken for dead.
         epoch: tells this controller from the one before it, of which nothing is known here.
 
     Raises:
@@ -219,7 +224,7 @@ class ClusterController:
         work = Workload(request.num_prompt_tokens, request.max_tokens, num_output_tokens, prefill_s)
         prefill = choice.prefill.address if choice.prefill is not None else None
         placement = Placement(request.request_id, choice.decode.address, prefill)
-        if not self._log.is_full:
+        if self._log.wants(now):
             sizes = Sizes(request.num_prompt_tokens, num_output_tokens, num_cached_tokens)
             prediction = predict(self._costs, placement, sizes, prefills, choice.decode, now)
             self._log.begin(placement, prediction, now)
@@ -323,14 +328,24 @@ class ClusterController:
         for transfers in event.transfers:
             self._costs.observe_transfers(event.worker_id, transfers)
         if event.cache is not None and not self._cache.apply(event.worker_id, event.cache):
-            return [AskForCache(event.worker_id), *self._duties.heard(worker)]
-        return self._duties.heard(worker)
+            return [AskForCache(event.worker_id), *self._pace(worker), *self._duties.heard(worker)]
+        return [*self._pace(worker), *self._duties.heard(worker)]
+
+    def _pace(self, worker: WorkerState) -> list[Command]:
+        """The more workers there are the rarer each reports, for every heartbeat is a call."""
+        wanted_s = min(MAX_HEARTBEAT_INTERVAL_S, max(HEARTBEAT_INTERVAL_S, len(self._workers) / HEARTBEATS_PER_S))
+        if abs(wanted_s - worker.heartbeat_s) <= _PACE_SLACK * worker.heartbeat_s:
+            return []
+        worker.heartbeat_s = wanted_s
+        return [BeatEvery(worker.worker_id, wanted_s)]
 
     def _remove_silent(self, now: float) -> list[Command]:
         commands: list[Command] = []
         for worker in self._workers.silent_since(now - self._heartbeat_timeout_s):
-            reason = f"no heartbeat for {self._heartbeat_timeout_s:g} s"
-            commands += self._remove(worker.worker_id, worker.info.incarnation, reason)
+            timeout_s = max(self._heartbeat_timeout_s, _MISSED_HEARTBEATS * worker.heartbeat_s)
+            if worker.last_heard_s < now - timeout_s:
+                reason = f"no heartbeat for {timeout_s:g} s"
+                commands += self._remove(worker.worker_id, worker.info.incarnation, reason)
         return commands
 
     def _remove(self, worker_id: str, incarnation: int, message: str) -> list[Command]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from scheduler.messages import message
 from scheduler.tenants import DEFAULT_TENANT
 from scheduler.types import (
     ACTIVE,
@@ -21,12 +22,14 @@ from scheduler.types import (
 from scheduler.urgency import ORDINARY, Urgency
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class WorkerRegistered:
     info: WorkerInfo
     duty: Duty = ACTIVE  # what it was told last, maybe by a scheduler of which this one knows nothing
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class WorkerReported:
     """A heartbeat."""
@@ -39,6 +42,7 @@ class WorkerReported:
     cache: CacheDelta | None = None  # None: nothing changed
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class WorkerLeft:
     """Stopped on purpose."""
@@ -47,6 +51,7 @@ class WorkerLeft:
     incarnation: int
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class WorkersExpected:
     """All workers that there shall be."""
@@ -54,6 +59,7 @@ class WorkersExpected:
     worker_ids: tuple[str, ...]
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class DrainWorker:
     """No new requests for it; told by an operator, by a fleet that shrinks, or by the worker itself, which will end."""
@@ -62,6 +68,7 @@ class DrainWorker:
     force: bool = False  # even if nobody else takes its phase
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class ActivateWorker:
     """The end of a drain, whether or not it is done."""
@@ -69,6 +76,7 @@ class ActivateWorker:
     worker_id: str
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class ChangeRole:
     """To the other pool, once what runs there has ended."""
@@ -77,6 +85,7 @@ class ChangeRole:
     role: WorkerRole
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class RequestArrived:
     request_id: str
@@ -90,6 +99,7 @@ class RequestArrived:
     is_continued: bool = False  # it was placed before and lost its worker: it does not wait again
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class RequestPlaced:
     """Where a request runs that this scheduler has not placed, or has forgotten with a restart."""
@@ -100,6 +110,7 @@ class RequestPlaced:
     is_prefilled: bool  # its first token is out
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class PrefillDone:
     """The first token is out: the prefill worker has no more work with this request."""
@@ -107,6 +118,7 @@ class PrefillDone:
     request_id: str
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class RequestEnded:
     """Finished, failed or aborted."""
@@ -116,6 +128,7 @@ class RequestEnded:
     num_delivered_tokens: int = 0  # however it ended: what its tenant is charged
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed and nothing else."""
@@ -137,11 +150,13 @@ Event = (
 )
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class PlaceRequest:
     placement: Placement
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class RequestQueued:
     """It waits; its placement or refusal will be a later command. Asking again tells the place again."""
@@ -158,6 +173,7 @@ class Refusal(StrEnum):
     TTFT_TARGET = "ttft_target"  # its first token cannot come in time
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class RefuseRequest:
     request_id: str
@@ -166,6 +182,7 @@ class RefuseRequest:
     retry_after_s: float = 1.0
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class RefuseWorker:
     """The worker must not serve: it does not fit the cluster. ``message`` names the field."""
@@ -175,6 +192,7 @@ class RefuseWorker:
     is_final: bool  # False: it may try again later
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class AskToRegister:
     """A heartbeat from a worker that is not known here, e.g. after a restart of the scheduler."""
@@ -182,6 +200,7 @@ class AskToRegister:
     worker_id: str
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class AskForCache:
     """A delta of the worker's cached blocks was lost: it shall begin anew, with all of them."""
@@ -189,6 +208,16 @@ class AskForCache:
     worker_id: str
 
 
+@message
+@dataclass(frozen=True, slots=True)
+class BeatEvery:
+    """How often a worker shall report from now on, until it registers anew."""
+
+    worker_id: str
+    interval_s: float
+
+
+@message
 @dataclass(frozen=True, slots=True)
 class TakeDuty:
     """What a worker is to do from now on; it keeps it, and says it when it registers again."""
@@ -198,6 +227,7 @@ class TakeDuty:
     duty: Duty
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class RefuseDuty:
     """What an operator asked for is not done."""
@@ -206,6 +236,7 @@ class RefuseDuty:
     message: str
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class WorkerRemoved:
     worker_id: str
@@ -219,6 +250,7 @@ Command = (
     | RefuseWorker
     | AskToRegister
     | AskForCache
+    | BeatEvery
     | TakeDuty
     | RefuseDuty
     | WorkerRemoved

@@ -67,13 +67,14 @@ class PredictionLog:
     def __init__(self, costs: CostModel) -> None:
         self._costs = costs
         self._open: dict[str, _Open] = {}
+        self._begun_s: float | None = None  # the newest
 
-    @property
-    def is_full(self) -> bool:
-        """Whether enough requests are compared at this moment."""
-        return len(self._open) >= MAX_OPEN
+    def wants(self, now: float) -> bool:
+        """Whether one more shall be compared: of those that come together the first, while there is room."""
+        return now != self._begun_s and len(self._open) < MAX_OPEN
 
     def begin(self, placement: Placement, prediction: Prediction, now: float) -> None:
+        self._begun_s = now
         self._open[placement.request_id] = _Open(placement, prediction, now)
 
     def first_token(self, request_id: str, now: float) -> None:

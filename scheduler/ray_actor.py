@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -16,11 +19,12 @@ from scheduler.controller import ClusterController
 from scheduler.delivery import Delivery
 from scheduler.events import Command, Event, Tick
 from scheduler.placement import PlacementOptions
-from scheduler.types import ClusterSnapshot
+from scheduler.types import ClusterSnapshot, WorkerSnapshot
 
 ActorHandle = Any  # Ray's own type says nothing of the actor's methods
 ACTOR_NAME = "scheduler"
 TICK_INTERVAL_S = 0.5
+PAGE_WORKERS = 64  # of a snapshot, in one call
 STANDSTILL_S = 2.0  # calls come at least twice a second
 
 
@@ -35,6 +39,7 @@ class SchedulerActor:
         self._admission = AdmissionControl(controller, admission)
         self._delivery = Delivery(self._admission)
         self._ticked_at = 0.0
+        gc.freeze()  # a full collection with all that is imported would stand in the way for tens of milliseconds
 
     def handle(self, events: Sequence[Event], asker: str = "") -> list[list[Command]]:
         """The commands that follow from each event, in order, and to an asker one list more (``Delivery.handle``)."""
@@ -43,9 +48,14 @@ class SchedulerActor:
         self._tick(now)  # after the heartbeats among the events
         return commands
 
-    def snapshot(self) -> ClusterSnapshot:
+    def handle_packed(self, events: bytes, asker: str) -> bytes:
+        """``handle``, for callers of many events: Ray would look at each object before it pickles it."""
+        return pickle.dumps(self.handle(pickle.loads(events), asker))
+
+    def page(self, after: str) -> ClusterSnapshot:
+        """``PAGE_WORKERS`` of the workers, those after an id; fewer: the last. Nobody waits long behind a page."""
         self._tick(time.monotonic())
-        return self._admission.snapshot()
+        return self._admission.snapshot(after, PAGE_WORKERS)
 
     def _tick(self, now: float) -> None:
         """Time in which this process itself stood still says nothing of the workers: their heartbeats wait in line."""
@@ -69,23 +79,49 @@ class RayScheduler:
             UnavailableError: the actor is away; Ray is restarting it.
         """
         try:
-            commands: list[list[Command]] = await self._actor.handle.remote(tuple(events), asker)
+            packed: bytes = await self._actor.handle_packed.remote(pickle.dumps(tuple(events)), asker)
         except RayTaskError:
             raise  # the controller itself raised: a bug, and no reason to send the same again
         except RayError as error:
             raise UnavailableError("The scheduler is restarting.") from error
+        commands: list[list[Command]] = pickle.loads(packed)
         return commands
 
     async def snapshot(self) -> ClusterSnapshot:
-        """
+        """Page by page, with other calls between them.
+
         Raises:
             UnavailableError: as ``handle``.
         """
-        try:
-            snapshot: ClusterSnapshot = await self._actor.snapshot.remote()
-        except RayError as error:
-            raise UnavailableError("The scheduler is restarting.") from error
+        pages = Pages()
+        snapshot = None
+        while snapshot is None:
+            try:
+                snapshot = pages.add(await self._actor.page.remote(pages.after))
+            except RayError as error:
+                raise UnavailableError("The scheduler is restarting.") from error
         return snapshot
+
+
+class Pages:
+    """Puts a snapshot together from its pages. One that was begun before a restart of the scheduler is begun anew."""
+
+    def __init__(self) -> None:
+        self.after = ""  # what to ask for
+        self._workers: tuple[WorkerSnapshot, ...] = ()
+        self._epoch = 0
+
+    def add(self, page: ClusterSnapshot) -> ClusterSnapshot | None:
+        """The page that was asked for; returns the whole when it was the last."""
+        if self.after and page.epoch != self._epoch:
+            self.after, self._workers = "", ()
+            return None
+        self._epoch = page.epoch
+        self._workers += page.workers
+        if len(page.workers) < PAGE_WORKERS:
+            return replace(page, workers=self._workers)
+        self.after = page.workers[-1].info.worker_id
+        return None
 
 
 def find_scheduler() -> RayScheduler:
@@ -98,23 +134,26 @@ class PolledScheduler:
 
     def __init__(self, actor: ActorHandle) -> None:
         self._actor = actor
-        self._asked: ray.ObjectRef[ClusterSnapshot] | None = None
+        self._asked: ray.ObjectRef[ClusterSnapshot] | None = None  # the page
+        self._pages = Pages()
 
     def tell(self, *events: Event) -> None:
         """Sends events. They are lost when the scheduler is away: what matters is told again."""
         self._actor.handle.remote(events)
 
     def poll(self) -> ClusterSnapshot | None:
-        """A view of the cluster that is new since the last call; asks for the next one."""
+        """A view of the cluster that is new since the last call; asks for the next one, a page with each call."""
         if self._asked is None:
-            self._asked = self._actor.snapshot.remote()
+            self._asked = self._actor.page.remote(self._pages.after)
         if not ray.wait([self._asked], timeout=0)[0]:
             return None
         asked, self._asked = self._asked, None
         try:
-            snapshot: ClusterSnapshot = ray.get(asked)
+            snapshot = self._pages.add(ray.get(asked))
         except RayError:
             return None
+        if snapshot is not None:
+            self._pages = Pages()
         return snapshot
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from kvcache.spec import KVCacheSpec
+from scheduler.messages import message
 
 
 class Phase(StrEnum):
@@ -29,6 +30,7 @@ class WorkerRole(StrEnum):
         return self is WorkerRole.COLOCATED or self.value == phase.value
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class GemmRate:
     """How fast linear layers are when a step has so many rows (tokens): few rows are bound by reading weights."""
@@ -37,6 +39,7 @@ class GemmRate:
     gflop_s: float
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
     """What a device can do, at the dtype the worker computes in: measured, or read from a file.
@@ -56,6 +59,7 @@ class DeviceProfile:
     sources: tuple[tuple[str, str], ...] = ()  # (field, where it is from); what is not named was measured here
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """What a prediction needs of a model. A multiply-add is 2 FLOP; of a tensor-parallel worker all ranks together.
@@ -72,6 +76,7 @@ class ModelShape:
     kv_token_bytes: int  # of one token over all layers
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
     """What a worker says of itself when it registers; constant for the life of one process, its role apart."""
@@ -94,6 +99,7 @@ class WorkerInfo:
     version: str = ""  # of Twinpool, on the worker's machine
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class StepTimes:
     """Some like steps of one worker, added up: what the cost model learns from.
@@ -109,6 +115,7 @@ class StepTimes:
     seconds: float  # from planning a step to handing its tokens out, added up
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class TransferTimes:
     """Some handoffs from one prefill worker to one decode worker, added up."""
@@ -119,6 +126,7 @@ class TransferTimes:
     seconds: float  # of those bytes' way that were still to go when the prompt was computed, added up
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class PredictionErrors:
     """Median of |predicted - real| / real over the newest of each; None before the first.
@@ -136,6 +144,7 @@ class PredictionErrors:
 NO_ERRORS = PredictionErrors()
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """What is said of a request when it is placed, in seconds."""
@@ -144,6 +153,7 @@ class Prediction:
     tpot_s: float
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class TierLoad:
     """KV that a worker keeps outside its cache. Counters are of blocks."""
@@ -156,6 +166,7 @@ class TierLoad:
     damaged: int = 0  # refused and removed
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class WorkerLoad:
     """A worker's own count of its work, sent with every heartbeat. Counters grow for the life of the process."""
@@ -181,6 +192,7 @@ class WorkerLoad:
     offers_dropped: int = 0  # turns that were not sent back for want of budget or room, or because it broke
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class CacheDelta:
     """Names of cached blocks that a worker has or lost since its delta before; of each name its first 8 bytes.
@@ -193,6 +205,7 @@ class CacheDelta:
     removed: bytes = b""
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class PrefixHashes:
     """Names of a prompt's full blocks: of every block whose end is a multiple of ``tokens_per_hash``, in order.
@@ -213,6 +226,7 @@ class DutyState(StrEnum):
     DRAINED = "drained"  # nothing runs there, no KV waits to be taken
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class Duty:
     state: DutyState = DutyState.ACTIVE
@@ -222,6 +236,7 @@ class Duty:
 ACTIVE = Duty()
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class WorkerSnapshot:
     """One worker as the scheduler sees it."""
@@ -237,6 +252,7 @@ class WorkerSnapshot:
     duty: Duty = ACTIVE
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class PoolLoad:
     """How a role's active workers stand to the work that arrives."""
@@ -247,6 +263,7 @@ class PoolLoad:
     busyness: float  # work that arrives over what they can do; 1 is all
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class ClusterSnapshot:
     """All live workers: what `twinpool status` shows."""
@@ -259,12 +276,14 @@ class ClusterSnapshot:
     queued_batch: int = 0
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class WorkerAddress:
     worker_id: str
     address: str
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where one request runs. ``prefill`` is None when the decode worker prefills in place."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from kvcache.errors import RequestError
+from scheduler.messages import message
 
 MAX_PRIORITY = 1_000_000
 
@@ -21,6 +22,7 @@ class ServiceClass(StrEnum):
         return int(self is not ServiceClass.INTERACTIVE)
 
 
+@message
 @dataclass(frozen=True, slots=True)
 class Urgency:
     """The class goes first, then the priority; among equals the order of arrival decides."""

@@ -18,6 +18,7 @@ from scheduler.types import (
     WorkerSnapshot,
 )
 
+HEARTBEAT_INTERVAL_S = 0.5  # of a worker that was not told otherwise
 _PREFILL = WorkerRole.PREFILL  # members of an enumeration are slow to get
 
 
@@ -73,6 +74,7 @@ class WorkerState:
     step_s: float = 0.0  # of a decode step of its batch as it is
     least_prefill_s: float = 0.0  # of the shortest prompt, as of the heartbeat at predicted_at_s
     predicted_at_s: float = -1.0
+    heartbeat_s: float = HEARTBEAT_INTERVAL_S  # how often it was told to report
     num_foreign: int = 0  # sequences it reports that were not placed from here: of another gateway, or forgotten
 
     # Of ``info``, at hand for every placement:

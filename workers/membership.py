@@ -12,6 +12,7 @@ from kvcache.errors import ConfigError, UnavailableError
 from scheduler.events import (
     AskForCache,
     AskToRegister,
+    BeatEvery,
     Command,
     DrainWorker,
     Event,
@@ -21,11 +22,10 @@ from scheduler.events import (
     WorkerRegistered,
 )
 from scheduler.types import ACTIVE, DutyState, WorkerInfo
+from scheduler.worker_state import HEARTBEAT_INTERVAL_S
 
 if TYPE_CHECKING:
     from workers.worker import Worker
-
-HEARTBEAT_INTERVAL_S = 0.5
 
 
 class SchedulerPort(Protocol):
@@ -45,6 +45,7 @@ class Membership:
         self._on_empty = on_empty
         self._duty = ACTIVE
         self._is_leaving = False
+        self._interval_s = HEARTBEAT_INTERVAL_S  # between heartbeats
 
     async def register(self, info: WorkerInfo) -> None:
         """Returns when the scheduler has taken it.
@@ -67,7 +68,7 @@ class Membership:
     async def send_heartbeats(self) -> None:
         """Runs until cancelled, or until a worker that leaves is empty."""
         while True:
-            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+            await asyncio.sleep(self._interval_s)
             assert self.info is not None, "a worker registers before it reports"
             events: list[Event] = [self._worker.report(self.info.incarnation)]
             if self._is_leaving and self._duty.state is DutyState.ACTIVE:
@@ -94,6 +95,8 @@ class Membership:
             await self._registered(info)
         if isinstance(command, AskToRegister | AskForCache):
             self._worker.cache_news.begin_anew()
+        if isinstance(command, BeatEvery):
+            self._interval_s = command.interval_s
         if isinstance(command, TakeDuty):
             self._duty = command.duty
             self.info = replace(info, role=command.role)
@@ -103,6 +106,7 @@ class Membership:
             (commands,) = await self._scheduler.handle((WorkerRegistered(info, self._duty),))
         except UnavailableError:
             return False
+        self._interval_s = HEARTBEAT_INTERVAL_S  # as a scheduler that knows no more expects
         for command in commands:
             if isinstance(command, RefuseWorker):
                 if command.is_final:

@@ -19,7 +19,7 @@ import psutil
 from pydantic import TypeAdapter
 
 from scheduler.types import ClusterSnapshot, WorkerRole, WorkerSnapshot
-from workers.membership import HEARTBEAT_INTERVAL_S
+from scheduler.worker_state import HEARTBEAT_INTERVAL_S
 
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import selectors
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -139,7 +140,9 @@ def arrival(name: str, num_prompt_tokens: int = 5) -> RequestArrived:
     return RequestArrived(name, num_prompt_tokens, max_tokens=3)
 
 
-def test_what_comes_while_a_call_is_under_way_travels_in_the_next_call() -> None:
+def test_what_comes_while_a_call_is_under_way_travels_in_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_client, "CALLS_AT_ONCE", 1)
+
     async def scenario(client: SchedulerClient, scheduler: ScriptedScheduler) -> None:
         scheduler.gate.clear()
         first = asyncio.create_task(client.place(arrival("a")))
@@ -151,6 +154,21 @@ def test_what_comes_while_a_call_is_under_way_travels_in_the_next_call() -> None
         placements = await asyncio.gather(first, *others)
         assert [placement.request_id for placement in placements] == ["a", "b", "c", "d"]
         assert scheduler.batches == [[arrival("a")], [arrival("b"), arrival("c"), arrival("d"), PrefillDone("z")]]
+
+    run(scenario, ScriptedScheduler())
+
+
+def test_a_call_does_not_wait_for_the_one_before_it() -> None:
+    async def scenario(client: SchedulerClient, scheduler: ScriptedScheduler) -> None:
+        scheduler.gate.clear()
+        placing = []
+        for name in "abc":
+            placing.append(asyncio.create_task(client.place(arrival(name))))
+            await asyncio.sleep(0.01)
+        assert scheduler.batches == [[arrival("a")], [arrival("b")]]
+        scheduler.gate.set()
+        await asyncio.gather(*placing)
+        assert scheduler.batches[2:] == [[arrival("c")]]
 
     run(scenario, ScriptedScheduler())
 
@@ -218,6 +236,66 @@ def test_no_answer_is_an_error_and_no_wait_for_ever(monkeypatch: pytest.MonkeyPa
 
 
 # While the scheduler is away
+
+
+class SkippingSelector(selectors.SelectSelector):
+    """Nobody waits: the time goes on at once to when somebody would be woken."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self.now += timeout or 0.0
+        return super().select(0)
+
+
+class SkippingLoop(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self._skipping = SkippingSelector()
+        super().__init__(self._skipping)
+
+    def time(self) -> float:
+        return self._skipping.now
+
+
+def run_skipping(scenario: Scenario[RestartableScheduler], scheduler: RestartableScheduler) -> None:
+    async def main() -> None:
+        client = SchedulerClient(scheduler, LEAST_LOADED, asyncio.get_running_loop().time)
+        await client.start()
+        await scenario(client, scheduler)
+        await client.stop()
+
+    with asyncio.Runner(loop_factory=SkippingLoop) as runner:
+        runner.run(main())
+
+
+def test_a_scheduler_that_gives_no_answer_is_waited_for_half_a_second() -> None:
+    async def scenario(client: SchedulerClient, scheduler: RestartableScheduler) -> None:
+        now = asyncio.get_running_loop().time
+        scheduler.gate.clear()
+        started_s = now()
+        await client.place(arrival("a"))
+        assert now() - started_s == pytest.approx(0.5, abs=0.01)
+        started_s = now()
+        await client.place(arrival("b"))
+        assert now() == started_s
+
+    run_skipping(scenario, RestartableScheduler(make_worker("x")))
+
+
+def test_a_restarted_scheduler_that_lacks_a_worker_is_asked_again_after_ten_seconds() -> None:
+    async def scenario(client: SchedulerClient, scheduler: RestartableScheduler) -> None:
+        now = asyncio.get_running_loop().time
+        scheduler.workers = scheduler.workers[:1]
+        scheduler.restart()
+        scheduler.register()
+        started_s = now()
+        await asyncio.sleep(9.9)
+        assert client.is_scheduler_away
+        while client.is_scheduler_away:  # noqa: ASYNC110  as in until
+            await asyncio.sleep(0.01)
+        assert now() - started_s == pytest.approx(10.0, abs=0.1)
+
+    run_skipping(scenario, RestartableScheduler(make_worker("x"), make_worker("y")))
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from scheduler import controller
 from scheduler.controller import ClusterController
 from scheduler.events import (
     AskToRegister,
+    BeatEvery,
     Command,
     Event,
     PlaceRequest,
@@ -315,3 +317,31 @@ def test_the_snapshot_names_launched_workers_that_are_not_registered() -> None:
     cluster.handle(WorkerRegistered(make_worker("d-0", DECODE)))
     cluster.handle(WorkerLeft("p", 1))
     assert cluster.controller.snapshot().missing == ("p", "d-1")
+
+
+def paced_cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """Two heartbeats per second of four workers: one each in two seconds."""
+    monkeypatch.setattr(controller, "HEARTBEATS_PER_S", 2)
+    return Cluster(*(make_worker(name) for name in "abcd"))
+
+
+def test_many_workers_are_told_to_report_rarely_and_few_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = paced_cluster(monkeypatch)
+    assert cluster.handle(WorkerReported("a", 1, LOAD)) == [BeatEvery("a", 2.0)]
+    assert cluster.handle(WorkerReported("a", 1, LOAD)) == []
+    for name in "bcd":
+        cluster.handle(WorkerLeft(name, 1))
+    assert cluster.handle(WorkerReported("a", 1, LOAD)) == [BeatEvery("a", 0.5)]
+
+
+def test_a_worker_that_shall_report_rarely_is_taken_for_dead_after_three_heartbeats(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = paced_cluster(monkeypatch)
+    for name in "ab":
+        cluster.handle(WorkerReported(name, 1, LOAD))
+    cluster.now += TIMEOUT_S + 0.1  # for c and d, which were not told
+    cluster.handle(Tick())
+    assert cluster.worker_ids == ["a", "b"]
+    cluster.now += 3 * 2.0 - TIMEOUT_S
+    assert cluster.handle(Tick()) == [WorkerRemoved(name, "no heartbeat for 6 s") for name in "ab"]

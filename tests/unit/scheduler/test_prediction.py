@@ -150,3 +150,10 @@ def alone_s(controller: ClusterController) -> float:
 def errors_of(controller: ClusterController, worker_id: str) -> PredictionErrors:
     (found,) = [worker.errors for worker in controller.snapshot().workers if worker.info.worker_id == worker_id]
     return found
+
+
+def test_of_requests_that_come_together_one_is_compared(costs: CostModel) -> None:
+    log = PredictionLog(costs)
+    assert log.wants(1.0)
+    log.begin(IN_PLACE, Prediction(1.0, 1.0), 1.0)
+    assert [log.wants(1.0), log.wants(1.1)] == [False, True]

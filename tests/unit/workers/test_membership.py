@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 
 from kvcache.errors import ConfigError, UnavailableError
+from scheduler import controller
 from scheduler.controller import ClusterController
 from scheduler.events import (
     ChangeRole,
@@ -169,5 +170,18 @@ def test_a_process_that_comes_before_its_predecessor_is_forgotten_waits(monkeypa
         world.scheduler.controller.handle(WorkerLeft("b", 2), 0.0)
         await registering
         assert late.info is not None
+
+    run(scenario, monkeypatch)
+
+
+def test_a_worker_reports_as_often_as_it_is_told_until_it_registers_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller, "MAX_HEARTBEAT_INTERVAL_S", 0.01)
+    monkeypatch.setattr(controller, "HEARTBEAT_INTERVAL_S", 0.01)
+
+    async def scenario(world: World) -> None:
+        await until(lambda: world.membership._interval_s == 0.01, "to be told")
+        world.scheduler.controller = ClusterController()
+        monkeypatch.setattr(controller, "_PACE_SLACK", 1e9)  # this one has nothing to tell
+        await until(lambda: world.membership._interval_s == 0.0, "to forget what another scheduler said")
 
     run(scenario, monkeypatch)
