@@ -115,6 +115,8 @@ class AdmissionControl:
     def advance(self, now: float) -> list[Command]:
         """Lets time pass: what has to leave the queue, and what may."""
         commands: list[Command] = []
+        if not len(self._queue):
+            return commands
         for late in self._queue.pop_expired(now):
             event = self._forget(late)
             how_long = f"it has been {now - late.since_s:.1f} s"
