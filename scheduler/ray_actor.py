@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import pickle
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -48,10 +47,6 @@ class SchedulerActor:
         self._tick(now)  # after the heartbeats among the events
         return commands
 
-    def handle_packed(self, events: bytes, asker: str) -> bytes:
-        """``handle``, for callers of many events: Ray would look at each object before it pickles it."""
-        return pickle.dumps(self.handle(pickle.loads(events), asker))
-
     def page(self, after: str) -> ClusterSnapshot:
         """``PAGE_WORKERS`` of the workers, those after an id; fewer: the last. Nobody waits long behind a page."""
         self._tick(time.monotonic())
@@ -79,12 +74,11 @@ class RayScheduler:
             UnavailableError: the actor is away; Ray is restarting it.
         """
         try:
-            packed: bytes = await self._actor.handle_packed.remote(pickle.dumps(tuple(events)), asker)
+            commands: list[list[Command]] = await self._actor.handle.remote(tuple(events), asker)
         except RayTaskError:
             raise  # the controller itself raised: a bug, and no reason to send the same again
         except RayError as error:
             raise UnavailableError("The scheduler is restarting.") from error
-        commands: list[list[Command]] = pickle.loads(packed)
         return commands
 
     async def snapshot(self) -> ClusterSnapshot:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-
 import pytest
 
 from scheduler import ray_actor
@@ -74,9 +72,3 @@ def test_pages_of_a_scheduler_that_was_restarted_are_begun_anew(clock: Clock, mo
     after = SchedulerActor((), PlacementOptions(), AdmissionOptions())
     assert pages.add(after.page(pages.after)) is None
     assert pages.add(after.page(pages.after)) == after.page("")
-
-
-def test_packed_events_are_answered_as_events_are(clock: Clock) -> None:
-    actor = SchedulerActor((), PlacementOptions(), AdmissionOptions())
-    events = [WorkerReported("a", 1, WorkerLoad()), WorkerRegistered(make_worker("a"))]
-    assert pickle.loads(actor.handle_packed(pickle.dumps(events), "")) == [[AskToRegister("a")], []]

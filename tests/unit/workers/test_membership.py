@@ -183,5 +183,6 @@ def test_a_worker_reports_as_often_as_it_is_told_until_it_registers_anew(monkeyp
         world.scheduler.controller = ClusterController()
         monkeypatch.setattr(controller, "_PACE_SLACK", 1e9)  # this one has nothing to tell
         await until(lambda: world.membership._interval_s == 0.0, "to forget what another scheduler said")
+        assert world.scheduler.duty() == ACTIVE
 
     run(scenario, monkeypatch)
