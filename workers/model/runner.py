@@ -186,6 +186,8 @@ def choose_step_model(
     # Compared are short steps only: windows and the like are what ``find_misfit`` and ``layers`` are for.
     vocab_size = int(model.config.vocab_size)  # of all ranks
     expected = compared_logits(model)
+    if not expected.isfinite().all():
+        raise _not_finite(model)
     misfit = find_misfit(model, spec, reference.layers)
     was_packed = misfit is None
     if misfit is None:
@@ -236,6 +238,14 @@ def find_difference(
     difference = _largest(statistics.median(differences), rank)
     allowed = _allowed_difference(str(model.dtype).removeprefix("torch."), spec.dtype)
     return difference if difference > allowed else None
+
+
+def _not_finite(model: torch.nn.Module) -> ModelError:
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return ModelError(f"The model's weight {name} has values that are not finite: the checkpoint is damaged.")
+    dtype = next(model.parameters()).dtype
+    return ModelError(f"The model's logits are not finite in {str(dtype).removeprefix('torch.')}.")
 
 
 def not_its_own_results(model: Any, difference: float) -> ModelError:

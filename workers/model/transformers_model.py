@@ -96,9 +96,11 @@ def load_model(
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # looked at below: transformers' own error names none of them
                 output_loading_info=True,
             )
             model, loading = loaded
+            _check_shapes(path, loading["mismatched_keys"])
             _check_tensors(path, loading["missing_keys"], loading["unexpected_keys"])
         if rank is not None:
             _cut_to_share(model, TORCH_DTYPES[dtype], rank)
@@ -106,6 +108,16 @@ def load_model(
         return model.to(device).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"The model in {path} cannot be loaded: {error}") from error
+
+
+def _check_shapes(path: Path, mismatched: Collection[tuple[str, torch.Size, torch.Size]]) -> None:
+    """``mismatched``: name, shape in the checkpoint, shape by the configuration."""
+    if mismatched:
+        name, stored, expected = min(mismatched)
+        raise ModelError(
+            f"{path} has {len(mismatched)} tensors of another shape than its configuration says"
+            f" ({name}: {list(stored)} and not {list(expected)})."
+        )
 
 
 def _check_tensors(path: Path, missing: Collection[str], unexpected: Collection[str]) -> None:

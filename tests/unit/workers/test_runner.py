@@ -15,7 +15,7 @@ from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import ScheduledChunk, StepPlan
 from scheduler.request import SamplingParams
-from workers.model.runner import ModelRunner
+from workers.model.runner import ModelRunner, choose_step_model
 from workers.model.sampler import NotFiniteError
 from workers.model.transformers_model import TransformersModel, load_model
 
@@ -72,9 +72,13 @@ def test_what_a_poisoned_sequence_left_cannot_spoil_the_next_owner(runner: Model
     [
         (lambda state: state.pop("lm_head.weight"), r"lacks 1 of the model's weights \(lm_head.weight\)"),
         (lambda state: state.update(more=torch.zeros(1)), r"has 1 tensors too many \(more\)"),
+        (
+            lambda state: state.update({"model.norm.weight": torch.ones(31)}),
+            r"has 1 tensors of another shape .*\(model.norm.weight: \[31\] and not \[32\]\)",
+        ),
     ],
 )
-def test_a_checkpoint_with_missing_or_extra_tensors_is_refused(
+def test_a_checkpoint_whose_tensors_are_not_the_model_s_is_refused(
     tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
 ) -> None:
     """transformers would fill them with random numbers, or pass over them, and the server would answer nonsense."""
@@ -86,3 +90,12 @@ def test_a_checkpoint_with_missing_or_extra_tensors_is_refused(
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=message):
         load_model(tmp_path, "float32")
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64)).eval()
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    with pytest.raises(ModelError, match=r"weight model\.norm\.weight has values that are not finite"):
+        choose_step_model(model, KVCacheSpec(1, 2, 16, 16, "float32"), 64, 1)
