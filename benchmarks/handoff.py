@@ -52,6 +52,8 @@ PROMPTS = (256, 1024, 4096)
 LONG_TOKENS = 4096  # of the one handoff whose rate is told
 TOGETHER = 64
 SHORT_TOKENS = 256  # of each of those
+HELD = 16  # handoffs whose receiver stops reading
+FULL_TOKENS = 1024  # of each of those: its chunks are full
 TINY_TOKENS = 16  # one block: what a handoff costs beside its bytes
 
 
@@ -144,7 +146,7 @@ async def measure_transfers(
         await sender.send_one(port, SHORT_TOKENS)
     for _ in tqdm(range(runs), desc="handoffs", leave=False, disable=None):
         await measure_round(rates, peers, sender, ports)
-    memory = {name: await sender.measure_memory(port, TOGETHER, SHORT_TOKENS) for name, port in ports.items()}
+    memory = {name: await sender.measure_memory(port, HELD, FULL_TOKENS) for name, port in ports.items()}
     await channels.close()
     return rates, memory
 

@@ -18,10 +18,10 @@ LINKS_GBIT_S = (25, 100, 400)
 
 @dataclass(frozen=True, slots=True)
 class ChunkCost:
-    """Of one full chunk, measured here: a side's own work, in seconds."""
+    """A side's own work, measured here, in seconds."""
 
-    per_chunk_s: float
-    commit_s: float  # from the last chunk to the acknowledgement
+    per_chunk_s: float  # of a full one
+    message_s: float  # of a message of nearly nothing, as the commit is
 
 
 def visible_ratio(num_tokens: int, prefill_s: float, link_gbit_s: float, cost: ChunkCost) -> float:
@@ -40,7 +40,7 @@ def visible_ratio(num_tokens: int, prefill_s: float, link_gbit_s: float, cost: C
     done_s = 0.0
     for layer in range(LLAMA_70B.num_layers):
         done_s = max(done_s, (layer + 1) * computed_s) + layer_s
-    return (done_s + cost.commit_s) / prefill_s
+    return (done_s + cost.message_s) / prefill_s
 
 
 def model_70b(cost: ChunkCost) -> dict[str, dict[str, float]]:
