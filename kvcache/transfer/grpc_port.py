@@ -14,14 +14,21 @@ from kvcache.transfer import kv_transfer_pb2 as pb
 from kvcache.transfer.port import Outlet
 from kvcache.transfer.receiver import KVReceiver
 from kvcache.transfer.sender import OutgoingTransfer
-from kvcache.transfer.wire import FAULT_METADATA_KEY, MAX_MESSAGE_BYTES, Message, decode_message, encode_message
+from kvcache.transfer.wire import (
+    FAULT_METADATA_KEY,
+    MAX_CHUNK_BYTES,
+    MAX_MESSAGE_BYTES,
+    Message,
+    decode_message,
+    encode_message,
+)
 
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # What a stream may send ahead of its reader. Left to itself gRPC takes all of a handoff that nobody reads.
     ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", 1 << 19),
+    ("grpc.http2.lookahead_bytes", MAX_CHUNK_BYTES),
 )
 MESSAGES_HELD = 3  # of a transfer: one that is framed, and one on its way, of which gRPC makes a copy
 SERVICE = "twinpool.kv.KVTransfer"

@@ -61,6 +61,7 @@ class OutgoingTransfer:
         self._storage = storage
         self.lease = lease
         self.block_bytes = spec.layer_block_bytes  # of one block in one layer: no payload is shorter
+        self._max_chunk_bytes = max_chunk_bytes
         self._blocks_per_chunk = max(1, max_chunk_bytes // self.block_bytes)
         self.max_payload_bytes = min(self._blocks_per_chunk, len(lease.block_ids)) * self.block_bytes
         self._end_block = lease.first_block + len(lease.block_ids)
@@ -72,8 +73,10 @@ class OutgoingTransfer:
         self.is_finished = False  # the commit was taken
 
     def slot_bytes(self, num_slots: int) -> int:
-        """So long that ``num_slots`` of them are as long as two of the largest chunks, where a block allows it."""
-        return max(1, 2 * self.max_payload_bytes // num_slots // self.block_bytes) * self.block_bytes
+        """Whole blocks, one at least: ``num_slots`` of them are no longer than two chunks of ``max_chunk_bytes``, and
+        none is longer than what this transfer has in a layer."""
+        num_blocks = 2 * self._max_chunk_bytes // num_slots // self.block_bytes
+        return max(1, min(num_blocks, self._blocks_per_chunk, len(self.lease.block_ids))) * self.block_bytes
 
     def mark_ready(self, num_layers: int, num_blocks: int) -> None:
         """The prompt's first ``num_blocks`` blocks are complete in the first ``num_layers`` layers."""

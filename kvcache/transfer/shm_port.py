@@ -4,7 +4,7 @@
 
     sender                                                            receiver
       │ ── connects to the Unix socket named after its address ────────► │   each looks at the other's user id
-      │ ── ShmRing + file descriptor of four slots ────────────────────► │   maps them for reading
+      │ ── ShmRing + file descriptor of two slots  ────────────────────► │   maps them for reading
       │ ── TransferOpen ───────────────────────────────────────────────► │
       │    gathers blocks into slot 0                                    │
       │ ── ShmChunk: slot 0 ───────────────────────────────────────────► │   verifies, scatters into its blocks
@@ -23,20 +23,20 @@ import asyncio
 import os
 import socket
 import struct
-from collections import deque
+import time
 from collections.abc import Callable
 
 from google.protobuf.message import DecodeError
 
 from kvcache.errors import TransferError, TransferFault
 from kvcache.transfer import kv_transfer_pb2 as pb
+from kvcache.transfer.packets import MAX_PACKET_BYTES, POLL_S
 from kvcache.transfer.port import Outlet
 from kvcache.transfer.port_choice import HAS_SHM
 from kvcache.transfer.sender import OutgoingTransfer
 from kvcache.transfer.slot_ring import NUM_SLOTS, SlotRing
 from kvcache.transfer.wire import Chunk, Message, chunk_header
 
-MAX_PACKET_BYTES = 4096  # no message here is nearly as long
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 
 
@@ -53,6 +53,9 @@ def is_same_user(peer: socket.socket) -> bool:
 
 class ShmPort:
     """A ``KVPort`` to workers of this user on this host."""
+
+    def __init__(self) -> None:
+        self._open: set[Outlet] = set()
 
     async def open(self, transfer: OutgoingTransfer, on_end: Callable[[], None]) -> Outlet:
         """See ``KVPort``."""
@@ -80,7 +83,7 @@ class ShmPort:
         except OSError:  # no memory, no descriptors, or the other side has ended
             peer.close()
             return None
-        return _ShmOutlet(peer, ring, on_end)
+        return _ShmOutlet(peer, ring, on_end, self._open)
 
 
 def _connect(address: str) -> socket.socket | None:
@@ -99,32 +102,45 @@ def _connect(address: str) -> socket.socket | None:
 
 
 class _ShmOutlet:
-    def __init__(self, peer: socket.socket, ring: SlotRing, on_end: Callable[[], None]) -> None:
+    def __init__(self, peer: socket.socket, ring: SlotRing, on_end: Callable[[], None], is_open: set[Outlet]) -> None:
+        """``is_open``: this one is in it until it is closed, beside the others of the port."""
         self._peer = peer
         self._ring = ring
         self._on_end = on_end
-        self._free = deque(range(len(ring.slots)))
+        self._free = list(range(len(ring.slots)))  # the one that was free last is taken first: it is in the caches
         self._loop = asyncio.get_running_loop()
         self._outcome: asyncio.Future[int] = self._loop.create_future()
         self._has_news = asyncio.Event()
         self._loop.add_reader(peer, self._read)
+        self._is_open = is_open
+        is_open.add(self)
 
     @property
     def has_ended(self) -> bool:
         return self._outcome.done()
 
     async def slot(self) -> memoryview:
+        if len(self._is_open) > 1 or not self._free:
+            await asyncio.sleep(0)  # others' turn
+        self._poll()
         while not self._free and not self.has_ended:
             self._has_news.clear()
             await self._has_news.wait()
-        return self._ring.slots[self._free[0] if self._free else 0]
+        return self._ring.slots[self._free[-1] if self._free else 0]
+
+    def _poll(self) -> None:
+        """Looks for a free slot before ``slot`` sleeps, unless another transfer has something to do meanwhile."""
+        deadline_s = time.perf_counter() + (POLL_S if len(self._is_open) == 1 else 0.0)
+        while not self._free and not self.has_ended and time.perf_counter() < deadline_s:
+            os.sched_yield()  # to the receiver, where there is no core for it
+            self._read()
 
     async def put(self, message: Message) -> None:
         """A chunk's payload lies in the slot that ``slot`` gave last."""
         if self.has_ended:
             return
         if isinstance(message, Chunk):
-            slot = self._free.popleft()
+            slot = self._free.pop()
             told = pb.ShmChunk(chunk=chunk_header(message), slot=slot, payload_bytes=len(message.payload))
             packet = pb.ShmMessage(chunk=told)
         elif isinstance(message, pb.TransferOpen):
@@ -144,6 +160,7 @@ class _ShmOutlet:
             self._outcome.cancel()
         elif not self._outcome.cancelled():
             self._outcome.exception()  # somebody has looked
+        self._is_open.discard(self)
         self._loop.remove_reader(self._peer)
         self._peer.close()
         self._ring.close()

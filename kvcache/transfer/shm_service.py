@@ -14,8 +14,9 @@ from google.protobuf.message import DecodeError
 
 from kvcache.errors import TransferError, TransferFault
 from kvcache.transfer import kv_transfer_pb2 as pb
+from kvcache.transfer.packets import MAX_PACKET_BYTES, POLL_S, PacketReader
 from kvcache.transfer.receiver import KVReceiver
-from kvcache.transfer.shm_port import MAX_PACKET_BYTES, is_same_user, socket_name
+from kvcache.transfer.shm_port import is_same_user, socket_name
 from kvcache.transfer.slot_ring import SlotRing
 from kvcache.transfer.wire import Chunk, Message, chunk_from_header
 
@@ -74,7 +75,7 @@ class ShmService:
                 logger.warning("Another user's process tried to hand over KV through shared memory.")
                 return
             try:
-                async with aclosing(_messages(sender)) as messages:
+                async with aclosing(self._messages(sender)) as messages:
                     reply = pb.ShmReply(receipt=await self._receiver.receive(messages))
             except TransferError as error:
                 reply = pb.ShmReply(refusal=pb.TransferRefusal(fault=error.fault.value, message=error.message))
@@ -84,29 +85,40 @@ class ShmService:
             with suppress(OSError):  # the sender has ended
                 sender.send(reply.SerializeToString())
 
+    async def _messages(self, sender: socket.socket) -> AsyncGenerator[Message, None]:
+        """Every slot is told to be free again when the next message is asked for."""
+        reader = PacketReader(sender)
+        ring: SlotRing | None = None
+        try:
+            ring = await _receive_ring(sender, reader)
+            while packet := await reader.receive(self._poll_s):
+                message = _parse(packet)
+                match message.WhichOneof("message"):
+                    case "open":
+                        yield message.open
+                    case "commit":
+                        yield message.commit
+                    case "chunk":
+                        yield _chunk_in(ring, message.chunk)
+                        _tell_taken(sender, message.chunk.slot)
+                        await asyncio.sleep(0)  # others' turn
+                    case _:
+                        raise TransferError(TransferFault.MALFORMED, "a second ring, or a message without content")
+            raise TransferError(TransferFault.PEER_LOST, "the sender ended before its commit")
+        finally:
+            reader.close()
+            if ring is not None:
+                ring.close()
 
-async def _messages(sender: socket.socket) -> AsyncGenerator[Message, None]:
-    """Every slot is told to be free again when the next message is asked for."""
-    loop = asyncio.get_running_loop()
-    ring = await _receive_ring(sender)
-    try:
-        while packet := await _receive(sender):
-            message = _parse(packet)
-            match message.WhichOneof("message"):
-                case "open":
-                    yield message.open
-                case "commit":
-                    yield message.commit
-                case "chunk":
-                    yield _chunk_in(ring, message.chunk)
-                    taken = pb.ShmReply(taken=pb.ShmTaken(slot=message.chunk.slot))
-                    with suppress(OSError):  # the next read tells
-                        await loop.sock_sendall(sender, taken.SerializeToString())
-                case _:
-                    raise TransferError(TransferFault.MALFORMED, "a second ring, or a message without content")
-        raise TransferError(TransferFault.PEER_LOST, "the sender ended before its commit")
-    finally:
-        ring.close()
+    @property
+    def _poll_s(self) -> float:
+        """None of it while another handoff has something to do. One task accepts."""
+        return POLL_S if len(self._tasks) == 2 else 0.0
+
+
+def _tell_taken(sender: socket.socket, slot: int) -> None:
+    with suppress(OSError):  # it has ended, as the next read tells; or reads nothing, and will not get its slot back
+        sender.send(pb.ShmReply(taken=pb.ShmTaken(slot=slot)).SerializeToString())
 
 
 def _chunk_in(ring: SlotRing, told: pb.ShmChunk) -> Chunk:
@@ -117,18 +129,10 @@ def _chunk_in(ring: SlotRing, told: pb.ShmChunk) -> Chunk:
     return chunk_from_header(told.chunk, ring.slots[told.slot][: told.payload_bytes])
 
 
-async def _receive(sender: socket.socket) -> bytes:
-    """One packet; empty: the end."""
-    try:
-        return await asyncio.get_running_loop().sock_recv(sender, MAX_PACKET_BYTES)
-    except OSError:
-        return b""
-
-
-async def _receive_ring(sender: socket.socket) -> SlotRing:
+async def _receive_ring(sender: socket.socket, reader: PacketReader) -> SlotRing:
     try:
         async with asyncio.timeout(RING_TIMEOUT_S):
-            await _readable(sender)
+            await reader.wait()
         packet, descriptors, _, _ = socket.recv_fds(sender, MAX_PACKET_BYTES, 1)
     except (TimeoutError, OSError):
         raise TransferError(TransferFault.PEER_LOST, "the sender said nothing") from None
@@ -140,16 +144,6 @@ async def _receive_ring(sender: socket.socket) -> SlotRing:
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-
-
-async def _readable(sender: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(sender, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(sender)
 
 
 def _parse(packet: bytes) -> pb.ShmMessage:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from kvcache.errors import TransferError, TransferFault
 from kvcache.transfer.wire import MAX_BLOCK_BYTES
 
-NUM_SLOTS = 4  # some are filled while others are taken; with two, both sides wait for each other too often (measured)
+NUM_SLOTS = 2  # one is filled while the other is taken
 MAX_SLOTS = 16
 
 

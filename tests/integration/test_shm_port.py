@@ -306,7 +306,7 @@ def test_a_receiver_that_ends_without_a_word_is_a_lost_peer() -> None:
         ring, descriptor = SlotRing.create(SLOT_BYTES)
         os.close(descriptor)
         ended = asyncio.Event()
-        outlet = shm_port._ShmOutlet(ours, ring, ended.set)
+        outlet = shm_port._ShmOutlet(ours, ring, ended.set, set())
         opening = decode_message(kv_pb.TransferMessage(open={"transfer_id": "t"}).SerializeToString())
         await outlet.put(opening)
         theirs.close()  # with the opening unread

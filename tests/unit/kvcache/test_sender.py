@@ -144,6 +144,22 @@ def test_a_full_chunk_fits_into_a_message() -> None:
     assert len(encode_message(first)) < MAX_MESSAGE_BYTES
 
 
+@pytest.mark.parametrize("num_slots", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_blocks", [1, 4, 20])
+def test_the_slots_of_a_transfer_are_no_longer_than_two_chunks(num_blocks: int, num_slots: int) -> None:
+    max_chunk_bytes = 10 * SPEC.layer_block_bytes
+    transfer = make_transfer(2, num_blocks, max_chunk_bytes)
+    slot_bytes = transfer.slot_bytes(num_slots)
+    assert slot_bytes % transfer.block_bytes == 0
+    assert transfer.block_bytes <= slot_bytes <= transfer.max_payload_bytes
+    assert num_slots * slot_bytes <= 2 * max_chunk_bytes
+
+
+def test_a_short_prompt_leaves_a_layer_at_once() -> None:
+    transfer = make_transfer(2, 4)
+    assert transfer.slot_bytes(3) == 4 * transfer.block_bytes
+
+
 def test_a_sender_whose_lease_has_ended_sends_no_more(handoff: Handoff) -> None:
     """Its blocks may belong to another sequence by now."""
     messages = iter(handoff.iter_messages())

@@ -44,14 +44,14 @@ def test_what_is_put_into_a_slot_is_read_from_the_same_slot_of_the_other_side() 
 
 
 def test_the_receiver_cannot_write() -> None:
-    _, descriptor = SlotRing.create(SLOT_BYTES)
+    _, descriptor = SlotRing.create(SLOT_BYTES, 4)
     theirs = SlotRing.open(descriptor, SLOT_BYTES, 4)
     os.close(descriptor)
     assert theirs.slots[0].readonly
 
 
 def test_the_sender_cannot_change_the_size_any_more() -> None:
-    _, descriptor = SlotRing.create(SLOT_BYTES)
+    _, descriptor = SlotRing.create(SLOT_BYTES, 4)
     for size in (0, 1 << 20):
         with pytest.raises(OSError, match="not permitted"):
             os.ftruncate(descriptor, size)
@@ -85,5 +85,5 @@ def test_another_size_than_was_said_is_refused(slot_bytes: int, num_slots: int) 
     ("slot_bytes", "num_slots"), [(0, 4), (SLOT_BYTES, 0), (MAX_BLOCK_BYTES + 1, 1), (1, MAX_SLOTS + 1)]
 )
 def test_a_ring_of_impossible_size_is_refused(slot_bytes: int, num_slots: int) -> None:
-    _, descriptor = SlotRing.create(SLOT_BYTES)
+    _, descriptor = SlotRing.create(SLOT_BYTES, 4)
     check_refused(descriptor, TransferFault.OUT_OF_BOUNDS, slot_bytes, num_slots)
