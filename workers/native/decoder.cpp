@@ -1,7 +1,7 @@
 // One step of a decoder-only transformer on a CPU, in one call: embedding, every layer, final norm, logits.
 //
 // Built several times from this file, once per instruction set (see setup.py); workers/native/library.py chooses at
-// run time. Vectors are GCC vector extensions, so the same source gives AVX2, AVX-512 or NEON code.
+// run time. Vectors are GCC vector extensions, so the same source gives AVX2 and AVX-512 code.
 //
 //     interface.h   what callers hand over           vectors.h      vectors, bfloat16, exp
 //     decoder.h     weights and buffers              step.h         the course of a step

@@ -1,5 +1,4 @@
 // Linear layers: y = x W^T + b, shared out by panels among the threads of a team.
-//
 #pragma once
 
 #include "products.h"
