@@ -15,8 +15,9 @@ from workers.model.checkpoint import DEFAULT_MODEL, prepare_checkpoint
 
 
 @pytest.fixture(scope="package", autouse=True)
-def own_temporary_folder() -> Iterator[None]:
+def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """For what servers leave behind: another one on this machine has folders of the same names in the common one."""
+    tmp_path_factory.getbasetemp()  # chosen now: it outlives this folder
     folder = tempfile.mkdtemp(prefix="t")  # short: Ray puts sockets in it
     before, os.environ["TMPDIR"] = os.environ.get("TMPDIR"), folder
     tempfile.tempdir = None  # asked for again
