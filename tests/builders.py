@@ -12,9 +12,10 @@ from kvcache.manager import KVCacheManager
 from kvcache.rows import encode_rows
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
-from scheduler.batching import ScheduledChunk
+from scheduler.batching import BatchLimits, ScheduledChunk
 from scheduler.request import SamplingParams
 from scheduler.types import DeviceProfile, ModelShape, WorkerInfo, WorkerRole
+from workers.worker_options import WorkerOptions
 
 BLOCK_SIZE = 4
 
@@ -109,3 +110,20 @@ def repeatable(max_examples: int, step_count: int = 50) -> settings:
 def check_interleavings(machine: type[RuleBasedStateMachine], max_examples: int) -> None:
     """Runs the machine's rules in many random orders; its invariants and its teardown assert."""
     run_state_machine_as_test(machine, settings=repeatable(max_examples))
+
+
+def make_options() -> WorkerOptions:
+    """Of a decode worker that nobody starts."""
+    return WorkerOptions(
+        worker_id="decode-0",
+        role=WorkerRole.DECODE,
+        model_path="/nowhere",
+        model_name="tiny",
+        spec=KVCacheSpec(1, 1, 16, 16, "float32"),
+        shape=make_shape(),
+        num_blocks=4,
+        max_model_len=64,
+        vocab_size=100,
+        dtype="float32",
+        limits=BatchLimits(1, 16),
+    )

@@ -10,9 +10,7 @@ import pytest
 from engine.autoscaling import Autoscaling
 from engine.fleet import Fleet
 from kvcache.errors import ModelError, RequestError, TwinpoolError, UnavailableError
-from kvcache.spec import KVCacheSpec
 from scheduler.autoscaler import PoolLimits
-from scheduler.batching import BatchLimits
 from scheduler.events import DrainWorker, WorkerLeft, WorkersExpected
 from scheduler.types import (
     ClusterSnapshot,
@@ -24,24 +22,12 @@ from scheduler.types import (
     WorkerRole,
     WorkerSnapshot,
 )
-from tests.builders import make_shape, make_worker
+from tests.builders import make_options, make_worker
 from tests.fakes import ManualClock
 from workers.load_progress import LoadProgress
 from workers.worker_options import WorkerOptions
 
-OPTIONS = WorkerOptions(
-    worker_id="decode-0",
-    role=WorkerRole.DECODE,
-    model_path="/nowhere",
-    model_name="tiny",
-    spec=KVCacheSpec(1, 1, 16, 16, "float32"),
-    shape=make_shape(),
-    num_blocks=4,
-    max_model_len=64,
-    vocab_size=100,
-    dtype="float32",
-    limits=BatchLimits(1, 16),
-)
+OPTIONS = make_options()
 
 
 class FakeProcess:

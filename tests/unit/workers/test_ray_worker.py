@@ -9,27 +9,12 @@ from typing import Any
 import pytest
 
 from kvcache.errors import ModelError
-from kvcache.spec import KVCacheSpec
-from scheduler.batching import BatchLimits
-from scheduler.types import WorkerRole
-from tests.builders import make_shape
+from tests.builders import make_options
 from workers import ray_worker
 from workers.ray_worker import WorkerActor
 from workers.worker_options import WorkerOptions
 
-OPTIONS = WorkerOptions(
-    worker_id="decode-0",
-    role=WorkerRole.DECODE,
-    model_path="/nowhere",
-    model_name="tiny",
-    spec=KVCacheSpec(1, 1, 16, 16, "float32"),
-    shape=make_shape(),
-    num_blocks=4,
-    max_model_len=64,
-    vocab_size=100,
-    dtype="float32",
-    limits=BatchLimits(1, 16),
-)
+OPTIONS = make_options()
 
 
 @pytest.fixture
