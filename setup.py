@@ -76,6 +76,7 @@ NATIVE_HEADERS = (
     "prompt_attention",
     "attention",
     "all_reduce",
+    "likeliest",
     "decoder",
     "step",
 )

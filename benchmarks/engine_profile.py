@@ -41,11 +41,11 @@ async def split_model(engine: Engine, num_tokens: int, cases: Sequence[DecodeCas
     seconds: list[dict[str, float]] = []
     with ExitStack() as stack:
         if isinstance(engine.step_model, FusedDecoder):
-            record = partial(_recorded_natively, engine.step_model, seconds)
+            record, call = partial(_recorded_natively, engine.step_model, seconds), "run"
         else:
-            record = partial(_recorded, seconds)
+            record, call = partial(_recorded, seconds), "logits"
             _name_parts(engine, stack)
-        stack.enter_context(wrapped(engine.step_model, "logits", record))
+        stack.enter_context(wrapped(engine.step_model, call, record))
         decode = {}
         for case in cases:
             seconds.clear()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, fields
 from statistics import median
@@ -25,11 +25,12 @@ from kvcache.manager import KVCacheManager
 from kvcache.rows import encode_rows
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
-from scheduler.batching import Batcher, BatchLimits, SampledToken, StepOutput, StepPlan
+from scheduler.batching import Batcher, BatchLimits, StepOutput, StepPlan
 from scheduler.request import Request, SamplingParams
 from workers.model.checkpoint import CheckpointInfo
 from workers.model.fused_decoder import FusedDecoder
-from workers.model.runner import ModelRunner, StepModel, choose_step_model
+from workers.model.runner import ModelRunner, choose_step_model
+from workers.model.step_model import StepInputs, StepLogits, StepModel
 from workers.model.transformers_model import TransformersModel, load_model
 from workers.native.library import load_library
 from workers.step_loop import StepLoop, TokenStream
@@ -66,14 +67,12 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds of one step by piece. Together they are the step, from one call of ``Batcher.plan`` to the next."""
+    """Seconds of one step by piece, from the end of the step before. Together they are the step."""
 
-    plan: float
+    scheduling: float  # until the step's thread begins with it: booking, planning, whatever was not done beside a step
     build_inputs: float  # and whatever else the step model does around the model's own call
     model: float
     sampling: float
-    apply: float
-    event_loop: float  # the hop to the step's thread and back, handing out tokens
 
     @property
     def total(self) -> float:
@@ -99,23 +98,27 @@ def median_step(steps: Sequence[StepTimes]) -> StepTimes:
 
 
 class StepClock:
-    """Adds up the pieces of the step under way. The loop's thread and the step's thread use it in turns."""
+    """Adds up the pieces of the step under way, in the step's thread."""
 
     def __init__(self) -> None:
         self.steps: list[StepTimes] = []
         self._spent: dict[str, float] = {}
-        self._began_s = 0.0
+        self._ended_s = 0.0  # the step before
 
-    def begin(self) -> None:
-        """A step ends where the next begins; planning that found nothing to do is no step."""
-        now_s = time.perf_counter()
-        if "apply" in self._spent:
-            self.steps.append(split_step(self._spent, now_s - self._began_s))
+    def start(self) -> None:
+        """Nothing runs; from now on time belongs to the step that comes."""
+        self.steps.clear()
         self._spent.clear()
-        self._began_s = now_s
+        self._ended_s = time.perf_counter()
+
+    def end_step(self) -> None:
+        now_s = time.perf_counter()
+        self.steps.append(split_step(self._spent, now_s - self._ended_s))
+        self._spent.clear()
+        self._ended_s = now_s
 
     @contextmanager
-    def piece(self, name: Literal["plan", "execute", "logits", "model", "apply"]) -> Iterator[None]:
+    def piece(self, name: Literal["execute", "logits", "model"]) -> Iterator[None]:
         started_s = time.perf_counter()
         try:
             yield
@@ -126,35 +129,16 @@ class StepClock:
 def split_step(spent: Mapping[str, float], total: float) -> StepTimes:
     """From calls that hold each other to pieces that do not::
 
-    total    ├ plan ┤        ├────────── execute ──────────┤        ├ apply ┤
-                              ├────── logits ──────┤sampling
-                                    ├── model ──┤
+    total      ├ scheduling ┼────────── execute ─────────┤
+                            ├────── logits ─────┤sampling
+                                  ├── model ──┤
     """
     return StepTimes(
-        plan=spent["plan"],
+        scheduling=total - spent["execute"],
         build_inputs=spent["logits"] - spent["model"],
         model=spent["model"],
         sampling=spent["execute"] - spent["logits"],
-        apply=spent["apply"],
-        event_loop=total - spent["plan"] - spent["execute"] - spent["apply"],
     )
-
-
-class TimedBatcher(Batcher):
-    """The batcher that serves; its clock also learns where steps begin."""
-
-    def __init__(self, manager: KVCacheManager, limits: BatchLimits, clock: StepClock) -> None:
-        super().__init__(manager, limits)
-        self._clock = clock
-
-    def plan(self) -> StepPlan | None:
-        self._clock.begin()
-        with self._clock.piece("plan"):
-            return super().plan()
-
-    def apply(self, plan: StepPlan, output: StepOutput, failed: Container[str] = ()) -> list[SampledToken]:
-        with self._clock.piece("apply"):
-            return super().apply(plan, output, failed)
 
 
 class TimedRunner(ModelRunner):
@@ -164,9 +148,17 @@ class TimedRunner(ModelRunner):
         super().__init__(model, storage)
         self._clock = clock
 
-    def execute(self, plan: StepPlan, progress: StepProgress | None = None) -> StepOutput:
+    def execute(
+        self, plan: StepPlan, progress: StepProgress | None = None, inputs: StepInputs | None = None
+    ) -> StepOutput:
         with self._clock.piece("execute"):
-            return super().execute(plan, progress)
+            output = super().execute(plan, progress, inputs)
+        self._clock.end_step()
+        return output
+
+    def compute(self, plan: StepPlan, progress: StepProgress | None, inputs: StepInputs | None) -> StepLogits:
+        with self._clock.piece("logits"):
+            return super().compute(plan, progress, inputs)
 
 
 @contextmanager
@@ -203,8 +195,7 @@ class Engine:
         self.manager = KVCacheManager(settings.spec, num_blocks, prefix_caching=False)
         self.storage = allocate_storage(settings.spec, num_blocks)
         limits = BatchLimits(max_num_seqs=max_seqs, max_num_batched_tokens=MAX_BATCHED_TOKENS)
-        batcher = TimedBatcher(self.manager, limits, self.clock)
-        self.step_loop = StepLoop(batcher, TimedRunner(step_model, self.storage, self.clock))
+        self.step_loop = StepLoop(Batcher(self.manager, limits), TimedRunner(step_model, self.storage, self.clock))
         self.step_loop.on_reserved = self._attach
         self.stepping: asyncio.Task[None] | None = None
 
@@ -239,7 +230,7 @@ class Engine:
     async def _run(self, requests: Sequence[Request]) -> list[StepTimes]:
         """Computes sequences that start together; every block is free before and after."""
         assert self.stepping is not None, "the engine was not opened by open_engine"
-        self.clock.steps.clear()
+        self.clock.start()
         streams = [self.step_loop.submit(request) for request in requests]
         reading = asyncio.gather(*(_read(stream) for stream in streams))
         try:
@@ -288,10 +279,7 @@ async def open_engine(settings: EngineSettings, num_blocks: int, max_seqs: int) 
     engine = Engine(settings, step_model, None if is_fused else module, num_blocks, max_seqs)
     del module  # the fused decoder has copies of the weights; a worker drops the model too
     owner, name = (load_library(), "twinpool_step") if is_fused else (engine.module, "forward")
-    with (
-        wrapped(step_model, "logits", lambda: engine.clock.piece("logits")),
-        wrapped(owner, name, lambda: engine.clock.piece("model")),
-    ):
+    with wrapped(owner, name, lambda: engine.clock.piece("model")):
         engine.stepping = asyncio.create_task(engine.step_loop.run())
         try:
             yield engine

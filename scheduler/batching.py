@@ -23,6 +23,7 @@ from scheduler.request import FinishReason, Request, RequestStatus, SamplingPara
 from scheduler.urgency import ServiceClass
 
 MAX_PROMPT_LOGITS = 128  # rows of one step: a row is as long as the vocabulary
+UNKNOWN_TOKEN = -1  # in a step that is planned ahead: the one before it will sample it
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,17 +235,47 @@ class Batcher:
         for service_class in ServiceClass:
             budget -= self._plan_prompts(chunks, budget, service_class)
             budget -= self._plan_waiting(chunks, budget, service_class)
-        self._in_step = frozenset(chunk.request_id for chunk in chunks)
+        plan = StepPlan(tuple(chunks)) if chunks else None
+        self._in_step = _ids(plan)
+        return plan
+
+    def plan_ahead(self, plan: StepPlan) -> StepPlan | None:
+        """The step after ``plan``, which runs, for the case that nobody joins, leaves or meets a stop token meanwhile.
+
+        Its tokens are ``UNKNOWN_TOKEN``. None where more than the tokens will change, or their room is missing. It may
+        be forgotten: sequences have the blocks for their next tokens then already.
+        """
+        if len(plan.chunks) != len(self._running) or not all(map(self._is_plain_decode, plan.chunks)):
+            return None
+        going_on = [chunk for chunk in plan.chunks if self._goes_on(chunk)]
+        if self._waiting and len(going_on) < len(plan.chunks):
+            return None  # somebody may join in the place of one that ends
+        chunks = []
+        for chunk in going_on:
+            end = chunk.end + 1
+            if not self.manager.extend(chunk.request_id, end):
+                return None
+            last_block = self.manager.spec.num_blocks_for(end) - 1
+            self.manager.check_writable(chunk.request_id, last_block, last_block + 1)
+            table = tuple(self.manager.block_table(chunk.request_id))
+            chunks.append(ScheduledChunk(chunk.request_id, (UNKNOWN_TOKEN,), chunk.end, 0, table, chunk.sampling))
         return StepPlan(tuple(chunks)) if chunks else None
 
-    def apply(self, plan: StepPlan, output: StepOutput, failed: Container[str] = ()) -> list[SampledToken]:
+    def apply(
+        self,
+        plan: StepPlan,
+        output: StepOutput,
+        failed: Container[str] = (),
+        following: StepPlan | None = None,
+    ) -> list[SampledToken]:
         """Books a finished step.
 
         Args:
             output: holds a token for every chunk with ``sampling`` that did not fail.
             failed: ids of sequences that could not be computed; they end and give their blocks back.
+            following: the step that was planned ahead, if it runs by now: its sequences keep their blocks.
         """
-        self._in_step = frozenset()
+        self._in_step = _ids(following)
         outputs = []
         for chunk in plan.chunks:
             request = self._requests[chunk.request_id]
@@ -253,14 +284,14 @@ class Batcher:
                 self._finish(request, FinishReason.ABORT)
                 continue
             self._computed(request, chunk.end)
-            if chunk.request_id in self._aborted_in_step:
+            if chunk.request_id in self._aborted_in_step - self._in_step:
                 self._finish(request, FinishReason.ABORT)
                 continue
             request.prompt_logprobs += output.prompt_logprobs.get(chunk.request_id, ())
             if chunk.sampling is not None:
                 token_id, logprobs = output.tokens[chunk.request_id], output.logprobs.get(chunk.request_id)
                 outputs.append(self._append(request, token_id, logprobs))
-        self._aborted_in_step.clear()
+        self._aborted_in_step &= self._in_step
         return outputs
 
     def lease_for_handoff(self, request_id: str, transfer_id: str, now: float, first_block: int = 0) -> BlockLease:
@@ -283,6 +314,22 @@ class Batcher:
             self._aborted_in_step.add(request_id)
         else:
             self._finish(request, FinishReason.ABORT)
+
+    def _is_plain_decode(self, chunk: ScheduledChunk) -> bool:
+        """Whether the next step can be planned before this one has sampled."""
+        request = self._requests[chunk.request_id]
+        return (
+            request.num_uncomputed_tokens == 1
+            and not request.prefill_only
+            and chunk.history is None  # it grows when the step is booked: too late for the next
+            and not chunk.prompt_targets
+            and chunk.request_id not in self._aborted_in_step
+        )
+
+    def _goes_on(self, chunk: ScheduledChunk) -> bool:
+        """Whether the token that the running step samples is not the last for its length."""
+        request = self._requests[chunk.request_id]
+        return request.num_output_tokens + 1 < request.sampling.max_tokens
 
     def _admit_over_batch(self) -> None:
         """Interactive sequences for one step's budget that can join only in the place of batch ones."""
@@ -487,3 +534,7 @@ class Batcher:
         request.move_to(RequestStatus.FINISHED)
         del self._requests[request.request_id], self._hashes[request.request_id]
         self.manager.free(request.request_id)
+
+
+def _ids(plan: StepPlan | None) -> frozenset[str]:
+    return frozenset(chunk.request_id for chunk in plan.chunks) if plan is not None else frozenset()

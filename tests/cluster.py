@@ -44,6 +44,7 @@ from workers.channels import ChannelPool
 from workers.model.architecture import check_architecture, load_config, read_sizes
 from workers.model.runner import ModelRunner, load_step_model
 from workers.model.sampler import sample
+from workers.model.step_model import StepInputs
 from workers.parallel.leader import GroupModel, LeaderGroup
 from workers.step_progress import StepProgress
 from workers.tls import TlsFolder
@@ -140,11 +141,15 @@ class HookedRunner(ModelRunner):
     """The real runner; a test may watch, hold or fail its steps. The hook runs in the step's thread."""
 
     before_step: Callable[[StepPlan], None] | None = None
+    num_steps_ahead = 0  # that began before the one before them was booked
 
-    def execute(self, plan: StepPlan, progress: StepProgress | None = None) -> StepOutput:
+    def execute(
+        self, plan: StepPlan, progress: StepProgress | None = None, inputs: StepInputs | None = None
+    ) -> StepOutput:
+        self.num_steps_ahead += inputs is not None
         if self.before_step is not None:
             self.before_step(plan)
-        return super().execute(plan, progress)
+        return super().execute(plan, progress, inputs)
 
 
 class StepGate:

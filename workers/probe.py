@@ -15,7 +15,7 @@ from kvcache.spec import KVCacheSpec
 from kvcache.storage import TORCH_DTYPES
 from scheduler.types import DeviceProfile, GemmRate
 from workers.model.fused_decoder import FusedDecoder
-from workers.model.runner import StepModel
+from workers.model.step_model import StepModel
 from workers.probe_steps import measure_steps
 from workers.worker_options import WorkerOptions
 

@@ -1,4 +1,9 @@
-"""The worker's engine: plan a step, run it, hand out the tokens; again as long as there is work."""
+"""The worker's engine: plan a step, run it, hand out the tokens; again as long as there is work.
+
+While a step of decoding sequences runs, the next one is planned and its inputs are made (``workers.lookahead``). If
+nothing changed meanwhile, the step's thread goes on with it as soon as it has sampled, and the event loop books and
+hands out tokens beside it: what is left between two steps is to choose tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +13,15 @@ import time
 from collections import ChainMap
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from kvcache.errors import RequestError, TwinpoolError
 from scheduler.batching import Batcher, SampledToken, StepOutput, StepPlan
 from scheduler.request import Request
+from workers.lookahead import Lookahead, PreparedStep, with_tokens
 from workers.model.runner import ModelRunner
+from workers.model.step_model import StepInputs
 from workers.rates import Rate
 from workers.step_progress import StepProgress
 from workers.step_times import StepLedger
@@ -31,6 +38,7 @@ class StepFailedError(TwinpoolError):
 class StepResult:
     output: StepOutput
     failures: dict[str, TwinpoolError]  # request id → what its client is told
+    following: StepPlan | None = None  # which the step's thread runs already
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +103,8 @@ class StepLoop:
         self._work = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-step")
         self._progress = StepProgress(self._tell_layers)
+        self._lookahead = Lookahead()
+        self._has_changed = False  # since the last plan
 
     async def prepare(self, request: Request) -> None:
         """Call before ``submit``, for a sequence whose prompt is computed here."""
@@ -116,8 +126,12 @@ class StepLoop:
     def release(self, request_id: str) -> None:
         """Ends a sequence if it has not ended, and forgets its stream."""
         self._streams.pop(request_id, None)
+        changes = self.batcher.find(request_id) is not None or self.batcher.num_waiting > 0
         self.batcher.abort(request_id)
-        self.wake()
+        if changes:
+            self.wake()
+        else:
+            self._work.set()  # blocks may have come free, which those that run have no use for
 
     def fail(self, request_id: str, error: TwinpoolError) -> None:
         """Ends a sequence early; its reader gets ``error``."""
@@ -135,12 +149,15 @@ class StepLoop:
 
     def wake(self) -> None:
         """Something changed: blocks came free, a request joined, KV arrived."""
+        self._has_changed = True
+        self._lookahead.withdraw()
         self._work.set()
 
     async def run(self) -> None:
         """Runs until cancelled."""
         while True:
             self._work.clear()
+            self._has_changed = False
             started_s = time.monotonic()
             if self.on_reserved is not None:
                 for request in self.batcher.reserve_handoffs():
@@ -149,8 +166,7 @@ class StepLoop:
             if plan is None:
                 await self._work.wait()
             else:
-                await self._step(plan)
-                self._note_times(plan, time.monotonic() - started_s)
+                await self._compute(plan, started_s)
 
     def _note_times(self, plan: StepPlan, seconds: float) -> None:
         self.times.add(plan.chunks, seconds)
@@ -159,17 +175,49 @@ class StepLoop:
             self.prefill_rate.add(num_prompt_tokens, seconds)
 
     def close(self) -> None:
+        self._lookahead.withdraw()
         self._thread.shutdown(wait=True)
         self._progress.close()
 
-    async def _step(self, plan: StepPlan) -> None:
+    async def _compute(self, plan: StepPlan, started_s: float) -> None:
+        """One step, and those that follow it without a pause."""
         listens = self.kv_listener is not None and self.kv_listener.begin_step(plan)
         self._progress.begin()
-        progress = self._progress if listens else None
-        result = await asyncio.get_running_loop().run_in_executor(self._thread, self._execute, plan, progress)
+        loop = asyncio.get_running_loop()
+        told: asyncio.Queue[StepResult | None] = asyncio.Queue()
+
+        def tell(result: StepResult | None) -> None:
+            loop.call_soon_threadsafe(told.put_nowait, result)
+
+        running = loop.run_in_executor(self._thread, self._run_steps, plan, self._progress if listens else None, tell)
+        running.add_done_callback(lambda _: told.put_nowait(None))  # so that nobody waits for a thread that failed
+        await told.get()
+        if not listens:
+            self._look_ahead(plan)
+        while (result := await told.get()) is not None:
+            self._book(plan, result)
+            booked_s = time.monotonic()
+            self._note_times(plan, booked_s - started_s)
+            if result.following is None:
+                self._lookahead.withdraw()  # what came too late
+                return
+            plan, started_s = result.following, booked_s
+            self._look_ahead(plan)
+        running.result()
+
+    def _look_ahead(self, plan: StepPlan) -> None:
+        """Offers what follows ``plan``, which has just begun."""
+        if self._has_changed:
+            return
+        following = self.batcher.plan_ahead(plan)
+        inputs = self._runner.prepare(following) if following is not None else None
+        if following is not None and inputs is not None:
+            self._lookahead.offer(PreparedStep(following, inputs))
+
+    def _book(self, plan: StepPlan, result: StepResult) -> None:
         if self.kv_listener is not None:
             self.kv_listener.end_step(result.failures)
-        for output in self.batcher.apply(plan, result.output, result.failures):
+        for output in self.batcher.apply(plan, result.output, result.failures, result.following):
             self.deliver(output)
         for request_id, error in result.failures.items():
             self.fail(request_id, error)
@@ -179,16 +227,34 @@ class StepLoop:
         if self.kv_listener is not None:
             self.kv_listener.layers_computed(num_layers)
 
-    def _execute(self, plan: StepPlan, progress: StepProgress | None) -> StepResult:
-        """Runs in the step's thread. A step that raises is run again sequence by sequence, so that only the
-        sequences that cannot be computed fail."""
+    def _run_steps(
+        self, plan: StepPlan, progress: StepProgress | None, tell: Callable[[StepResult | None], None]
+    ) -> None:
+        """Runs in the step's thread. Tells None when it begins, so that the event loop, which has the interpreter until
+        the step computes, prepares the next one then; afterwards each result."""
+        tell(None)
+        result = self._execute(plan, progress)
+        while not result.failures and (step := self._lookahead.take(result.output)) is not None:
+            tell(replace(result, following=step.plan))
+            result = self._execute(step.plan, None, step.inputs, result.output)
+        tell(result)
+
+    def _execute(
+        self,
+        plan: StepPlan,
+        progress: StepProgress | None,
+        inputs: StepInputs | None = None,
+        before: StepOutput | None = None,
+    ) -> StepResult:
+        """A step that raises is run again sequence by sequence, so that only the sequences that cannot be computed
+        fail. ``before`` has the tokens of a step that was planned ahead."""
         try:
-            return StepResult(self._runner.execute(plan, progress), {})
+            return StepResult(self._runner.execute(plan, progress, inputs), {})
         except Exception:
             logger.exception("A step of %d sequences failed; running them one by one.", len(plan.chunks))
         outputs: list[StepOutput] = []
         failures: dict[str, TwinpoolError] = {}
-        for chunk in plan.chunks:
+        for chunk in (plan if before is None else with_tokens(plan, before)).chunks:
             try:
                 outputs.append(self._runner.execute(StepPlan((chunk,))))
             except RequestError as error:

@@ -32,7 +32,8 @@ from workers.channels import SERVER_OPTIONS, ChannelPool
 from workers.decode import DecodeRole
 from workers.kv_tiers import make_tiers
 from workers.model.cuda_model import choose_cuda_model, kv_cache_bytes, largest_step, record_decode
-from workers.model.runner import ModelRunner, StepModel, load_step_model
+from workers.model.runner import ModelRunner, load_step_model
+from workers.model.step_model import StepModel
 from workers.model.transformers_model import load_model
 from workers.offers import OfferMaker, OfferTaker
 from workers.parallel.leader import GroupModel, LeaderGroup, StartFollowers

@@ -134,6 +134,11 @@ class GenerateCall:
         await asyncio.wait_for(self._reading, 10)
         return tuple(self.token_ids)
 
+    async def leave(self) -> None:
+        """The client goes away."""
+        self._call.cancel()
+        await asyncio.wait({self._reading})
+
     async def error(self, within_s: float = 10) -> grpc.aio.AioRpcError:
         """How the call failed."""
         try:

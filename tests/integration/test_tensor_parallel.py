@@ -21,7 +21,8 @@ from tests.ranks import ProcessRanks, ThreadRanks, load_one_at_a_time
 from workers.model import runner
 from workers.model.attention_layers import own_logits
 from workers.model.fused_decoder import FusedDecoder
-from workers.model.runner import StepModel, load_step_model, relative_differences
+from workers.model.runner import load_step_model, relative_differences
+from workers.model.step_model import StepModel
 from workers.model.transformers_model import TransformersModel, load_model
 from workers.parallel.leader import GroupModel, LeaderGroup
 from workers.parallel.rank import RankLostError

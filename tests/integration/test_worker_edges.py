@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 import grpc
 import pytest
@@ -264,6 +265,29 @@ def test_a_poison_request_fails_alone(checkpoint: TinyCheckpoint, caplog: pytest
                 assert await good.finished() == checkpoint.greedy(prompt, 60)
             assert poison.batch_sizes[0] > 1  # it stood among others
             assert poison.batch_sizes[1:] == [1]  # and was tried once by itself
+
+    asyncio.run(scenario())
+
+
+def test_steps_begin_ahead_and_everybody_gets_their_tokens(checkpoint: TinyCheckpoint) -> None:
+    """Prompts join, sequences end by length, at a stop token and because their client went away, all meanwhile."""
+    prompts = [checkpoint.prompt(10 + index, seed=index) for index in range(6)]
+    stop = checkpoint.greedy(prompts[0], 40)[20]
+
+    async def scenario() -> None:
+        async with local_cluster(checkpoint, prefill=1, decode=1) as cluster:
+            address = cluster.workers["prefill-0"].address
+            # A step of the tiny model alone has ended before the next one is planned.
+            cluster.runners["decode-0"].before_step = lambda _plan: time.sleep(0.003)
+            gone = GenerateCall(cluster, "decode-0", "gone", prompts[1], greedily(200), address)
+            stopped = GenerateCall(cluster, "decode-0", "stopped", prompts[0], greedily(40, (stop,)), address)
+            checks = [asyncio.create_task(cluster.check_greedy(prompt, 60)) for prompt in prompts]
+            expected = checkpoint.greedy(prompts[0], 40)
+            assert await stopped.finished() == expected[: expected.index(stop) + 1]
+            await gone.leave()
+            await asyncio.gather(*checks)
+            assert cluster.runners["decode-0"].num_steps_ahead > 0
+            assert cluster.runners["prefill-0"].num_steps_ahead == 0
 
     asyncio.run(scenario())
 

@@ -15,7 +15,8 @@ from scheduler.request import SamplingParams
 from workers.model.attention.choose import find_flashinfer_misfit, import_flashinfer
 from workers.model.attention.flashinfer_backend import FlashInferAttention
 from workers.model.cuda_graphs import CudaGraphRecorder, GraphedModel
-from workers.model.runner import StepModel, compared_logits, find_difference, not_its_own_results
+from workers.model.runner import compared_logits, find_difference, not_its_own_results
+from workers.model.step_model import StepModel
 from workers.model.transformers_model import TransformersModel
 
 # FlashInfer compiles its kernels on first use: the compiler may be missing or may refuse the GPU.

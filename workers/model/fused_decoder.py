@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -22,6 +22,7 @@ from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import StepPlan
 from workers.model.attention_layers import LayerAttention
+from workers.model.step_model import StepLogits
 from workers.native.library import SEQUENCE, Parts, Shape, Step, load_library
 from workers.parallel.rank import Rank, RankLostError
 from workers.step_progress import StepProgress
@@ -214,6 +215,19 @@ def _split(linear: Any, sizes: list[int]) -> list[_Projection]:
     return [_Projection(weight, bias) for weight, bias in zip(linear.weight.split(sizes), biases, strict=True)]
 
 
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """A step as the native code takes it, and what it points into."""
+
+    step: Step
+    token_ids: np.ndarray  # int64, [rows]
+    _kept: tuple[object, ...]
+
+    def set_tokens(self, token_ids: Sequence[int]) -> None:
+        """Of a step that was planned ahead, one row per sequence."""
+        self.token_ids[:] = token_ids
+
+
 class FusedDecoder:
     """A decoder whose weights are packed for the native code. One thread at a time may call it.
 
@@ -276,12 +290,34 @@ class FusedDecoder:
 
     def logits(self, plan: StepPlan, storage: PagedStorage, progress: StepProgress | None = None) -> torch.Tensor:
         """See ``StepModel.logits``; in float32, and of a rank only those of its part of the vocabulary."""
-        return self.logits_of_rows(plan, storage, plan.logit_rows, progress)
+        return self.run(self.prepare(plan, storage), progress).logits
 
-    def logits_of_rows(
-        self, plan: StepPlan, storage: PagedStorage, rows: list[int], progress: StepProgress | None = None
-    ) -> torch.Tensor:
+    def logits_of_rows(self, plan: StepPlan, storage: PagedStorage, rows: list[int]) -> torch.Tensor:
         """Logits after any tokens of a step, counted over its chunks in order: ``[len(rows), vocabulary]``."""
+        return self.run(self._inputs(plan, storage, rows), None).logits
+
+    def prepare(self, plan: StepPlan, storage: PagedStorage) -> StepInputs:
+        """See ``PreparingModel.prepare``. Any thread may call it while a step runs."""
+        return self._inputs(plan, storage, plan.logit_rows)
+
+    def run(self, inputs: StepInputs, progress: StepProgress | None) -> StepLogits:
+        """See ``PreparingModel.run``."""
+        step = inputs.step
+        logits = np.empty((step.num_sampled, self.vocab_size), dtype=np.float32)
+        likeliest = np.empty(step.num_sampled, dtype=np.int64)
+        step.logits = logits.ctypes.data
+        step.likeliest = likeliest.ctypes.data
+        step.layers_done = progress.counter_address if progress is not None else None
+        step.wake_fd = progress.wake_fd if progress is not None else -1
+        step.parts = ctypes.pointer(self.parts) if self.parts is not None else None
+        status = self._library.twinpool_step(self._decoder, ctypes.byref(step), self._num_threads)
+        if status == _RANK_LOST:
+            raise RankLostError("another rank did not come to a sum in time")
+        if status:
+            raise ResourceError(f"There is no memory for a step of {step.num_rows} tokens.")
+        return StepLogits(torch.from_numpy(logits), likeliest.tolist())
+
+    def _inputs(self, plan: StepPlan, storage: PagedStorage, rows: list[int]) -> StepInputs:
         chunks = plan.chunks
         if max(chunk.end for chunk in chunks) > len(self._cosine):
             raise InvariantError(f"a sequence is longer than the {len(self._cosine)} tokens that were promised")
@@ -297,7 +333,6 @@ class FusedDecoder:
         packed_sequences = np.array(sequences, dtype=SEQUENCE)
         sampled_rows = np.array(rows, dtype=np.int64)
         cache_layers = np.array([layer.data_ptr() for layer in storage.layers], dtype=np.uintp)
-        logits = np.empty((len(rows), self.vocab_size), dtype=np.float32)
         step = Step(
             num_rows=num_rows,
             num_sequences=len(chunks),
@@ -308,18 +343,9 @@ class FusedDecoder:
             sequences=packed_sequences.ctypes.data,
             sampled_rows=sampled_rows.ctypes.data,
             cache_layers=cache_layers.ctypes.data,
-            logits=logits.ctypes.data,
-            layers_done=progress.counter_address if progress is not None else None,
-            wake_fd=progress.wake_fd if progress is not None else -1,
             group=ctypes.pointer(self._rank.native_group) if self._rank is not None else None,
-            parts=ctypes.pointer(self.parts) if self.parts is not None else None,
         )
-        status = self._library.twinpool_step(self._decoder, ctypes.byref(step), self._num_threads)
-        if status == _RANK_LOST:
-            raise RankLostError("another rank did not come to a sum in time")
-        if status:
-            raise ResourceError(f"There is no memory for a step of {num_rows} tokens.")
-        return torch.from_numpy(logits)
+        return StepInputs(step, token_ids, (blocks, packed_sequences, sampled_rows, cache_layers, storage))
 
     def _set_weights(self, model: Any, spec: KVCacheSpec, drops_packed: bool, report: Callable[[float], None]) -> None:
         body = model.model

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -21,6 +21,7 @@ from workers.model.fused_decoder import FusedDecoder, WeightFormat, find_misfit
 from workers.model.logprobs import token_logprobs
 from workers.model.sampler import check_finite, sample
 from workers.model.sequence_state import SequenceState
+from workers.model.step_model import PreparingModel, StepInputs, StepLogits, StepModel
 from workers.model.transformers_model import TransformersModel, load_model
 from workers.parallel.rank import Rank
 from workers.step_progress import StepProgress
@@ -34,19 +35,6 @@ COMPARED_TOKENS = 24  # or as many as the model has positions for
 logger = logging.getLogger(__name__)
 
 
-class StepModel(Protocol):
-    """A model with a paged KV cache behind it."""
-
-    def logits(self, plan: StepPlan, storage: PagedStorage, progress: StepProgress | None = None) -> torch.Tensor:
-        """Computes the chunks of ``plan`` and fills their KV in ``storage``, telling ``progress`` of each layer.
-
-        Returns:
-            ``[S, vocabulary]``: for each chunk, in the order of the plan, the logits after the last ``num_logits``
-            of its tokens. They are the caller's.
-        """
-        ...
-
-
 class ModelRunner:
     """A model and its KV cache. One thread at a time may call ``execute``."""
 
@@ -55,37 +43,56 @@ class ModelRunner:
         self._storage = storage
         self._states: dict[str, SequenceState] = {}  # of the last step; others are made again from their tokens
 
+    def prepare(self, plan: StepPlan) -> StepInputs | None:
+        """Makes the inputs of a step while another one runs; None where the model knows no such thing."""
+        inputs: StepInputs | None = None
+        if isinstance(self.model, PreparingModel):
+            inputs = self.model.prepare(plan, self._storage)
+        return inputs
+
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, progress: StepProgress | None = None) -> StepOutput:
+    def execute(
+        self, plan: StepPlan, progress: StepProgress | None = None, inputs: StepInputs | None = None
+    ) -> StepOutput:
         """Computes the chunks of ``plan``, fills their KV, and samples where a chunk has ``sampling``.
 
-        ``progress`` hears of every layer whose KV is there, if the model can tell. However the call ends, the device no
-        longer works on the plan's blocks when it does.
+        ``progress`` hears of every layer whose KV is there, if the model can tell. ``inputs`` are those of ``prepare``,
+        with all tokens. However the call ends, the device no longer works on the plan's blocks when it does.
 
         Raises:
             NotFiniteError: a sequence's logits hold NaN or infinity; no token was sampled for any.
             NothingLeftError: the same, and a sequence's own parameters forbid every token.
         """
         try:
-            return self._execute(plan, progress)
+            return self._execute(plan, progress, inputs)
         finally:
             self._storage.synchronize()
 
-    def _execute(self, plan: StepPlan, progress: StepProgress | None) -> StepOutput:
-        logits = self.model.logits(plan, self._storage, progress).cpu()  # tokens are chosen there
+    def _execute(self, plan: StepPlan, progress: StepProgress | None, inputs: StepInputs | None) -> StepOutput:
+        computed = self.compute(plan, progress, inputs)
+        logits, likeliest = computed.logits, computed.likeliest
         prompts, sampled = _rows_of(plan)
         prompt_logprobs = _prompt_logprobs(logits, prompts)
         if prompts:
-            logits = logits[[row for row, _ in sampled]]
-        tokens = self._sample(logits, [chunk for _, chunk in sampled])
-        return StepOutput(tokens, _logprobs(logits, [chunk for _, chunk in sampled], tokens), prompt_logprobs)
+            rows = [row for row, _ in sampled]
+            logits, likeliest = logits[rows], [likeliest[row] for row in rows] if likeliest is not None else None
+        chunks = [chunk for _, chunk in sampled]
+        tokens = self._sample(StepLogits(logits, likeliest), chunks)
+        return StepOutput(tokens, _logprobs(logits, chunks, tokens), prompt_logprobs)
 
-    def _sample(self, logits: torch.Tensor, chunks: Sequence[ScheduledChunk]) -> dict[str, int]:
+    def compute(self, plan: StepPlan, progress: StepProgress | None, inputs: StepInputs | None) -> StepLogits:
+        """The model's part of ``execute``, with the logits on the host, where tokens are chosen."""
+        if isinstance(self.model, PreparingModel):
+            return self.model.run(inputs if inputs is not None else self.model.prepare(plan, self._storage), progress)
+        return StepLogits(self.model.logits(plan, self._storage, progress).cpu())
+
+    def _sample(self, computed: StepLogits, chunks: Sequence[ScheduledChunk]) -> dict[str, int]:
         """One row and one token per chunk."""
         states = {row: self._state_of(chunk, chunk.history) for row, chunk in enumerate(chunks) if chunk.history}
         self._states = {chunks[row].request_id: state for row, state in states.items()}
         params = [chunk.sampling for chunk in chunks if chunk.sampling is not None]
-        tokens = sample(logits, params, [chunk.end for chunk in chunks], states) if chunks else []
+        positions = [chunk.end for chunk in chunks]
+        tokens = sample(computed.logits, params, positions, states, computed.likeliest) if chunks else []
         return {chunk.request_id: token for chunk, token in zip(chunks, tokens, strict=True)}
 
     def _state_of(self, chunk: ScheduledChunk, history: TokenHistory) -> SequenceState:

@@ -61,6 +61,7 @@ def sample(
     sampling: Sequence[SamplingParams],
     positions: Sequence[int],
     states: Mapping[int, SequenceState] = NO_STATES,
+    likeliest_tokens: Sequence[int] | None = None,
 ) -> list[int]:
     """Chooses one token per row.
 
@@ -69,12 +70,13 @@ def sample(
         sampling: one per row.
         positions: the position in its sequence that the new token of each row will have.
         states: row → what its sequence has come to, for rows whose parameters alter their logits.
+        likeliest_tokens: ``likeliest(logits)``, where that is known.
 
     Raises:
         NotFiniteError: a row holds NaN or infinity, or -inf alone.
         NothingLeftError: a row has no token left after its masks.
     """
-    tokens = check_finite(logits)
+    tokens = check_finite(logits, likeliest_tokens)
     altered: dict[int, torch.Tensor] = {}
     if states:
         processed = _processed(logits, states)
@@ -96,13 +98,13 @@ def sample(
     return tokens
 
 
-def check_finite(logits: torch.Tensor) -> list[int]:
+def check_finite(logits: torch.Tensor, likeliest_tokens: Sequence[int] | None = None) -> list[int]:
     """Returns the likeliest token of each row, which the same pass finds.
 
     Raises:
         NotFiniteError: a row holds NaN or infinity, or -inf alone.
     """
-    tokens = likeliest(logits)
+    tokens = list(likeliest_tokens) if likeliest_tokens is not None else likeliest(logits)
     if NONE in tokens:
         raise NotFiniteError("the model's logits are not finite")
     return tokens

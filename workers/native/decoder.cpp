@@ -9,7 +9,7 @@
 //     packed.h, activations.h, products.h, linear.h  linear layers
 //     attention.h   the work of a step, split; decode_attention.h, prompt_attention.h   the two kinds of it
 //     kv_cache.h    the paged KV cache               norms.h        of single rows, and their rotary embedding
-//     all_reduce.h  sums over tensor-parallel ranks
+//     all_reduce.h  sums over tensor-parallel ranks  likeliest.h    the largest of a row of logits
 
 #include "decoder.h"
 #include "interface.h"
@@ -50,7 +50,7 @@ bool run_with(Decoder& m, const TwinpoolStep& step, int num_threads) {
 extern "C" {
 
 // Compared with library.py's number: another one means that the library was built from another version of this file.
-int twinpool_interface() { return 7; }
+int twinpool_interface() { return 8; }
 
 // Shared memory that a tensor-parallel group of `size` ranks needs.
 int64_t twinpool_group_bytes(int size) { return group_bytes(size); }

@@ -43,6 +43,7 @@ struct TwinpoolStep {
   const int64_t* sampled_rows;       // [num_sampled]
   void* const* cache_layers;         // per layer: [num_blocks][2][num_kv_heads][block_size] rows
   float* logits;                     // [num_sampled][vocab_size]
+  int64_t* likeliest;                // [num_sampled]: first index of each row's maximum, -1 where that is not finite
   int64_t* layers_done;              // or null: counts the layers whose KV is in the cache
   int64_t wake_fd;                   // where a byte is written each time that it has grown
   TwinpoolGroup* group;              // null: one rank does it all

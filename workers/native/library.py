@@ -12,7 +12,7 @@ import numpy as np
 from kvcache.errors import ResourceError
 from workers.native.processor import processor_flags
 
-INTERFACE = 7  # grows with every change of what decoder.cpp and this file agree on
+INTERFACE = 8  # grows with every change of what decoder.cpp and this file agree on
 
 # Best first: name of the build (see setup.py) and the processor flags that it needs.
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
@@ -108,6 +108,7 @@ class Step(ctypes.Structure):
         ("sampled_rows", ctypes.c_void_p),
         ("cache_layers", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
+        ("likeliest", ctypes.c_void_p),
         ("layers_done", ctypes.c_void_p),
         ("wake_fd", ctypes.c_int64),
         ("group", ctypes.POINTER(Group)),

@@ -3,6 +3,7 @@
 
 #include "all_reduce.h"
 #include "decoder.h"
+#include "likeliest.h"
 #include "norms.h"
 #include "team.h"
 
@@ -48,6 +49,9 @@ class StepThread {
     }
     const Activations input = normalize(x, m.final_norm, step.num_sampled, m.head_format());
     linear<false>(member, m.head, input, step.num_sampled, step.logits);
+    const Range rows = member.share(step.num_sampled);
+    for (int64_t row = rows.first; row < rows.last; ++row)
+      step.likeliest[row] = likeliest(step.logits + row * d.vocab_size, d.vocab_size);
     member.finish(kPartHead);
   }
 

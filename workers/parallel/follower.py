@@ -11,7 +11,8 @@ import torch
 from kvcache.errors import StartupError
 from kvcache.heads import Shard
 from kvcache.storage import PagedStorage
-from workers.model.runner import StepModel, load_step_model
+from workers.model.runner import load_step_model
+from workers.model.step_model import StepModel
 from workers.parallel import group_pb2 as pb
 from workers.parallel.channel import Channel, LossWatch, connect
 from workers.parallel.leader import map_rank_storage

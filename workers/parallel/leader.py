@@ -16,7 +16,7 @@ from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import StepPlan
 from scheduler.types import DeviceProfile
-from workers.model.runner import StepModel
+from workers.model.step_model import StepModel
 from workers.parallel import group_pb2 as pb
 from workers.parallel.channel import Channel, Listener, LossWatch
 from workers.parallel.messages import profile_from_wire, step_to_wire

@@ -46,7 +46,7 @@ TINY: dict[str, Any] = {
 COSTS = ModelCosts(
     layer_weights=100, head_weights=40, attention_width=6, weight_bytes=2, head_bytes=2, kv_token_bytes=8
 )
-STEP = StepTimes(plan=1.0, build_inputs=2.0, model=14.0, sampling=1.5, apply=0.5, event_loop=1.0)
+STEP = StepTimes(scheduling=2.5, build_inputs=2.0, model=14.0, sampling=1.5)
 
 
 def save(folder: Path, model: Any) -> CheckpointInfo:
@@ -97,21 +97,23 @@ def test_a_mixture_of_experts_is_refused_and_not_measured_against_a_wrong_limit(
 
 
 def test_the_pieces_of_a_step_add_up_to_it() -> None:
-    spent = {"plan": 1.0, "execute": 17.5, "logits": 16.0, "model": 14.0, "apply": 0.5}
+    spent = {"execute": 17.5, "logits": 16.0, "model": 14.0}
     assert split_step(spent, total=20.0) == STEP
     assert STEP.total == 20.0
     assert sum(fractions_of_step([STEP, STEP]).values()) == pytest.approx(1.0)
     assert fractions_of_step([STEP, STEP])["model"] == pytest.approx(0.7)
 
 
-def test_planning_that_finds_nothing_to_do_is_no_step() -> None:
+def test_a_step_begins_where_the_one_before_ends() -> None:
     clock = StepClock()
-    for names in (("plan",), ("plan", "logits", "model", "execute", "apply"), ("plan",), ()):
-        clock.begin()
-        for name in names:
-            with clock.piece(name):  # type: ignore[arg-type]
-                pass
-    assert len(clock.steps) == 1
+    clock.start()
+    for _ in range(2):
+        with clock.piece("execute"), clock.piece("logits"), clock.piece("model"):
+            pass
+        clock.end_step()
+    assert len(clock.steps) == 2 and all(min(step.scheduling, step.model) > 0 for step in clock.steps)
+    clock.start()
+    assert clock.steps == []
 
 
 def test_a_wrapped_call_is_put_back_as_it_was() -> None:

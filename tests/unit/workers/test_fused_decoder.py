@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,11 +34,13 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from kvcache.errors import ModelError
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
-from scheduler.batching import ScheduledChunk, StepPlan
+from scheduler.batching import UNKNOWN_TOKEN, ScheduledChunk, StepPlan
 from scheduler.request import SamplingParams
 from workers.model.attention_layers import LayerAttention, read_attention_layers
 from workers.model.fused_decoder import FusedDecoder, WeightFormat, find_misfit
-from workers.model.runner import COMPARED_TOKENS, StepModel, choose_step_model
+from workers.model.rows import likeliest
+from workers.model.runner import COMPARED_TOKENS, choose_step_model
+from workers.model.step_model import StepModel
 from workers.model.transformers_model import TransformersModel, load_model
 from workers.native import library
 from workers.native.processor import processor_flags
@@ -543,6 +546,49 @@ def test_nan_goes_on_to_the_logits_in_every_format(tmp_path: Path, build: str) -
         logits = fused.logits(StepPlan((bad, good)), PagedStorage(spec, 2))
         assert logits[0].isnan().any()
         assert logits[1].isfinite().all()
+
+
+def test_the_likeliest_tokens_are_told(tmp_path: Path, build: str) -> None:
+    """Of rows that end anywhere in a block, for values that are equal, and for what no token can be chosen from."""
+    vocab_size = 1531
+    model = make_model(tmp_path, LlamaConfig(**SHAPE | {"num_attention_heads": 4, "vocab_size": vocab_size}))
+    spec = spec_of(model.config)
+    head, norm = model.lm_head.weight, model.model.norm.weight
+    numbers = torch.linspace(-1, 1, 1021)
+    rows = {
+        "usual": [float(numbers[(37 * i) % 1021]) for i in range(vocab_size)],
+        "the last is largest": [0.0] * (vocab_size - 1) + [1.0],
+        "the first of equals": [-1.0] * 700 + [-0.5] * (vocab_size - 700),
+        "nan": [0.0] * 1000 + [math.nan] + [0.0] * (vocab_size - 1001),
+        "nan at the end": [0.0] * (vocab_size - 1) + [math.nan],
+        "infinity": [math.inf] + [0.0] * (vocab_size - 1),
+        "all forbidden": [-math.inf] * vocab_size,
+    }
+    plan = steps(spec.block_size)[0]
+    for name, logits in rows.items():
+        with torch.no_grad():
+            head.zero_()
+            head[:, 0] = torch.tensor(logits)
+            norm.zero_()
+            norm[0] = 1.0
+        fused = FusedDecoder(model, spec, SEQUENCE_LENGTH, 2)
+        told = fused.run(fused.prepare(plan, PagedStorage(spec, 39)), None)
+        assert told.likeliest == likeliest(told.logits), name
+
+
+def test_inputs_may_get_their_tokens_later(tmp_path: Path, build: str) -> None:
+    model = make_model(tmp_path, CONFIGS["llama"]())
+    spec = spec_of(model.config)
+    fused = FusedDecoder(model, spec, SEQUENCE_LENGTH, 1)
+    storages = [PagedStorage(spec, 39) for _ in range(2)]
+    for plan in steps(spec.block_size)[:3]:
+        for storage in storages:
+            fused.logits(plan, storage)
+    plan = steps(spec.block_size)[3]
+    unknown = StepPlan(tuple(replace(chunk, token_ids=(UNKNOWN_TOKEN,)) for chunk in plan.chunks))
+    inputs = fused.prepare(unknown, storages[0])
+    inputs.set_tokens([chunk.token_ids[0] for chunk in plan.chunks])
+    assert fused.run(inputs, None).logits.equal(fused.logits(plan, storages[1]))
 
 
 MISFITS: dict[str, tuple[Callable[[], PreTrainedConfig], str, str]] = {

@@ -32,7 +32,7 @@ from scheduler.request import SamplingParams
 from tests.builders import make_scheduled
 from workers.model.attention_layers import LayerAttention
 from workers.model.fused_decoder import FusedDecoder, find_misfit
-from workers.model.runner import StepModel
+from workers.model.step_model import StepModel
 from workers.model.transformers_model import ATTENTION_NAME, TransformersModel
 from workers.native.library import Group, load_library
 from workers.parallel import group_pb2 as pb
