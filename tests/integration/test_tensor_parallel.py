@@ -73,7 +73,7 @@ def test_a_group_gives_the_logits_of_one_rank(
         monkeypatch.setattr(runner, "find_misfit", lambda *_: "the test says so")
     options = options_of(checkpoint, size)
     model = load_model(checkpoint.path, "float32")
-    expected = own_logits(model, runner._compared_tokens(checkpoint.vocab_size))
+    expected = own_logits(model, runner.compared_tokens(checkpoint.vocab_size))
     with running_group(options, ThreadRanks(options)) as (group, model):
         assert isinstance(model, FusedDecoder if level == "native" else TransformersModel)
         whole = GroupModel(group, model)
@@ -105,7 +105,7 @@ def test_a_killed_follower_ends_the_step_and_the_group(checkpoint: TinyCheckpoin
     with running_group(options, ranks) as (group, model):
         group.watch(lost.append)
         whole = GroupModel(group, model)
-        plan = runner._comparison_plans(checkpoint.spec.block_size, runner._compared_tokens(checkpoint.vocab_size))[0]
+        plan = runner._comparison_plans(checkpoint.spec.block_size, runner.compared_tokens(checkpoint.vocab_size))[0]
         whole.logits(plan, group.shards[0])
         follower = ranks.processes[0]
         psutil.Process(follower.pid).suspend()  # so that the step surely waits for it

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from kvcache.prefix import MAX_SALT_BYTES
 from scheduler.batching import BatchLimits, StepPlan
@@ -17,6 +21,7 @@ from tests.integration.fake_prefill import GenerateCall, fake_prefill
 from tests.leaks import until
 from workers import worker_pb2 as pb
 from workers.messages import PARAM_METADATA_KEY
+from workers.model.runner import compared_tokens
 from workers.service import MAX_ID_LENGTH
 
 pytestmark = pytest.mark.integration
@@ -288,6 +293,57 @@ def test_steps_begin_ahead_and_everybody_gets_their_tokens(checkpoint: TinyCheck
             await asyncio.gather(*checks)
             assert cluster.runners["decode-0"].num_steps_ahead > 0
             assert cluster.runners["prefill-0"].num_steps_ahead == 0
+
+    asyncio.run(scenario())
+
+
+def poison_token(checkpoint: TinyCheckpoint, harmless: set[int]) -> int:
+    """Makes the embedding of a token that is not ``harmless`` NaN in the checkpoint's file; returns the token."""
+    harmless = harmless.union(compared_tokens(checkpoint.vocab_size))  # with those the model would not be loaded
+    token = next(token for token in range(checkpoint.vocab_size) if token not in harmless)
+    path = checkpoint.path / "model.safetensors"
+    weights = load_file(path)
+    weights["model.embed_tokens.weight"][token] = torch.nan
+    save_file(weights, path, metadata={"format": "pt"})
+    return token
+
+
+@pytest.mark.parametrize("at", ["prefill-0", "decode-0"])
+def test_logits_that_are_not_finite_fail_their_request_alone_and_name_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, at: str
+) -> None:
+    caplog.set_level(logging.CRITICAL, logger="workers.step_loop")
+    checkpoint = TinyCheckpoint(tmp_path)
+    prompts = [checkpoint.prompt(20, seed=index) for index in range(5)]
+    answers = [checkpoint.greedy(prompt, 30) for prompt in prompts]
+    poison = poison_token(checkpoint, {token for tokens in prompts + answers for token in tokens})
+    sampling = replace(greedily(30), allowed_token_ids=(poison,))  # its first token is the next step's poison
+    bad_prompt = prompts[0] if at == "decode-0" else (*prompts[0][:-1], poison)
+    batch_sizes: list[int] = []  # of the steps with the poison in them
+
+    def watch(plan: StepPlan) -> None:
+        if any(poison in chunk.token_ids for chunk in plan.chunks):
+            batch_sizes.append(len(plan.chunks))
+
+    async def scenario() -> None:
+        async with local_cluster(checkpoint, prefill=1, decode=1, limits=BatchLimits()) as cluster:
+            gate = cluster.hold_steps(at, lambda plan: True)
+            address = cluster.workers["prefill-0"].address
+            calls = [GenerateCall(cluster, "decode-0", "good-0", prompts[0], greedily(30), address)]
+            await gate.holding()
+            bad = GenerateCall(cluster, "decode-0", "bad", bad_prompt, sampling, address)
+            calls += [
+                GenerateCall(cluster, "decode-0", f"good-{index}", prompts[index], greedily(30), address)
+                for index in range(1, 5)
+            ]
+            batcher = cluster.workers[at].step_loop.batcher
+            await until(lambda: all(map(batcher.find, ("bad", "good-4"))), "the poison and its neighbours to arrive")
+            cluster.runners[at].before_step = watch
+            gate.open()
+            details = (await bad.error()).details() or ""
+            assert f"logits of request bad after position {20 if at == 'decode-0' else 19} are not finite" in details
+            assert [await good.finished() for good in calls] == answers
+            assert batch_sizes[0] > 1 and batch_sizes[1:] == [1]
 
     asyncio.run(scenario())
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from scheduler.request import SamplingParams, TokenHistory, TokenLogprobs
 from workers.model.attention_layers import own_logits
 from workers.model.fused_decoder import FusedDecoder, WeightFormat, find_misfit
 from workers.model.logprobs import token_logprobs
-from workers.model.sampler import check_finite, sample
+from workers.model.sampler import NotFiniteError, check_finite, sample
 from workers.model.sequence_state import SequenceState
 from workers.model.step_model import PreparingModel, StepInputs, StepLogits, StepModel
 from workers.model.transformers_model import TransformersModel, load_model
@@ -60,7 +62,7 @@ class ModelRunner:
         with all tokens. However the call ends, the device no longer works on the plan's blocks when it does.
 
         Raises:
-            NotFiniteError: a sequence's logits hold NaN or infinity; no token was sampled for any.
+            NotFiniteError: a sequence's logits hold NaN or infinity; no token was sampled for any. Names the sequence.
             NothingLeftError: the same, and a sequence's own parameters forbid every token.
         """
         try:
@@ -92,7 +94,8 @@ class ModelRunner:
         self._states = {chunks[row].request_id: state for row, state in states.items()}
         params = [chunk.sampling for chunk in chunks if chunk.sampling is not None]
         positions = [chunk.end for chunk in chunks]
-        tokens = sample(computed.logits, params, positions, states, computed.likeliest) if chunks else []
+        with _naming([(chunk.request_id, chunk.end - 1) for chunk in chunks]):
+            tokens = sample(computed.logits, params, positions, states, computed.likeliest) if chunks else []
         return {chunk.request_id: token for chunk, token in zip(chunks, tokens, strict=True)}
 
     def _state_of(self, chunk: ScheduledChunk, history: TokenHistory) -> SequenceState:
@@ -102,6 +105,16 @@ class ModelRunner:
             state = SequenceState(chunk.sampling, history)
         state.advance(history)
         return state
+
+
+@contextmanager
+def _naming(rows: Sequence[tuple[str, int]]) -> Iterator[None]:
+    """Names the sequence and the position of logits that are not finite; ``rows`` has both of each row."""
+    try:
+        yield
+    except NotFiniteError as error:
+        request_id, position = rows[error.row]
+        raise NotFiniteError(error.row, f" of request {request_id} after position {position}") from None
 
 
 def _rows_of(plan: StepPlan) -> tuple[list[tuple[int, ScheduledChunk]], list[tuple[int, ScheduledChunk]]]:
@@ -124,7 +137,9 @@ def _prompt_logprobs(
     for row, chunk in prompts:
         targets = chunk.prompt_targets
         rows = logits[row : row + len(targets)]
-        check_finite(rows)
+        first = chunk.end - chunk.num_logits
+        with _naming([(chunk.request_id, first + index) for index in range(len(targets))]):
+            check_finite(rows)
         told[chunk.request_id] = tuple(token_logprobs(rows, targets, [chunk.num_prompt_logprobs] * len(targets)))
     return told
 
@@ -197,24 +212,13 @@ def choose_step_model(
         raise _not_finite(model)
     misfit = find_misfit(model, spec, reference.layers)
     was_packed = misfit is None
+    pack = partial(FusedDecoder, model, spec, max(max_model_len, len(expected)), num_threads, rank=rank)
+    differs = partial(_difference_of, expected=expected, spec=spec, vocab_size=vocab_size, rank=rank)
+    if misfit is None and quantization == "int4":  # may cost as much as an error would: compared in 8 bits
+        misfit = differs(pack(WeightFormat.INT8))
     if misfit is None:
-        model_len = max(max_model_len, len(expected))
-        if quantization == "int4":  # which may cost as much as an error would: the structure is compared in 8 bits
-            other = FusedDecoder(model, spec, model_len, num_threads, WeightFormat.INT8, rank)
-            misfit = _difference_of(other, expected, spec, vocab_size, rank)
-            del other
-    if misfit is None:
-        fused = FusedDecoder(
-            model,
-            spec,
-            model_len,
-            num_threads,
-            QUANTIZED.get(quantization),
-            rank,
-            drops_packed=reload is not None,
-            report=report,
-        )
-        misfit = _difference_of(fused, expected, spec, vocab_size, rank)
+        fused = pack(QUANTIZED.get(quantization), drops_packed=reload is not None, report=report)
+        misfit = differs(fused)
         if misfit is None:
             return fused
         del fused  # before the model is loaded again
@@ -233,7 +237,7 @@ def choose_step_model(
 def compared_logits(model: Any) -> torch.Tensor:
     """What ``model`` gives by itself after each of the tokens that ``find_difference`` compares."""
     positions = getattr(model.config, "max_position_embeddings", None) or COMPARED_TOKENS
-    return own_logits(model, _compared_tokens(int(model.config.vocab_size), min(COMPARED_TOKENS, positions)))
+    return own_logits(model, compared_tokens(int(model.config.vocab_size), min(COMPARED_TOKENS, positions)))
 
 
 def find_difference(
@@ -289,7 +293,7 @@ def relative_differences(
 
     ``expected`` is of ``compared_logits``, of a rank its part of them. It is where the model computes.
     """
-    plans = _comparison_plans(spec.block_size, _compared_tokens(vocab_size, len(expected)))
+    plans = _comparison_plans(spec.block_size, compared_tokens(vocab_size, len(expected)))
     num_blocks = 1 + max(block for plan in plans for chunk in plan.chunks for block in chunk.block_table)
     storage = PagedStorage(spec, num_blocks, str(expected.device))
     largest = float(expected.abs().max())
@@ -301,7 +305,8 @@ def relative_differences(
     return [difference if math.isfinite(difference) else math.inf for difference in differences]
 
 
-def _compared_tokens(vocab_size: int, count: int = COMPARED_TOKENS) -> tuple[int, ...]:
+def compared_tokens(vocab_size: int, count: int = COMPARED_TOKENS) -> tuple[int, ...]:
+    """The tokens that a model is given before it serves."""
     return tuple((37 * i + 11) % vocab_size for i in range(count))
 
 

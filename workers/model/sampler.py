@@ -49,7 +49,15 @@ def _splitmix64(value: int) -> int:
 
 
 class NotFiniteError(TwinpoolError):
-    """The model computed no usable logits."""
+    """The model computed no usable logits. ``row``: the first such row."""
+
+    def __init__(self, row: int, of: str = "") -> None:
+        super().__init__(row, of)
+        self.row = row
+        self._of = of
+
+    def __str__(self) -> str:
+        return f"the model's logits{self._of} are not finite"
 
 
 class NothingLeftError(RequestError):
@@ -106,7 +114,7 @@ def check_finite(logits: torch.Tensor, likeliest_tokens: Sequence[int] | None = 
     """
     tokens = list(likeliest_tokens) if likeliest_tokens is not None else likeliest(logits)
     if NONE in tokens:
-        raise NotFiniteError("the model's logits are not finite")
+        raise NotFiniteError(tokens.index(NONE))
     return tokens
 
 
