@@ -69,3 +69,14 @@ def test_a_head_that_several_ranks_hold_takes_its_memory_several_times(size: int
 @pytest.mark.parametrize(("quantization", "needed"), [("none", 4000 + 2 * 4 * 3600), ("int4", 5000 + 2 * 4 * 3600)])
 def test_a_worker_needs_its_weights_once_and_its_head_thrice(quantization: str, needed: int) -> None:
     assert startup._loading_bytes(load_config({"quantization": quantization}), CHECKPOINT) == needed
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantization_without_a_native_build_is_refused_before_a_worker_starts(
+    monkeypatch: pytest.MonkeyPatch, quantization: str
+) -> None:
+    monkeypatch.setattr(startup, "describe_checkpoint", lambda *_args, **_kwargs: CHECKPOINT)
+    monkeypatch.setattr(startup, "load_library", lambda: None)
+    config = load_config({"quantization": quantization, "device": "cpu"})
+    with pytest.raises(ConfigError, match=f"^--quantization {quantization} needs the native decoder"):
+        startup.make_plan(config, Path("model"))
