@@ -172,18 +172,21 @@ class TransformersModel:
         is_cut: bool = False,
         attention: AttentionBackend | None = None,
     ) -> None:
-        """``max_model_len`` is by default what the model was made for. ``is_cut``: ``model`` is one rank's share, and
+        """``model`` is ours from here on: it computes without dropout, and with our attention where it had another.
+
+        ``max_model_len`` is by default what the model was made for. ``is_cut``: ``model`` is one rank's share, and
         the other ranks write the rest of the KV. ``attention`` computes on ``device``, where the model is; it is
         portable torch if not given.
 
         Raises:
             ModelError: a layer's attention is none that paged attention does.
         """
-        self._model = model
+        self._model = model.eval()
         self._device = device
         self._is_cut = is_cut
         longest = max_model_len or model.config.max_position_embeddings
         self.layers = read_attention_layers(model, longest, is_cut=is_cut)
+        model.set_attn_implementation(ATTENTION_NAME)
         self._windows = {layer.window for layer in self.layers}
         self.attention = attention if attention is not None else TorchAttention(device)
 

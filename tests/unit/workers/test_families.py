@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import GPT2Config
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
@@ -25,6 +26,7 @@ from tests.families import (
     reference_logits,
     save_model,
 )
+from workers.model.attention_layers import own_logits
 from workers.model.runner import choose_step_model, compared_logits, find_difference
 from workers.model.transformers_model import TransformersModel, load_model
 
@@ -125,3 +127,16 @@ def test_a_model_with_fewer_positions_than_are_compared_is_compared_on_those(
     with torch.no_grad():
         other.lm_head.weight.mul_(1.1)
         assert find_difference(model, TransformersModel(model), compared_logits(other), spec) is not None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2"])
+def test_a_model_made_in_memory_runs_with_paged_attention_and_without_dropout(name: str) -> None:
+    """Loading does both by itself; a model from its configuration has another attention, and is in training."""
+    config: Any = FAMILIES[name](VOCAB_SIZE)
+    torch.manual_seed(11)
+    model = AutoModelForCausalLM.from_config(config)
+    paged = TransformersModel(model)
+    storage = PagedStorage(spec_of(model), 3 * -(-LENGTH // BLOCK_SIZE))
+    found = [paged.logits(plan_of(step), storage)[0] for step in PREFILL_AND_DECODE]
+    expected = own_logits(model, sequences()[0][:46])
+    assert_close(torch.stack(found), expected[40:])
