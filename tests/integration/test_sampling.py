@@ -16,14 +16,14 @@ from engine.metrics import Metrics
 from kvcache.errors import RequestError
 from scheduler.batching import BatchLimits
 from scheduler.request import SamplingParams, TokenLogprobs
-from tests.cluster import Completion, TinyCheckpoint, greedily, local_cluster
+from tests.cluster import TinyCheckpoint, greedily, local_cluster
 from tests.fakes import MODEL_NAME
+from tests.logprobs import TOLERANCE, check_all_logprobs, check_logprobs
 from tests.unit.workers.reference_sampling import processed
 
 pytestmark = pytest.mark.integration
 
 NUM_TOKENS = 24
-TOLERANCE = 1e-3  # of logits up to some tens, computed in another order
 POOLS = {"two pools": {"prefill": 1, "decode": 1}, "colocated": {"colocated": 1}}
 PENALIZED = SamplingParams(
     NUM_TOKENS, temperature=0.0, frequency_penalty=1.5, presence_penalty=0.5, repetition_penalty=1.3
@@ -40,25 +40,6 @@ def expected_tokens(checkpoint: TinyCheckpoint, prompt: Sequence[int], sampling:
     return tuple(output)
 
 
-def check_logprobs(rows: torch.Tensor, token_ids: Sequence[int], told: Sequence[TokenLogprobs], count: int) -> None:
-    """``rows``: the reference's logits before each of the tokens."""
-    expected = torch.log_softmax(rows.double(), dim=-1)
-    assert len(told) == len(token_ids) == len(rows)
-    for row, token_id, each in zip(expected, token_ids, told, strict=True):
-        assert each.logprob == pytest.approx(float(row[token_id]), abs=TOLERANCE)
-        assert abs(each.rank - 1 - int((row > row[token_id]).sum())) <= 1  # neighbours may change places by rounding
-        assert list(each.top_logprobs) == pytest.approx(row.topk(count).values.tolist(), abs=TOLERANCE)
-        assert [float(row[top]) for top in each.top_token_ids] == pytest.approx(list(each.top_logprobs), abs=TOLERANCE)
-
-
-def check_all(checkpoint: TinyCheckpoint, prompt: tuple[int, ...], done: Completion, sampling: SamplingParams) -> None:
-    rows = checkpoint.logits([*prompt, *done.token_ids])
-    if sampling.logprobs is not None:
-        check_logprobs(rows[len(prompt) - 1 : -1], done.token_ids, done.logprobs, sampling.logprobs)
-    assert sampling.prompt_logprobs is not None
-    check_logprobs(rows[: len(prompt) - 1], prompt[1:], done.prompt_logprobs, sampling.prompt_logprobs)
-
-
 @pytest.mark.parametrize("pools", POOLS.values(), ids=POOLS.keys())
 def test_log_probabilities_are_the_model_s_own(checkpoint: TinyCheckpoint, pools: dict[str, int]) -> None:
     """Of prompts in one chunk and in several, of one token and of many; whatever the penalties do."""
@@ -69,7 +50,7 @@ def test_log_probabilities_are_the_model_s_own(checkpoint: TinyCheckpoint, pools
         async with local_cluster(checkpoint, **pools) as cluster:
             done = await asyncio.gather(*(cluster.complete(prompt, sampling) for prompt in prompts))
             for prompt, each in zip(prompts, done, strict=True):
-                check_all(checkpoint, prompt, each, sampling)
+                check_all_logprobs(checkpoint, prompt, each, sampling)
 
     asyncio.run(scenario())
 
@@ -158,7 +139,7 @@ def test_preemptions_repeat_and_lose_no_log_probability(checkpoint: TinyCheckpoi
             assert cluster.load("colocated-0").preemptions > 0
             for prompt, tokens, each in zip(prompts, expected, done, strict=True):
                 assert each.token_ids == tokens
-                check_all(checkpoint, prompt, each, sampling)
+                check_all_logprobs(checkpoint, prompt, each, sampling)
 
     asyncio.run(scenario())
 
