@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import orjson
 
+from benchmarks.machine import describe_machine
 from kvcache.errors import ConfigError, TwinpoolError
 
 
@@ -30,6 +31,21 @@ def exit_status(run: Callable[[], int]) -> int:
     except (TwinpoolError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+
+
+def check_json(path: Path | None) -> None:
+    """Raises ConfigError when ``write_json`` could not write there: known before anything is measured."""
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"--json: there is no folder {path.parent}")
+    if path is not None and path.is_dir():
+        raise ConfigError(f"--json: {path} is a folder")
+
+
+def check_threads(num_threads: int) -> None:
+    """Raises ConfigError when this process has fewer cores."""
+    usable_cores = int(describe_machine()["usable_cores"])
+    if num_threads > usable_cores:
+        raise ConfigError(f"--threads {num_threads}: this process may use {usable_cores} cores")
 
 
 def write_json(path: Path | None, result: object) -> None:

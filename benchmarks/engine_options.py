@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.command_line import Parser
+from benchmarks.command_line import Parser, check_json, check_threads
 from benchmarks.engine_work import AUTO, DECODE_STEPS, MAX_BATCHED_TOKENS, QUANTIZED, STEP_MODELS, WARM_UP_STEPS
-from benchmarks.machine import describe_machine
 from kvcache.errors import ConfigError
 from kvcache.spec import CACHE_DTYPES, DTYPE_BYTES
 from workers.model.checkpoint import DEFAULT_MODEL, CheckpointInfo
@@ -72,17 +71,12 @@ def _count(text: str) -> int:
 def parse_options(arguments: Sequence[str]) -> Options:
     """Raises ConfigError, one sentence, for a wrong flag."""
     flags = _build_parser().parse_args(arguments)
-    usable_cores = int(describe_machine()["usable_cores"])
-    if flags.threads > usable_cores:
-        raise ConfigError(f"--threads {flags.threads}: this process may use {usable_cores} cores")
+    check_threads(flags.threads)
     if max(flags.batches) > MAX_BATCHED_TOKENS:
         raise ConfigError(f"--batches: one step takes at most {MAX_BATCHED_TOKENS} sequences, not {max(flags.batches)}")
     if flags.dtype in QUANTIZED and flags.step_model != AUTO:
         raise ConfigError(f"--dtype {flags.dtype} runs natively only, without --step-model")
-    if flags.json is not None and not flags.json.parent.is_dir():
-        raise ConfigError(f"--json: there is no folder {flags.json.parent}")
-    if flags.json is not None and flags.json.is_dir():
-        raise ConfigError(f"--json: {flags.json} is a folder")
+    check_json(flags.json)
     return Options(
         model=DEFAULT_MODEL if flags.model == DEFAULT_ALIAS else flags.model,
         dtype=flags.dtype,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -26,7 +27,7 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command_line import Parser, exit_status, write_json
+from benchmarks.command_line import Parser, check_json, check_threads, exit_status, write_json
 from benchmarks.engine_ready import measure_fresh_process
 from benchmarks.engine_work import AUTO, INT8, Engine, EngineSettings, num_blocks_needed, open_engine, seconds_of
 from benchmarks.machine import describe_machine, describe_versions
@@ -132,9 +133,9 @@ class LlamaCpp:
     system = "llama.cpp"
     ready_s: float | None = None
 
-    def __init__(self, program: Path, gguf: Path, dtype: str, threads: int) -> None:
+    def __init__(self, program: Path, version: str, gguf: Path, dtype: str, threads: int) -> None:
         self.dtype = dtype
-        self.version = gguf.name
+        self.version = version
         self._command = [str(program), "-m", str(gguf), "-t", str(threads), "-tb", str(threads)]
 
     async def measure(self) -> Rates:
@@ -157,6 +158,22 @@ class LlamaCpp:
         if process.returncode or len(rows) != len(batches):
             raise ResourceError(f"llama-batched-bench ended with status {process.returncode} and {len(rows)} results")
         return rows
+
+
+async def llama_version(program: Path) -> str:
+    """What the program says of itself, like "b1234 (0a1b2c3d)".
+
+    Raises:
+        ResourceError: it does not, so it is another program or cannot run.
+    """
+    process = await asyncio.create_subprocess_exec(
+        str(program), "--version", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    output, _ = await process.communicate()
+    found = re.search(r"^version: *(.+)$", output.decode(errors="replace"), re.MULTILINE)
+    if found is None:
+        raise ResourceError(f"{program} --version ended with status {process.returncode} and named no version")
+    return found[1].strip()
 
 
 async def _read_line(process: asyncio.subprocess.Process, name: str) -> bytes:
@@ -203,13 +220,14 @@ async def open_ours(model: Path, dtype: str, threads: int) -> AsyncIterator[Ours
 async def measure(flags: argparse.Namespace, model: Path) -> tuple[SystemResult, ...]:
     async with AsyncExitStack() as opened:
         systems: list[System] = []
+        llama = "" if flags.llama_batched_bench is None else await llama_version(flags.llama_batched_bench)
         for dtype in flags.dtypes:
             systems.append(await opened.enter_async_context(open_ours(model, dtype, flags.threads)))
             if flags.vllm_python is not None and dtype != INT8:
                 peer = open_vllm(flags.vllm_python, flags.vllm_preload, model, dtype, flags.threads)
                 systems.append(await opened.enter_async_context(peer))
         systems += [
-            LlamaCpp(flags.llama_batched_bench, gguf, name, flags.threads)
+            LlamaCpp(flags.llama_batched_bench, llama, gguf, name, flags.threads)
             for name, gguf in (("Q8_0", flags.gguf_q8_0), ("BF16", flags.gguf_bf16))
             if gguf is not None
         ]
@@ -280,13 +298,22 @@ def parse_flags(arguments: Sequence[str]) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     if min(flags.threads, flags.rounds) < 1:
         raise ConfigError("--threads and --rounds must be at least 1")
+    check_threads(flags.threads)
+    check_json(flags.json)
     if (flags.llama_batched_bench is None) != (flags.gguf_q8_0 is None and flags.gguf_bf16 is None):
         raise ConfigError("--llama-batched-bench and a --gguf-… go together")
     for name in ("vllm_python", "llama_batched_bench", "gguf_q8_0", "gguf_bf16"):
-        path = getattr(flags, name)
-        if path is not None and not path.is_file():
-            raise ConfigError(f"--{name.replace('_', '-')}: there is no file {path}")
+        _check_file(f"--{name.replace('_', '-')}", getattr(flags, name), is_program=not name.startswith("gguf"))
+    for library in filter(None, re.split("[: ]", flags.vllm_preload)):  # as the dynamic linker splits it
+        _check_file("--vllm-preload", Path(library))
     return flags
+
+
+def _check_file(flag: str, path: Path | None, *, is_program: bool = False) -> None:
+    if path is not None and not path.is_file():
+        raise ConfigError(f"{flag}: there is no file {path}")
+    if path is not None and is_program and not os.access(path, os.X_OK):
+        raise ConfigError(f"{flag}: {path} is no program")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from benchmarks.client import Endpoint
-from benchmarks.command_line import Parser
+from benchmarks.command_line import Parser, check_json
 from benchmarks.measurements import GoodputLimits
 from benchmarks.workload import LengthRange
 from kvcache.errors import ConfigError
@@ -184,10 +184,7 @@ def _check_combinations(flags: argparse.Namespace) -> None:
     rate = math.inf if flags.request_rate is None else flags.request_rate
     if flags.trace is None and flags.duration is not None and math.isinf(rate):
         raise ConfigError("--duration needs --trace or a finite --request-rate")
-    if flags.json is not None and not flags.json.parent.is_dir():
-        raise ConfigError(f"--json: there is no folder {flags.json.parent}")
-    if flags.json is not None and flags.json.is_dir():
-        raise ConfigError(f"--json: {flags.json} is a folder")
+    check_json(flags.json)
 
 
 def _base_url(text: str) -> str:

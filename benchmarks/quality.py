@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import orjson
 import torch
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from benchmarks.command_line import check_json
 from benchmarks.machine import describe_machine, describe_versions
 from engine.tokenizer import Tokenizer
 from kvcache.errors import ConfigError, TwinpoolError
@@ -47,6 +49,9 @@ CASES = (
     (WeightFormat.BFLOAT16, "int8"),
     (WeightFormat.INT8, "int8"),
 )
+# int4 keeps the groups that the default checkpoint was rounded in; what it costs where they are others is measured too.
+REGROUPED = "int4 in other groups/float32"
+GROUP = 32  # see workers/native/packed.h
 # KV on its way, as ``--kv-transfer-dtype``: the first half of each window is handed over, the second is measured.
 SENT_AS = ("float32", "int8", "fp8")
 
@@ -68,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
+        check_json(options.json)
         result = measure(options.model, options.tokens, options.text)
     except (TwinpoolError, OSError) as error:
         print(f"benchmarks.quality: {error}", file=sys.stderr)
@@ -98,11 +104,12 @@ def measure(model: str, num_tokens: int, text: Path | None) -> dict[str, Quality
     layers = read_attention_layers(loaded, WINDOW)
     results: dict[str, Quality] = {}
     reference: torch.Tensor | None = None
-    for weight_format, dtype in CASES:
-        name = f"{weight_format.name.lower()}/{dtype}"
+    for name, weight_format, dtype in _cases():
         spec = KVCacheSpec(info.num_layers, info.num_kv_heads, info.head_size, BLOCK_SIZE, dtype)
         if (misfit := find_misfit(loaded, spec, layers)) is not None:
             raise ConfigError(f"{model} does not run natively: {misfit}.")
+        if name == REGROUPED:
+            _round_in_other_groups(loaded)
         decoder = FusedDecoder(loaded, spec, WINDOW, 1, weight_format)
         perplexity, likeliest = _perplexity(decoder, spec, windows, name)
         reference = likeliest if reference is None else reference
@@ -112,6 +119,30 @@ def measure(model: str, num_tokens: int, text: Path | None) -> dict[str, Quality
         if len(results) == 1:
             sent = _measure_sent(decoder, spec, windows)
     return results | sent
+
+
+def _cases() -> list[tuple[str, WeightFormat, str]]:
+    """Names, formats of weights and dtypes of KV, in order; the last changes the model."""
+    cases = [(f"{weight_format.name.lower()}/{dtype}", weight_format, dtype) for weight_format, dtype in CASES]
+    return [*cases, (REGROUPED, WeightFormat.FLOAT32, "float32")]
+
+
+@torch.inference_mode()
+def _round_in_other_groups(model: Any) -> None:
+    """The linear layers as int4 rounds them, with groups that begin half a group earlier; activations stay float32."""
+    for linear in model.model.layers.modules():
+        if isinstance(linear, torch.nn.Linear):
+            linear.weight.copy_(round_in_groups(linear.weight, GROUP // 2))
+
+
+def round_in_groups(weight: torch.Tensor, shift: int) -> torch.Tensor:
+    """To 4 bits with a bfloat16 scale and minimum per group of a row, the first of them ``shift`` values short."""
+    width = weight.shape[1]
+    groups = torch.nn.functional.pad(weight, (shift, -(width + shift) % GROUP)).unflatten(1, (-1, GROUP))
+    minimum = groups.amin(-1, keepdim=True).bfloat16().float()
+    scale = ((groups.amax(-1, keepdim=True) - minimum) / 15).bfloat16().float()
+    values = ((groups - minimum) / scale.clamp_min(1e-30)).round().clamp(0, 15)
+    return (values * scale + minimum).flatten(1)[:, shift : shift + width]
 
 
 def _measure_sent(decoder: FusedDecoder, spec: KVCacheSpec, windows: Sequence[list[int]]) -> dict[str, Quality]:

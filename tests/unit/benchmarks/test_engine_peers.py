@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks.engine_peers import DTYPES, Rates, SystemResult, median_rates, parse_flags, ratios
-from kvcache.errors import ConfigError
+from benchmarks.engine_peers import DTYPES, Rates, SystemResult, llama_version, median_rates, parse_flags, ratios
+from kvcache.errors import ConfigError, ResourceError
+
+
+def program(folder: Path, script: str) -> Path:
+    path = folder / "llama-batched-bench"
+    path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return path
 
 
 def _result(system: str, dtype: str, prefill: float, decode: float) -> SystemResult:
@@ -47,6 +56,11 @@ def test_without_flags_only_we_are_measured() -> None:
         (["--dtypes", "int3"], "int3"),
         (["--vllm-python", "missing"], "--vllm-python: there is no file missing"),
         (["--gguf-q8-0", "model.gguf"], "--llama-batched-bench"),
+        (["--vllm-python", __file__], f"{re.escape(__file__)} is no program"),
+        (["--vllm-preload", f"{__file__}:/missing.so"], "--vllm-preload: there is no file /missing.so"),
+        (["--threads", "100000"], "--threads 100000: this process may use"),
+        (["--json", "missing/result.json"], "--json: there is no folder missing"),
+        (["--json", "/"], "--json: / is a folder"),
     ],
 )
 def test_a_wrong_flag_is_one_sentence(words: list[str], named: str) -> None:
@@ -55,7 +69,15 @@ def test_a_wrong_flag_is_one_sentence(words: list[str], named: str) -> None:
 
 
 def test_llama_needs_its_program_and_a_model(tmp_path: Path) -> None:
-    program = tmp_path / "llama-batched-bench"
-    program.touch()
     with pytest.raises(ConfigError, match="go together"):
-        parse_flags(["--llama-batched-bench", str(program)])
+        parse_flags(["--llama-batched-bench", str(program(tmp_path, ""))])
+
+
+def test_llama_s_version_is_what_its_program_says(tmp_path: Path) -> None:
+    says = program(tmp_path, "echo 'version: 7654 (0a1b2c3d)' >&2; echo 'built with cc for x86_64' >&2")
+    assert asyncio.run(llama_version(says)) == "7654 (0a1b2c3d)"
+
+
+def test_a_program_that_is_not_llama_s_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="ended with status 3 and named no version"):
+        asyncio.run(llama_version(program(tmp_path, "exit 3")))
