@@ -409,13 +409,11 @@ class Batcher:
 
     def _admit(self, request: Request) -> bool:
         """Takes blocks for all tokens of a waiting sequence, cached ones for its prefix, or says not now."""
-        if self.num_running >= self.limits.max_num_seqs:
-            return False
         prefix = self._find_prefix(request)
         if not self._could_begin(request, prefix):
             return False
-        if not self.manager.begin(request.request_id, len(request.token_ids), prefix):
-            return False
+        has_begun = self.manager.begin(request.request_id, len(request.token_ids), prefix)
+        assert has_begun, "there was room"
         request.num_computed_tokens = len(prefix) * self.manager.spec.block_size
         self._count_hits(request)
         return True

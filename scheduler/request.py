@@ -70,18 +70,11 @@ def check_sequence(
         RequestError: names the field and both numbers.
     """
     num_prompt_tokens = len(prompt_token_ids)
-    if num_prompt_tokens == 0:
-        raise RequestError("The prompt is empty; it needs at least one token.", "prompt")
-    if num_prompt_tokens >= max_model_len:
-        raise RequestError(
-            f"The prompt has {num_prompt_tokens} tokens; the model's context of {max_model_len} leaves no room"
-            " for an answer.",
-            "prompt",
-        )
-    if not 1 <= sampling.max_tokens <= max_model_len - num_prompt_tokens:
+    room = room_for_answer(num_prompt_tokens, max_model_len)
+    if not 1 <= sampling.max_tokens <= room:
         raise RequestError(
             f"max_tokens is {sampling.max_tokens}; with a prompt of {num_prompt_tokens} tokens it must be between 1"
-            f" and {max_model_len - num_prompt_tokens}, for the model's context is {max_model_len} tokens.",
+            f" and {room}, for the model's context is {max_model_len} tokens.",
             "max_tokens",
         )
     if not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < vocab_size:
@@ -89,6 +82,23 @@ def check_sequence(
     if not 0 <= num_delivered_tokens < num_prompt_tokens:
         raise RequestError(f"{num_delivered_tokens} of {num_prompt_tokens} tokens cannot be output.", "prompt")
     check_sampling(sampling, vocab_size=vocab_size, num_delivered_tokens=num_delivered_tokens)
+
+
+def room_for_answer(num_prompt_tokens: int, max_model_len: int, param: str = "prompt") -> int:
+    """How many tokens the model's context leaves for an answer, at least one.
+
+    Raises:
+        RequestError: none, or there is no prompt; names ``param``.
+    """
+    if num_prompt_tokens == 0:
+        raise RequestError(f"{param} is empty; it needs at least one token", param)
+    if num_prompt_tokens >= max_model_len:
+        raise RequestError(
+            f"{param} has {num_prompt_tokens} tokens; the model's context is {max_model_len} tokens, the answer"
+            " included",
+            param,
+        )
+    return max_model_len - num_prompt_tokens
 
 
 def check_sampling(sampling: SamplingParams, *, vocab_size: int, num_delivered_tokens: int = 0) -> None:

@@ -20,7 +20,7 @@ from engine.outputs import Origin, ServedModel, TextEngine
 from engine.tenant_desk import TenantDesk
 from engine.tokenizer import Tokenizer
 from kvcache.errors import RequestError, UnknownModelError
-from scheduler.request import check_sampling
+from scheduler.request import check_sampling, room_for_answer
 from scheduler.urgency import Urgency
 
 THREAD_FROM_CHARACTERS = 4096
@@ -121,15 +121,7 @@ def fit_to_context(prompt: TokenPrompt, limit: TokenLimit, model: ServedModel) -
         RequestError: they cannot, or the prompt is empty; names the field at fault.
     """
     length = len(prompt.token_ids)
-    room = model.max_model_len - length
-    if length == 0:
-        raise RequestError(f"{prompt.param} is empty", prompt.param)
-    if room < 1:
-        raise RequestError(
-            f"{prompt.param} has {length} tokens; the model's context is {model.max_model_len} tokens, "
-            "the answer included",
-            prompt.param,
-        )
+    room = room_for_answer(length, model.max_model_len, prompt.param)
     if limit.max_tokens is None:
         return room if limit.default is None else min(limit.default, room)
     if limit.max_tokens > room:
