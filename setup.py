@@ -59,6 +59,7 @@ NATIVE_FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-ffp-contra
 NATIVE_BUILDS = {
     "decoder_avx2": ["-march=x86-64-v3"],
     "decoder_avx512": ["-march=x86-64-v4"],
+    "decoder_avx512_vnni": ["-march=x86-64-v4", "-mavx512vnni"],
     "decoder_avx512_vnni_bf16": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"],
 }
 NATIVE_HEADERS = (

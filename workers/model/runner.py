@@ -25,6 +25,7 @@ from workers.model.sampler import NotFiniteError, check_finite, sample
 from workers.model.sequence_state import SequenceState
 from workers.model.step_model import PreparingModel, StepInputs, StepLogits, StepModel
 from workers.model.transformers_model import TransformersModel, load_model
+from workers.native.library import missing_instructions
 from workers.parallel.rank import Rank
 from workers.step_progress import StepProgress
 from workers.worker_options import WorkerOptions
@@ -220,6 +221,7 @@ def choose_step_model(
         fused = pack(QUANTIZED.get(quantization), drops_packed=reload is not None, report=report)
         misfit = differs(fused)
         if misfit is None:
+            _warn_of_widening(fused.weight_format.name.lower(), rank)
             return fused
         del fused  # before the model is loaded again
     if quantization != "none":
@@ -232,6 +234,17 @@ def choose_step_model(
     logger.warning("This model runs through transformers: %s.", misfit)
     report(1.0)
     return reference
+
+
+def _warn_of_widening(weight_format: str, rank: Rank | None) -> None:
+    missing = missing_instructions(weight_format)
+    if missing is not None and (rank is None or rank.shard.rank == 0):
+        logger.warning(
+            "%s weights are less to read, but prompts take about as long as in float32: this processor, or the native"
+            " build for it, has no %s.",
+            weight_format,
+            missing,
+        )
 
 
 def compared_logits(model: Any) -> torch.Tensor:

@@ -8,12 +8,20 @@ namespace {
 // Rows of x. Those of int8 and int4 lie in tiles of kTileRows, the last one of as many as there are, so that a kernel
 // finds what it needs side by side:
 //
-//     rows8    [tile][k/4][row][4]
+//     rows8    [tile][k/4][row][4]: values 0, 1, 2, 3 as bytes where there are products of bytes, else 0, 2, 1, 3
 //     scales8  [tile][group][row]
+#if defined(__AVX512VNNI__)
+using Rounded = int8_t;
+constexpr int kOrderInFour[] = {0, 1, 2, 3};
+#else
+using Rounded = int16_t;
+constexpr int kOrderInFour[] = {0, 2, 1, 3};
+#endif
+
 struct Activations {
   const float* rows32 = nullptr;
   const uint16_t* rows16 = nullptr;
-  const int8_t* rows8 = nullptr;
+  const Rounded* rows8 = nullptr;
   const float* scales8 = nullptr;
   const int32_t* starts8 = nullptr;  // int8: as scales8; minus 128 times the group's sum, which unsigned weights add
   const float* sums4 = nullptr;      // int4: [tile][group][2][row], sums of 32 values times their scale
@@ -84,8 +92,9 @@ class Converter {
     const int64_t tile = row / kTileRows * kTileRows, lane = row % kTileRows;
     const int64_t height = std::min<int64_t>(kTileRows, rows - tile);
     const int64_t at = tile * stride / kScaleGroup + group * height;
-    int8_t* to = rows8_.get(0) + tile * stride + group * height * kScaleGroup + lane * 4;
-    for (int64_t four = 0; four < kFours; ++four) std::memcpy(to + four * height * 4, narrow + four * 4, 4);
+    Rounded* to = rows8_.get(0) + tile * stride + group * height * kScaleGroup + lane * 4;
+    for (int64_t four = 0; four < kFours; ++four)
+      for (int i = 0; i < 4; ++i) to[four * height * 4 + i] = narrow[four * 4 + kOrderInFour[i]];
     const int32_t totals[2] = {total(sums[0]), total(sums[1])};
     scales_.get(0)[at + lane] = scale;
     starts_.get(0)[at + lane] = -128 * (totals[0] + totals[1]);
@@ -127,7 +136,7 @@ class Converter {
   static int32_t total(IntVec values) { return static_cast<int32_t>(sum(__builtin_convertvector(values, Vec))); }
 
   Scratch<uint16_t> rows16_;
-  Scratch<int8_t> rows8_;
+  Scratch<Rounded> rows8_;
   Scratch<float> scales_, sums_;
   Scratch<int32_t> starts_;
 };

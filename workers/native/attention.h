@@ -76,6 +76,15 @@ inline AttentionPlan split_attention(const TwinpoolShape& d, const TwinpoolStep&
   return plan;
 }
 
+// The memory that a thread needs for any of the pieces.
+inline int64_t work_floats(const TwinpoolShape& d, const TwinpoolStep& step, const AttentionPlan& plan) {
+  int64_t num_queries = 0;
+  for (const Work& work : plan.items)
+    if (step.sequences[work.sequence].num_rows > 1) num_queries = std::max(num_queries, work.count);
+  const int64_t group = d.num_heads / d.num_kv_heads;
+  return std::max(partial_size(d), num_queries > 0 ? PromptBuffers<float>::num_floats(d, group * num_queries) : 0);
+}
+
 // Attention of one layer.
 template <typename KV>
 struct AttentionLayer {
@@ -101,15 +110,15 @@ struct AttentionLayer {
     write_head(d, cache, s, work.kv_head, first, count, key, value);
   }
 
-  // Number: what prompts are multiplied in, float or uint16_t for bfloat16.
+  // Number: what prompts are multiplied in, float or uint16_t for bfloat16. `memory`: work_floats() of them.
   template <typename Number>
-  void attend(const Work& work, Scratch<>& scratch) const {
+  void attend(const Work& work, float* memory) const {
     const TwinpoolSequence& s = step.sequences[work.sequence];
     if (s.num_rows > 1)
-      return attend_queries<Number>(d, cache, s, work.kv_head, work.first, work.count, query, out, scratch);
+      return attend_queries<Number>(d, cache, s, work.kv_head, work.first, work.count, query, out, memory);
     const bool is_whole = work.part < 0;
     if (is_whole) prepare(work, 0, 1);
-    float* partial = is_whole ? scratch.get(partial_size(d)) : partials + work.part * partial_size(d);
+    float* partial = is_whole ? memory : partials + work.part * partial_size(d);
     attend_partition(d, cache, s, work.kv_head, work.first, work.count, query, partial);
     if (is_whole) merge_partitions(d, partial, 1, out_of(work.sequence, work.kv_head));
   }

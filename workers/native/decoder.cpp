@@ -24,7 +24,7 @@ namespace {
 template <typename Number, typename KV>
 bool run(Decoder& m, const TwinpoolStep& step, int num_threads) {
   const AttentionPlan plan = split_attention(m.shape, step);
-  const Buffers buffers = reserve(m, step, plan.num_parts, num_threads);
+  const Buffers buffers = reserve(m, step, plan, num_threads);
   m.is_rank_lost = false;
   std::optional<Team> team;
 #pragma omp parallel num_threads(num_threads)

@@ -43,7 +43,8 @@ struct Buffers {
   float *hidden, *sampled, *normed, *query, *key, *value, *attended, *gated, *rank_sum, *partials;
 };
 
-inline Buffers reserve(Decoder& m, const TwinpoolStep& step, int64_t num_parts, int num_threads) {
+// All memory of a step, before its threads begin: none of them may throw.
+inline Buffers reserve(Decoder& m, const TwinpoolStep& step, const AttentionPlan& plan, int num_threads) {
   const TwinpoolShape& d = m.shape;
   const int64_t rows = std::max(step.num_rows, step.num_sampled), size = d.hidden_size;
   const int64_t query_size = static_cast<int64_t>(d.num_heads) * d.head_size;
@@ -54,7 +55,10 @@ inline Buffers reserve(Decoder& m, const TwinpoolStep& step, int64_t num_parts, 
     m.converter.reserve(rows, longest, format);
     for (ThreadMemory& own : m.per_thread) own.converter.reserve(kOwnRows, longest, format);
   }
-  for (ThreadMemory& own : m.per_thread) own.normed.get(kOwnRows * size);
+  for (ThreadMemory& own : m.per_thread) {
+    own.normed.get(kOwnRows * size);
+    own.attention.get(work_floats(d, step, plan));
+  }
   return {m.hidden.get(rows * size),
           m.sampled.get(step.num_sampled * size),
           m.normed.get(rows * size),
@@ -64,7 +68,7 @@ inline Buffers reserve(Decoder& m, const TwinpoolStep& step, int64_t num_parts, 
           m.attended.get(rows * query_size),
           m.gated_rows.get(rows * d.intermediate_size),
           m.rank_sum.get(step.group != nullptr ? rows * size : 0),
-          m.partials.get(num_parts * partial_size(d))};
+          m.partials.get(plan.num_parts * partial_size(d))};
 }
 
 }  // namespace

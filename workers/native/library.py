@@ -18,9 +18,12 @@ INTERFACE = 8  # grows with every change of what decoder.cpp and this file agree
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
 BUILDS = (
     ("decoder_avx512_vnni_bf16", _AVX512 | {"avx512_vnni", "avx512_bf16"}),
+    ("decoder_avx512_vnni", _AVX512 | {"avx512_vnni"}),
     ("decoder_avx512", _AVX512),
     ("decoder_avx2", frozenset({"avx2", "fma", "bmi2", "f16c"})),
 )
+# What multiplies weights of a format as they are; without it they are widened first.
+INSTRUCTIONS = {"bfloat16": "avx512_bf16", "int8": "avx512_vnni", "int4": "avx512_vnni"}
 
 
 @functools.cache
@@ -30,15 +33,27 @@ def load_library() -> ctypes.CDLL | None:
     Raises:
         ResourceError: the build is not of this version's source.
     """
+    name = chosen_build()
+    path = path_of(name) if name is not None else None
+    return _declare(path) if path is not None else None
+
+
+def chosen_build() -> str | None:
+    """Of those that are installed, the first that this processor can run."""
     flags = processor_flags()
-    for name, needed in BUILDS:
-        path = _path_of(name)
-        if path is not None and needed <= flags:
-            return _declare(path)
-    return None
+    names = (name for name, needed in BUILDS if needed <= flags and path_of(name) is not None)
+    return next(names, None)
 
 
-def _path_of(name: str) -> Path | None:
+def missing_instructions(weight_format: str) -> str | None:
+    """Which of ``INSTRUCTIONS`` the chosen build lacks for these weights; None where it has what they need."""
+    needed = INSTRUCTIONS.get(weight_format)
+    has = dict(BUILDS).get(chosen_build() or "", frozenset())
+    return needed if needed not in has else None
+
+
+def path_of(name: str) -> Path | None:
+    """The file of a build; None where it is not installed."""
     # Found as the import system finds an extension module, though it is none: it is called through ctypes.
     found = importlib.util.find_spec(f"workers.native.{name}")
     return Path(found.origin) if found is not None and found.origin is not None else None

@@ -71,7 +71,7 @@ void tile_of(int64_t rows, const float* a, int64_t a_stride, const float* panel,
 
 // A tile of int8 activations, as Activations lays them out.
 struct Tile8 {
-  const int8_t* rows;
+  const Rounded* rows;
   const float* scales;
   const int32_t* starts;
   const float* sums;
@@ -85,20 +85,23 @@ struct Half8 {
   const uint8_t* next;
 };
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+inline IntVec load_integers(const void* from) {
+  IntVec value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+inline IntVec broadcast_pair(const void* from) {
+  int32_t pair;
+  std::memcpy(&pair, from, sizeof pair);
+  return IntVec{} + pair;
+}
+
+#if defined(__AVX512BF16__)
 
 // In assembler because the compiler, given the intrinsics, copies every accumulator once per product and spills.
 inline void add_products(__m512& sums, __m512i pairs, __m512i weights) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(pairs), "v"(weights));
-}
-
-inline void add_products(__m512i& sums, __m512i weights, const int32_t& four) {
-  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(weights), "m"(four));
-}
-
-inline __m512 widened(const uint16_t* from) {
-  return _mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))), 16));
 }
 
 // out[kRows][kPanel] = a * panel, with the products of pairs of the instruction set. Attention uses it too.
@@ -127,6 +130,51 @@ void tile16(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t 
     _mm512_storeu_ps(out + row * out_stride, left[row]);
     _mm512_storeu_ps(out + row * out_stride + 16, right[row]);
   }
+}
+
+#else
+
+// The same without them: a bfloat16 is the upper half of a float32.
+inline Vec widened(IntVec pairs, int which) {
+  pairs = which == 0 ? pairs << 16 : pairs & static_cast<int32_t>(0xffff0000);
+  Vec value;
+  std::memcpy(&value, &pairs, sizeof value);
+  return value;
+}
+
+template <int kRows>
+[[gnu::noinline]]
+void tile16(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t depth, float* out,
+            int64_t out_stride, const uint16_t* next = nullptr) {
+  Vec left[kRows] = {}, right[kRows] = {};
+  Ahead<kRows> ahead(next, panel);
+  for (int64_t k = 0; k < depth; k += 2) {
+    ahead.fetch(2 * kPanel * sizeof(uint16_t));
+#pragma GCC unroll 2
+    for (int which = 0; which < 2; ++which) {
+      const Vec b0 = widened(load_integers(panel + k * kPanel), which);
+      const Vec b1 = widened(load_integers(panel + (k + 1) * kPanel), which);
+#pragma GCC unroll 12
+      for (int row = 0; row < kRows; ++row) {
+        const Vec value = widened(broadcast_pair(a + row * a_stride + k), which);
+        left[row] += value * b0;
+        right[row] += value * b1;
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row) {
+    store(out + row * out_stride, left[row]);
+    store(out + row * out_stride + kLanes, right[row]);
+  }
+}
+
+#endif
+
+#if defined(__AVX512VNNI__)
+
+inline void add_products(__m512i& sums, __m512i weights, const int32_t& four) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(weights), "m"(four));
 }
 
 // Products of few rows go to several sums in turn, for each waits for the one before it; of integers the order does not
@@ -163,7 +211,7 @@ void tile8(const Tile8& a, const Half8& b, float* out) {
         for (int row = 0; row < kRows; ++row) add_products(sums[row][chain], values, fours[row]);
       }
     }
-    const __m512 scale = widened(b.scales + group * 16);
+    const __m512 scale = (__m512)load(b.scales + group * 16);
 #pragma GCC unroll 12
     for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
@@ -200,7 +248,7 @@ void tile4(const Tile8& a, const Half8& b, float* out) {
 #pragma GCC unroll 12
       for (int row = 0; row < kRows; ++row) add_products(sums[row], second, fours[kRows + row]);
     }
-    const __m512 scale = widened(b.scales + part * 32), minimum = widened(b.scales + part * 32 + 16);
+    const __m512 scale = (__m512)load(b.scales + part * 32), minimum = (__m512)load(b.scales + part * 32 + 16);
 #pragma GCC unroll 12
     for (int row = 0; row < kRows; ++row) {
       const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(a.scales[part / 2 * kRows + row]));
@@ -214,64 +262,81 @@ void tile4(const Tile8& a, const Half8& b, float* out) {
 
 #else
 
-// The same sums without the instructions: right, and slower than float32.
+// The same sums without products of bytes: values are widened to 16 bits, whose products of pairs are added in 32.
+inline IntVec products_of_pairs(IntVec a, IntVec b) {
+#if defined(__AVX512BW__)
+  return (IntVec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#else
+  return (IntVec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#endif
+}
+
+// The 16-bit numbers of `bytes`, shifted right, and of them the bits of `mask`.
+inline IntVec shifted(IntVec bytes, int shift, int mask) {
+  typedef uint16_t Shorts __attribute__((vector_size(kLanes * 4)));
+  return (IntVec)((Shorts)bytes >> shift & static_cast<uint16_t>(mask));
+}
+
+// Adds to each row's sums one pair of a four of it.
 template <int kRows>
-[[gnu::noinline]]
-void tile16(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t depth, float* out,
-            int64_t out_stride, const uint16_t* = nullptr) {
-  for (int row = 0; row < kRows; ++row) {
-    float sums[kPanel] = {};
-    for (int64_t k = 0; k < depth; ++k) {
-      const float value = bfloat16_to_float(a[row * a_stride + k]);
-      const uint16_t* b = panel + k / 2 * kPanel * 2 + k % 2;
-      for (int column = 0; column < kPanel; ++column) sums[column] += value * bfloat16_to_float(b[column * 2]);
-    }
-    std::memcpy(out + row * out_stride, sums, sizeof sums);
-  }
+[[gnu::always_inline]]
+inline void add_pairs(IntVec (&sums)[kRows], IntVec weights, const Rounded* pair) {
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row) sums[row] += products_of_pairs(weights, broadcast_pair(pair + row * 4));
 }
 
 template <int kRows>
 [[gnu::noinline]]
 void tile8(const Tile8& a, const Half8& b, float* out) {
-  for (int row = 0; row < kRows; ++row) {
-    float totals[kLanes] = {};
-    for (int64_t group = 0; group < b.num_groups; ++group) {
-      int32_t sums[kLanes];
-      std::fill(sums, sums + kLanes, a.starts[group * kRows + row]);
-      for (int64_t k = group * kScaleGroup; k < (group + 1) * kScaleGroup; ++k) {
-        const int32_t value = a.rows[(k / 4 * kRows + row) * 4 + k % 4];
-        const uint8_t* weights = b.weights + k / 4 * kLanes * 4 + k % 4;
-        for (int lane = 0; lane < kLanes; ++lane) sums[lane] += value * weights[lane * 4];
-      }
-      for (int lane = 0; lane < kLanes; ++lane)
-        totals[lane] += static_cast<float>(sums[lane]) * (bfloat16_to_float(b.scales[group * kLanes + lane]) *
-                                                          a.scales[group * kRows + row]);
+  const Rounded* fours = a.rows;
+  const uint8_t* weights = b.weights;
+  Vec totals[kRows] = {};
+  Ahead<kRows> ahead(b.next, b.weights);
+  for (int64_t group = 0; group < b.num_groups; ++group) {
+    IntVec sums[kRows];
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row) sums[row] = IntVec{} + a.starts[group * kRows + row];
+    for (int four = 0; four < kFours; ++four, weights += kLanes * 4, fours += kRows * 4) {
+      const IntVec values = load_integers(weights);
+      ahead.fetch(kLanes * 4);
+      add_pairs(sums, shifted(values, 0, 255), fours);
+      add_pairs(sums, shifted(values, 8, 255), fours + 2);
     }
-    std::memcpy(out + row * kPanel, totals, sizeof totals);
+    const Vec scale = load(b.scales + group * kLanes);
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row)
+      totals[row] += __builtin_convertvector(sums[row], Vec) * (scale * a.scales[group * kRows + row]);
   }
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row) store(out + row * kPanel, totals[row]);
 }
 
 template <int kRows>
 [[gnu::noinline]]
 void tile4(const Tile8& a, const Half8& b, float* out) {
-  for (int row = 0; row < kRows; ++row) {
-    float totals[kLanes] = {};
-    for (int64_t part = 0; part < 2 * b.num_groups; ++part) {
-      int32_t sums[kLanes] = {};
-      for (int64_t k = part * kScaleGroup4; k < (part + 1) * kScaleGroup4; ++k) {
-        const int32_t value = a.rows[(k / 4 * kRows + row) * 4 + k % 4];
-        const uint8_t* weights = b.weights + k / 8 * kLanes * 4 + k % 4;
-        for (int lane = 0; lane < kLanes; ++lane) sums[lane] += value * (weights[lane * 4] >> (k / 4 % 2 * 4) & 15);
-      }
-      const uint16_t *scales = b.scales + part * 2 * kLanes, *minima = scales + kLanes;
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const float scale = bfloat16_to_float(scales[lane]) * a.scales[part / 2 * kRows + row];
-        totals[lane] += static_cast<float>(sums[lane]) * scale;
-        totals[lane] += bfloat16_to_float(minima[lane]) * a.sums[part * kRows + row];
-      }
+  const Rounded* fours = a.rows;
+  const uint8_t* weights = b.weights;
+  Vec totals[kRows] = {};
+  Ahead<kRows> ahead(b.next, b.weights);
+  for (int64_t part = 0; part < 2 * b.num_groups; ++part) {
+    IntVec sums[kRows] = {};
+    for (int pair = 0; pair < kFours / 4; ++pair, weights += kLanes * 4, fours += 2 * kRows * 4) {
+      const IntVec both = load_integers(weights);
+      ahead.fetch(kLanes * 4);
+      add_pairs(sums, shifted(both, 0, 15), fours);
+      add_pairs(sums, shifted(both, 8, 15), fours + 2);
+      add_pairs(sums, shifted(both, 4, 15), fours + kRows * 4);
+      add_pairs(sums, shifted(both, 12, 15), fours + kRows * 4 + 2);
     }
-    std::memcpy(out + row * kPanel, totals, sizeof totals);
+    const Vec scale = load(b.scales + part * 2 * kLanes), minimum = load(b.scales + part * 2 * kLanes + kLanes);
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row) {
+      totals[row] += __builtin_convertvector(sums[row], Vec) * (scale * a.scales[part / 2 * kRows + row]);
+      totals[row] += minimum * a.sums[part * kRows + row];
+    }
   }
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row) store(out + row * kPanel, totals[row]);
 }
 
 #endif

@@ -6,7 +6,8 @@
 // FlashAttention, 2022).
 #pragma once
 
-#include <iterator>
+#include <array>
+#include <numeric>
 
 #include "kv_cache.h"
 #include "linear.h"
@@ -33,20 +34,11 @@ struct PromptBuffers {
   float* maxima;    // [query head][query], of the scores times scale, to base 2
   float* totals;    // [query head][query]
 
-  // `num_queries`: of all query heads together.
-  PromptBuffers(const TwinpoolShape& d, int64_t num_queries, Scratch<>& scratch) {
-    const int64_t head = d.head_size, width = panels_of(head) * kPanel;
-    const int64_t sizes[] = {num_queries * head, kKeyBlock * head,   kKeyBlock * width,
-                             kTileRows * kKeyBlock, kTileRows * kKeyBlock, kTileRows * kPanel,
-                             num_queries * width, num_queries,        num_queries};
-    float* parts[std::size(sizes)];
-    int64_t total = 0;
-    for (const int64_t size : sizes) total += size;
-    float* next = scratch.get(total);
-    for (size_t i = 0; i < std::size(sizes); ++i) {
-      parts[i] = next;
-      next += sizes[i];
-    }
+  // `num_queries`: of all query heads together. `memory`: num_floats() of them.
+  PromptBuffers(const TwinpoolShape& d, int64_t num_queries, float* memory) {
+    const Sizes sizes = sizes_of(d, num_queries);
+    float* parts[std::tuple_size_v<Sizes>];
+    for (size_t i = 0; i < sizes.size(); memory += sizes[i++]) parts[i] = memory;
     queries = reinterpret_cast<Number*>(parts[0]);
     keys = reinterpret_cast<Number*>(parts[1]);
     values = reinterpret_cast<Number*>(parts[2]);
@@ -56,6 +48,20 @@ struct PromptBuffers {
     results = parts[6];
     maxima = parts[7];
     totals = parts[8];
+  }
+
+  static int64_t num_floats(const TwinpoolShape& d, int64_t num_queries) {
+    const Sizes sizes = sizes_of(d, num_queries);
+    return std::accumulate(sizes.begin(), sizes.end(), int64_t{0});
+  }
+
+ private:
+  using Sizes = std::array<int64_t, 9>;
+
+  static Sizes sizes_of(const TwinpoolShape& d, int64_t num_queries) {
+    const int64_t head = d.head_size, width = panels_of(head) * kPanel;
+    return {num_queries * head,    kKeyBlock * head,   kKeyBlock * width,   kTileRows * kKeyBlock, kTileRows * kKeyBlock,
+            kTileRows * kPanel, num_queries * width, num_queries,           num_queries};
   }
 };
 
@@ -97,7 +103,7 @@ inline void multiply(int64_t rows, const float* a, int64_t a_stride, const float
   tile_of<false>(rows, a, a_stride, panel, depth, out, out_stride);
 }
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#if defined(__AVX512BF16__)
 template <typename KV>
 inline __m512i load_bfloat16(const KV* row, int64_t i, int64_t head) {
   if constexpr (std::is_same_v<KV, uint16_t>) return _mm512_loadu_si512(row + i);
@@ -219,11 +225,11 @@ void pack_block(const TwinpoolShape& d, KV* cache, const TwinpoolSequence& s, in
 // Queries first .. first + count - 1 of a chunk, for every query head of a KV head.
 template <typename Number, typename KV>
 void attend_queries(const TwinpoolShape& d, KV* cache, const TwinpoolSequence& s, int kv_head, int64_t first,
-                    int64_t count, const float* query, float* out, Scratch<>& scratch) {
+                    int64_t count, const float* query, float* out, float* memory) {
   const int64_t group = d.num_heads / d.num_kv_heads, head = d.head_size, width = panels_of(head) * kPanel;
   const int64_t stride = static_cast<int64_t>(d.num_heads) * head;
   const int64_t at = (s.first_row + first) * stride + kv_head * group * head;
-  const PromptBuffers<Number> buffers(d, group * count, scratch);
+  const PromptBuffers<Number> buffers(d, group * count, memory);
   for (int64_t g = 0; g < group; ++g)
     for (int64_t i = 0; i < count; ++i)
       copy_query(query + at + i * stride + g * head, head, buffers.queries + (g * count + i) * head);

@@ -104,8 +104,8 @@ class StepThread {
 
   void attend(int32_t index) {
     const AttentionLayer<KV> attention = attention_of(index);
-    member.take_turns(plan.items.size(),
-                      [&](int64_t i) { attention.template attend<Number>(plan.items[i], own.attention); });
+    float* memory = own.attention.get(0);
+    member.take_turns(plan.items.size(), [&](int64_t i) { attention.template attend<Number>(plan.items[i], memory); });
     if (plan.writes_while_attending && step.group == nullptr) tell_layers_done(index + 1);
     member.take_turns(plan.merges.size(), [&](int64_t i) { attention.merge(plan.merges[i]); });
     member.finish(kPartAttention);

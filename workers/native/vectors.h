@@ -10,9 +10,7 @@
 #include <vector>
 
 #include <sys/mman.h>
-#if defined(__AVX512F__)
 #include <immintrin.h>
-#endif
 
 namespace {
 
@@ -147,7 +145,7 @@ inline Vec exponential(Vec x) {
 }
 
 // Whether there are instructions that multiply pairs of bfloat16 and add them in float32.
-#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#if defined(__AVX512BF16__)
 constexpr bool kHasPairProducts = true;
 
 // 32 numbers as bfloat16, rounded to nearest: `low` in the lower half.

@@ -201,3 +201,16 @@ def test_without_a_native_build_transformers_serves(
     config = CONFIGS["llama"]()
     model = make_model(tmp_path, config)
     assert isinstance(choose_step_model(model, spec_of(config), 64, 1), TransformersModel)
+
+
+@pytest.mark.parametrize(("dtype", "quantization"), [("float32", "none"), ("bfloat16", "none"), ("float32", "int8")])
+def test_one_warning_says_that_weights_are_widened_where_instructions_are_missing(
+    tmp_path: Path, build: str, caplog: pytest.LogCaptureFixture, dtype: str, quantization: str
+) -> None:
+    config = LlamaConfig(**SHAPE | CALM)
+    make_model(tmp_path, config)
+    choose_step_model(load_model(tmp_path, dtype), spec_of(config), 64, 1, quantization)
+    needed = {"bfloat16": "bf16", "int8": "vnni"}.get(dtype if quantization == "none" else quantization)
+    warnings = [message for message in caplog.messages if "about as long as in float32" in message]
+    assert len(warnings) == (needed is not None and needed not in build)
+    assert all(f"avx512_{needed}" in warning for warning in warnings)

@@ -99,3 +99,13 @@ def test_weights_that_are_not_finite_are_named() -> None:
         model.model.norm.weight[3] = torch.nan
     with pytest.raises(ModelError, match=r"weight model\.norm\.weight has values that are not finite"):
         choose_step_model(model, KVCacheSpec(1, 2, 16, 16, "float32"), 64, 1)
+
+
+def test_a_checkpoint_in_shards_is_loaded_whole(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64))
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    loaded = load_model(tmp_path, "float32").state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
