@@ -56,7 +56,8 @@ class Settings:
                 raise ConfigError("--parts mixed needs --mixed-load, the script that makes the load")
             rates = (args.chat_rate, args.long_rate, args.ttft_ms, args.tpot_ms)
             self.load = MixedLoad(args.mixed_load, args.seconds, *rates)
-        self.servers = targets([name for name in args.own.split(",") if name], args.peer, args.port)
+        own = [name for name in args.own.split(",") if name]
+        self.servers = targets(own, args.peer, args.port, args.ttft_ms, args.tpot_ms)
 
 
 def _parser() -> Parser:

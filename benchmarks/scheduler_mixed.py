@@ -29,7 +29,10 @@ Numbers = dict[str, float | None]
 _Key = TypeVar("_Key")
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 60.0
-_OWN = f"{shlex.quote(sys.executable)} -m engine.cli serve --dtype float32 --port {{port}}"
+_OWN = (
+    f"{shlex.quote(sys.executable)} -m engine.cli serve --dtype float32 --port {{port}}"
+    " --ttft-target-ms {ttft_ms} --tpot-target-ms {tpot_ms}"
+)
 OWN_SERVERS = {
     "two_pools": f"{_OWN} --prefill-workers 1 --decode-workers 1 --threads-per-worker 1",
     "colocated": f"{_OWN} --colocated 1 --threads-per-worker 2",
@@ -57,8 +60,10 @@ class MixedLoad:
     tpot_ms: float
 
 
-def targets(own: Sequence[str], peers: Sequence[str], port: int) -> list[Target]:
-    """Our servers by name, and peers as ``NAME=COMMAND`` (with ``{port}`` for the port) or ``NAME=URL``.
+def targets(
+    own: Sequence[str], peers: Sequence[str], port: int, ttft_ms: float = 1500.0, tpot_ms: float = 120.0
+) -> list[Target]:
+    """Our servers by name, which are told the targets; peers as ``NAME=COMMAND`` (with ``{port}``) or ``NAME=URL``.
 
     Raises:
         ConfigError: an unknown name, or a peer that is neither.
@@ -67,7 +72,8 @@ def targets(own: Sequence[str], peers: Sequence[str], port: int) -> list[Target]
     for name in own:
         if name not in OWN_SERVERS:
             raise ConfigError(f"there is no server {name!r} of our own; there are {', '.join(OWN_SERVERS)}")
-        found.append(_target(name, OWN_SERVERS[name], port))
+        command = OWN_SERVERS[name].replace("{ttft_ms}", f"{ttft_ms:g}").replace("{tpot_ms}", f"{tpot_ms:g}")
+        found.append(_target(name, command, port))
     for peer in peers:
         name, equals, what = peer.partition("=")
         if not name or not equals or not what:

@@ -24,6 +24,7 @@ from engine.api_key import check_api_key
 from kvcache.errors import ConfigError
 from kvcache.transfer.port_choice import PortName
 from scheduler.autoscaler import PoolLimits
+from scheduler.batching import BatchLimits
 from scheduler.placement import DEFAULT_POLICY, TPOT_TARGET_S, TTFT_TARGET_S, PlacementOptions
 from scheduler.policies import POLICIES
 from scheduler.types import WorkerRole
@@ -33,6 +34,7 @@ ENVIRONMENT_PREFIX = "TWINPOOL_"
 OTHER_VARIABLES = frozenset({"TWINPOOL_CACHE"})
 ADDRESS = re.compile(r"(\[[0-9A-Fa-f:]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
 AMOUNT = re.compile(r"[0-9]+(\.[0-9]{1,4})?")  # Ray counts in steps of 0.0001
+STEPS_PER_FIRST_TOKEN = 4
 RESERVED_RESOURCES = frozenset({"CPU", "GPU", "memory", "object_store_memory"})
 
 
@@ -424,6 +426,16 @@ class ServeConfig(BaseSettings):
             self.ttft_target_ms / 1000,
             self.tpot_target_ms / 1000,
             roles_follow_load=self.roles == "auto",
+        )
+
+    @property
+    def batch_limits(self) -> BatchLimits:
+        """A first token waits for the step that runs when its prompt arrives, and for its own: both leave room."""
+        return BatchLimits(
+            self.max_num_seqs,
+            self.max_num_batched_tokens,
+            max_step_s=self.ttft_target_ms / 1000 / STEPS_PER_FIRST_TOKEN,
+            max_pause_s=self.tpot_target_ms / 1000,
         )
 
     @property

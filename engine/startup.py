@@ -20,7 +20,6 @@ from kvcache.errors import ConfigError, ResourceError
 from kvcache.heads import Shard, check_size
 from kvcache.spec import DTYPE_BYTES, KVCacheSpec
 from kvcache.transfer.wire import MAX_BLOCK_BYTES
-from scheduler.batching import BatchLimits
 from scheduler.room import Node
 from scheduler.types import DeviceProfile, Phase, WorkerRole
 from workers.device import Device, choose_device, count_gpus
@@ -149,7 +148,7 @@ def make_plan(config: ServeConfig, path: Path, nodes: Sequence[Node] | None = No
             max_model_len=max_model_len,
             vocab_size=checkpoint.vocab_size,
             dtype=checkpoint.dtype,
-            limits=BatchLimits(config.max_num_seqs, config.max_num_batched_tokens),
+            limits=config.batch_limits,
             num_threads=threads_per_rank(config, role, nodes),
             tensor_parallel_size=config.tensor_parallel_size_of(role),
             device=device,

@@ -3,13 +3,18 @@
 Continuous batching (Orca, OSDI 2022) with chunked prefill under a token budget (Sarathi-Serve, OSDI 2024).
 A prompt chunk and a decoding sequence are the same thing here: a sequence with tokens whose KV is missing.
 
-Sequences have an order (``Request.order``): class, then priority, then arrival. Who is first in it joins first, gets
-its share of a step's budget first and is preempted last. A batch sequence is also preempted to let an interactive
-one join. The first of all is never preempted, so it makes progress; the others follow when there is room.
+Sequences have an order (``Request.order``): class, then priority, then turn. Who is first in it joins first, gets its
+share of a step's budget first and is preempted last. A batch sequence is also preempted to let an interactive one
+join. The first of all is never preempted, so it makes progress; the others follow when there is room.
+
+A turn is counted in tokens of this worker's work: those computed so far, and ``PATIENCE`` times those that the
+prompt brings. So a short prompt does not wait for a long one that has begun, and a long one is overtaken by at most
+``PATIENCE`` times its own work, whatever arrives. Once their answer has begun, sequences go first, by arrival.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +28,8 @@ from scheduler.request import FinishReason, Request, RequestStatus, SamplingPara
 from scheduler.urgency import ServiceClass
 
 MAX_PROMPT_LOGITS = 128  # rows of one step: a row is as long as the vocabulary
+PATIENCE = 4  # how many times its own work a prompt lets shorter ones go before it
+MIN_PROMPT_TOKENS = 64  # of a step, however slow: fewer cost nearly as much
 UNKNOWN_TOKEN = -1  # in a step that is planned ahead: the one before it will sample it
 
 
@@ -31,6 +38,8 @@ class BatchLimits:
     max_num_seqs: int = 64  # sequences that hold blocks at once
     max_num_batched_tokens: int = 512  # tokens computed in one step
     max_num_waiting: int = 1024  # beyond this, new work is refused
+    max_step_s: float = math.inf  # prompts are cut so that no step takes longer: who arrives meanwhile waits for it
+    max_pause_s: float = math.inf  # the same where others decode: they pause meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +119,7 @@ class Batcher:
         self._running: list[Request] = []
         self._hashes: dict[str, HashChain] = {}  # of the sequences in _requests
         self._arrivals = count()
+        self._num_computed = 0  # tokens, ever
         self._in_step: frozenset[str] = frozenset()
         self._aborted_in_step: set[str] = set()
 
@@ -150,9 +160,12 @@ class Batcher:
             raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
         if len(self._waiting) >= self.limits.max_num_waiting:
             raise OverloadedError(f"{len(self._waiting)} requests are waiting on this worker already.")
-        request.arrival = next(self._arrivals)
         self._requests[request.request_id] = request
         self._hashes[request.request_id] = HashChain(request.cache_salt, self.manager.spec.block_size)
+        request.arrival = next(self._arrivals)
+        if request.num_delivered_tokens == 0:
+            num_cached_tokens = len(self._find_prefix(request)) * self.manager.spec.block_size
+            request.turn = self._num_computed + PATIENCE * (request.num_prompt_tokens - num_cached_tokens)
         self._wait(request)
 
     def reserve_handoffs(self) -> list[Request]:
@@ -225,16 +238,18 @@ class Batcher:
             self.num_resumed_blocks += num_kept
         return is_resumed
 
-    def plan(self) -> StepPlan | None:
-        """The next step, or None when there is nothing to compute. Call ``apply`` before the next ``plan``."""
+    def plan(self, prompt_tokens_per_s: float | None = None) -> StepPlan | None:
+        """The next step, or None when there is nothing to compute. Call ``apply`` before the next ``plan``.
+
+        ``prompt_tokens_per_s`` is what this worker computes; None where that is not known yet.
+        """
         if self._in_step:
             raise InvariantError("plan was called twice without apply")
         self._admit_over_batch()
         chunks = self._plan_decode()
-        budget = self.limits.max_num_batched_tokens - len(chunks)
+        budget = self._prompt_budget(len(chunks), prompt_tokens_per_s)
         for service_class in ServiceClass:
             budget -= self._plan_prompts(chunks, budget, service_class)
-            budget -= self._plan_waiting(chunks, budget, service_class)
         plan = StepPlan(tuple(chunks)) if chunks else None
         self._in_step = _ids(plan)
         return plan
@@ -353,21 +368,46 @@ class Batcher:
                 chunks.append(self._chunk(request, 1))
         return chunks
 
-    def _plan_prompts(self, chunks: list[ScheduledChunk], budget: int, service_class: ServiceClass) -> int:
-        """Shares what is left of the budget among a class's prompts under way, in order. Returns the tokens used."""
-        used = 0
-        for request in self._running:
-            is_prompt = request.num_uncomputed_tokens > 1 and request.urgency.service_class is service_class
-            if is_prompt and used < budget:
-                used += self._add_prompt_chunk(chunks, request, budget - used)
-        return used
+    def _prompt_budget(self, num_decoding: int, tokens_per_s: float | None) -> int:
+        """Prompt tokens for a step with so many decoding sequences, by its limits in tokens and in time."""
+        budget = self.limits.max_num_batched_tokens - num_decoding
+        longest_s = self.limits.max_pause_s if num_decoding else self.limits.max_step_s
+        if tokens_per_s is None or tokens_per_s * longest_s >= budget:
+            return budget
+        return min(budget, max(MIN_PROMPT_TOKENS, int(tokens_per_s * longest_s)))
 
-    def _plan_waiting(self, chunks: list[ScheduledChunk], budget: int, service_class: ServiceClass) -> int:
-        """Lets a class's waiting sequences join, in order, while budget, blocks and places last."""
+    def _plan_prompts(self, chunks: list[ScheduledChunk], budget: int, service_class: ServiceClass) -> int:
+        """Shares the budget among a class's prompts, those under way and those that join now, in order.
+
+        Returns the tokens used.
+        """
+        used = 0
+        under_way = [
+            running
+            for running in self._running
+            if running.num_uncomputed_tokens > 1 and running.urgency.service_class is service_class
+        ]
+        for request in under_way:
+            used += self._plan_waiting(chunks, budget - used, service_class, before=request)
+            if used < budget:
+                used += self._add_prompt_chunk(chunks, request, budget - used)
+        return used + self._plan_waiting(chunks, budget - used, service_class)
+
+    def _plan_waiting(
+        self,
+        chunks: list[ScheduledChunk],
+        budget: int,
+        service_class: ServiceClass,
+        before: Request | None = None,
+    ) -> int:
+        """Lets a class's waiting sequences join, in order, while budget, blocks and places last; only those that go
+        ``before`` another, if that is given."""
         used = 0
         while used < budget and self._waiting:
             request = self._waiting[0]
             if request.remote_prefill or request.urgency.service_class is not service_class:
+                break
+            if before is not None and before.order < request.order:
                 break
             if not self._admit(request):
                 break
@@ -477,6 +517,7 @@ class Batcher:
         """The KV of the first ``num_tokens`` tokens is whole: those of its blocks that are now full are cached."""
         block_size = self.manager.spec.block_size
         first_block, end_block = request.num_computed_tokens // block_size, num_tokens // block_size
+        self._num_computed += num_tokens - request.num_computed_tokens
         request.num_computed_tokens = num_tokens
         if self.manager.prefix_caching and end_block > first_block:
             self.manager.cache(request.request_id, self._hashes_of(request)[first_block:end_block], first_block)
@@ -521,6 +562,10 @@ class Batcher:
             request.move_to(RequestStatus.HANDING_OVER)
         elif finish_reason is not None:
             self._finish(request, finish_reason)
+        elif request.turn > 0:
+            self._running.remove(request)
+            request.turn = 0
+            insort(self._running, request, key=lambda running: running.order)
         return SampledToken(request, token_id, finish_reason, logprobs, prompt_logprobs)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:

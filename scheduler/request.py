@@ -233,6 +233,7 @@ class Request:
     num_delivered_tokens: int = 0  # the last so many of the prompt are output of a worker that was lost
     urgency: Urgency = ORDINARY
     arrival: int = 0  # order of arrival on this worker
+    turn: int = 0  # see ``scheduler.batching``; 0 once its answer has begun
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
@@ -245,9 +246,9 @@ class Request:
         self.token_ids = list(self.prompt_token_ids)
 
     @property
-    def order(self) -> tuple[int, int, int]:
+    def order(self) -> tuple[int, int, int, int]:
         """Sorts who is served first to first, and who is preempted first to last."""
-        return *self.urgency.key, self.arrival
+        return *self.urgency.key, self.turn, self.arrival
 
     @property
     def num_prompt_tokens(self) -> int:

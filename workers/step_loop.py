@@ -162,7 +162,7 @@ class StepLoop:
             if self.on_reserved is not None:
                 for request in self.batcher.reserve_handoffs():
                     self.on_reserved(request)
-            plan = self.batcher.plan()
+            plan = self.batcher.plan(self.prefill_rate.per_second)
             if plan is None:
                 await self._work.wait()
             else:

@@ -46,6 +46,12 @@ def test_a_peer_is_a_command_with_a_port_or_a_url() -> None:
     assert found[1].command == "serve --port 8123"
 
 
+def test_our_servers_are_told_the_targets_of_the_load() -> None:
+    [found] = targets(["two_pools"], [], 8123, ttft_ms=1500.0, tpot_ms=62.5)
+    assert found.command.count("{") == 0
+    assert "--ttft-target-ms 1500 --tpot-target-ms 62.5" in found.command
+
+
 def test_a_small_cluster_places_and_its_numbers_agree() -> None:
     result = measure_core(num_workers=6, num_in_flight=250, num_placements=50)
     assert (result.num_workers, result.num_placements) == (6, 50)

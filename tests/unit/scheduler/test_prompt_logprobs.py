@@ -79,9 +79,9 @@ def test_logits_are_asked_for_at_the_tokens_before_the_targets() -> None:
 def test_rows_are_counted_over_all_chunks_of_a_step() -> None:
     batcher = make_batcher()
     add(batcher, "plain", 7, make_sampling())
-    add(batcher, "told", 4)
+    add(batcher, "told", 8)
     plan, _ = step(batcher)
-    assert plan.logit_rows == [6, 7, 8, 9, 10]
+    assert plan.logit_rows == list(range(6, 7 + 8))
 
 
 def test_a_preemption_repeats_and_loses_nothing() -> None:
@@ -105,7 +105,8 @@ def test_only_sequences_whose_choice_depends_on_it_carry_their_history() -> None
     batcher.add(request)
     for num_output in (1, 2):
         plan, _ = step(batcher)
-        plain, told = (chunk.history for chunk in plan.chunks)
+        histories = {chunk.request_id: chunk.history for chunk in plan.chunks}
+        plain, told = histories["plain"], histories["penalized"]
         assert plain is None
         assert told is not None
         assert (told.num_tokens, told.num_output_tokens) == (3 + num_output, num_output)
