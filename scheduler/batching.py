@@ -120,6 +120,7 @@ class Batcher:
         self._hashes: dict[str, HashChain] = {}  # of the sequences in _requests
         self._arrivals = count()
         self._num_computed = 0  # tokens, ever
+        self._fills_up = True  # where time limits a step, a prompt's end does not wait for a piece of another prompt
         self._in_step: frozenset[str] = frozenset()
         self._aborted_in_step: set[str] = set()
 
@@ -248,6 +249,7 @@ class Batcher:
         self._admit_over_batch()
         chunks = self._plan_decode()
         budget = self._prompt_budget(len(chunks), prompt_tokens_per_s)
+        self._fills_up = budget == self.limits.max_num_batched_tokens - len(chunks)
         for service_class in ServiceClass:
             budget -= self._plan_prompts(chunks, budget, service_class)
         plan = StepPlan(tuple(chunks)) if chunks else None
@@ -420,6 +422,8 @@ class Batcher:
         """Plans the next tokens of a prompt under both budgets, of tokens and of rows of prompt logits."""
         start = request.num_computed_tokens
         num_tokens = min(request.num_uncomputed_tokens, budget)
+        if num_tokens < request.num_uncomputed_tokens and not self._fills_up and _has_end(chunks):
+            return 0
         room = MAX_PROMPT_LOGITS - sum(len(chunk.prompt_targets) for chunk in chunks)
         if request.wanted_prompt_logits(start, start + num_tokens) > room:
             num_tokens = max(start, len(request.prompt_logprobs)) + room - start
@@ -581,3 +585,8 @@ class Batcher:
 
 def _ids(plan: StepPlan | None) -> frozenset[str]:
     return frozenset(chunk.request_id for chunk in plan.chunks) if plan is not None else frozenset()
+
+
+def _has_end(chunks: Sequence[ScheduledChunk]) -> bool:
+    """Whether a prompt's first token comes of this step."""
+    return any(chunk.num_prompt_tokens and chunk.sampling is not None for chunk in chunks)

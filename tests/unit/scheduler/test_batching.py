@@ -160,6 +160,24 @@ def test_a_slow_worker_computes_fewer_prompt_tokens_in_a_step(tokens_per_s: floa
     engine.end()
 
 
+def test_where_time_is_short_a_first_token_does_not_wait_for_a_piece_of_another_prompt() -> None:
+    engine = Engine(num_blocks=400, limits=BatchLimits(max_step_s=0.25, max_pause_s=0.25))
+    engine.add("long", 900)
+    plan = engine.batcher.plan(1000.0)
+    assert plan is not None
+    engine.apply(plan)
+    engine.add("short", 100)
+    engine.add("shorter", 50)
+    sizes = []
+    for _ in range(2):
+        plan = engine.batcher.plan(1000.0)
+        assert plan is not None
+        sizes.append({chunk.request_id: len(chunk.token_ids) for chunk in plan.chunks if chunk.num_prompt_tokens})
+        engine.apply(plan)
+    assert sizes == [{"shorter": 50, "short": 100}, {"long": 250}]
+    engine.end()
+
+
 def test_a_pause_of_those_that_decode_is_shorter_than_a_step_may_be() -> None:
     engine = Engine(num_blocks=400, limits=BatchLimits(max_num_batched_tokens=512, max_step_s=0.5, max_pause_s=0.1))
     engine.add("decoding", 3, max_tokens=9)
