@@ -222,7 +222,8 @@ class KVReceiver:
                     return received
                 else:
                     raise TransferError(TransferFault.REPEATED, "a second opening in one stream")
-            raise TransferError(TransferFault.INCOMPLETE, "the stream ended before its commit")
+            # A lost connection looks like this too: gRPC may tell of the end before it says that the call is cancelled.
+            raise TransferError(TransferFault.PEER_LOST, "the stream ended before its commit")
         except TransferError as error:
             if incoming is not None and not error.fault.is_accident:
                 incoming.distrust()

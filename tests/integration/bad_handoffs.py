@@ -108,6 +108,11 @@ def miscounted_chunks(handoff: Handoff, spec: KVCacheSpec) -> Messages:
     return [*handoff.messages(spec)[:-1], handoff.commit(spec.num_layers + 1)]
 
 
+def chunk_behind_the_commit(handoff: Handoff, spec: KVCacheSpec) -> Messages:
+    messages = handoff.messages(spec)
+    return [*messages[:-2], messages[-1], messages[-2]]
+
+
 def no_commit(handoff: Handoff, spec: KVCacheSpec) -> Messages:
     return handoff.messages(spec)[:-1]
 
@@ -153,8 +158,9 @@ REFUSED: tuple[tuple[Tamper, TransferFault], ...] = (
     (stale_epoch_in_the_commit, TransferFault.STALE_EPOCH),
     (missing_chunk, TransferFault.INCOMPLETE),
     (miscounted_chunks, TransferFault.INCOMPLETE),
-    (no_commit, TransferFault.INCOMPLETE),
-    (nothing_at_all, TransferFault.INCOMPLETE),
+    (chunk_behind_the_commit, TransferFault.INCOMPLETE),
+    (no_commit, TransferFault.PEER_LOST),
+    (nothing_at_all, TransferFault.PEER_LOST),
     (chunk_before_open, TransferFault.UNKNOWN_TRANSFER),
     (commit_alone, TransferFault.UNKNOWN_TRANSFER),
     (another_block_size, TransferFault.INCOMPATIBLE),

@@ -14,8 +14,8 @@ from kvcache.errors import TransferFault
 from kvcache.transfer import kv_transfer_pb2_grpc as kv_pb_grpc
 from kvcache.transfer.sender import OutgoingTransfer
 from kvcache.transfer.wire import FAULT_METADATA_KEY, MAX_MESSAGE_BYTES, Chunk, ChunkRange, Message
-from tests.cluster import LocalCluster, TinyCheckpoint, greedily, local_cluster
-from tests.integration.bad_handoffs import PROMPT_TOKENS, REFUSED, Messages, Tamper
+from tests.cluster import BLOCK_SIZE, LocalCluster, TinyCheckpoint, greedily, local_cluster
+from tests.integration.bad_handoffs import PROMPT_TOKENS, REFUSED, Messages, Tamper, no_commit
 from tests.integration.fake_prefill import FakePrefill, GenerateCall, fake_prefill, send
 from tests.leaks import until
 
@@ -69,21 +69,29 @@ def test_a_bad_handoff_is_refused_and_touches_nobody_else(
             assert lost_by_grpc(refusal) or fault_in(refusal) == fault.value
             assert cluster.failures("decode-0") == {fault.value: 1}
             handoff.end(grpc.StatusCode.UNAVAILABLE)
-            assert (await call.error()).code() is grpc.StatusCode.ABORTED
-            assert call.token_ids == []
+            if tamper is no_commit:  # all was verified, and the request goes on from that
+                assert len(await call.finished()) == 1
+                assert cluster.load("decode-0").blocks_resumed == PROMPT_TOKENS // BLOCK_SIZE
+            else:
+                assert (await call.error()).code() is grpc.StatusCode.ABORTED
+                assert call.token_ids == []
             await other
 
     asyncio.run(scenario())
 
 
-def test_the_untampered_messages_are_accepted(checkpoint: TinyCheckpoint) -> None:
-    """What the refusals above are measured against."""
+@pytest.mark.parametrize("order", [1, -1], ids=["in order", "reordered"])
+def test_the_untampered_messages_are_accepted_in_any_order_of_the_chunks(
+    checkpoint: TinyCheckpoint, order: int
+) -> None:
+    """What the refusals above are measured against. Every chunk says where it belongs, so their order is no fault."""
 
     async def scenario() -> None:
         async with cluster_with_fake(checkpoint) as (cluster, fake):
             call = call_through(cluster, fake)
             handoff = await fake.handoffs.get()
-            receipt = await send(cluster.channel("decode-0"), handoff.messages(checkpoint.spec))
+            opening, *chunks, commit = handoff.messages(checkpoint.spec)
+            receipt = await send(cluster.channel("decode-0"), [opening, *chunks[::order], commit])
             assert receipt.payload_bytes == checkpoint.spec.handoff_bytes(PROMPT_TOKENS)
             handoff.end(grpc.StatusCode.OK)
             assert await call.finished() == (7,)

@@ -145,9 +145,8 @@ def test_a_bad_handoff_is_refused_as_over_grpc(
         async with raw_handoff(checkpoint) as (cluster, handoff, sender):
             sender.send_ring()
             reply = await sender.send_all(tamper(handoff, checkpoint.spec))
-            # On a socket the end, or an empty packet, is the loss of the sender: there is no half-close as in gRPC.
-            ends_early = tamper.__name__ in ("no_commit", "nothing_at_all", "empty_message")
-            fault_here = TransferFault.PEER_LOST if ends_early else fault
+            is_end = tamper.__name__ == "empty_message"  # on a socket
+            fault_here = TransferFault.PEER_LOST if is_end else fault
             assert reply is not None and reply.refusal.fault == fault_here.value
             assert cluster.failures("decode-0") == {fault_here.value: 1}
 
