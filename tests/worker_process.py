@@ -1,6 +1,7 @@
 """A worker in a process of its own, for faults that need one: kill -9, or a stop and a late return.
 
-It sends every block of every layer by itself, so that a test can choose how far a handoff is.
+It sends every block of every layer by itself, so that a test can choose how far a handoff is. It may pause there, as a
+whole, until the test has it go on.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any, ClassVar
 
-from kvcache.transfer.sender import OutgoingTransfer
+from kvcache.lease import BlockLease
+from kvcache.storage import BlockStorage
+from kvcache.transfer.sender import OutgoingTransfer, TransferTarget
+from kvcache.transfer.wire import Message
 from scheduler.events import WorkerLeft, WorkerRegistered
 from scheduler.types import WorkerInfo, WorkerRole
 from tests.cluster import DEVICE, ROOMY, LocalCluster, worker_options
@@ -34,11 +39,14 @@ _CONTEXT.set_forkserver_preload(["tests.worker_process"])  # imports once, then 
 class WorkerProcess:
     """Handle of a running worker. A test that does not kill it ends with ``check_leaks``."""
 
-    def __init__(self, options: WorkerOptions) -> None:
+    def __init__(self, options: WorkerOptions, pause_after_chunks: int | None = None) -> None:
         self._connection, theirs = _CONTEXT.Pipe()
-        self._process: ForkServerProcess = _CONTEXT.Process(target=_run, args=(options, theirs), daemon=True)
+        self._pausing, their_pausing = _CONTEXT.Pipe()
+        given = (options, theirs, their_pausing, pause_after_chunks)
+        self._process: ForkServerProcess = _CONTEXT.Process(target=_run, args=given, daemon=True)
         self._process.start()
         theirs.close()
+        their_pausing.close()
         if not self._connection.poll(START_TIMEOUT_S):
             raise AssertionError("a worker process did not start")
         self.info: WorkerInfo = self._connection.recv()
@@ -64,6 +72,14 @@ class WorkerProcess:
         os.kill(self.info.process_id, signal.SIGCONT)
         await until(lambda: self.state != "T", "the process to run")
 
+    async def pauses(self) -> None:
+        """Returns when it has sent so many chunks of a handoff and neither sends nor hears anything."""
+        await until(self._pausing.poll, "the worker's pause", START_TIMEOUT_S)
+        self._pausing.recv()
+
+    def end_pause(self) -> None:
+        self._pausing.send("")
+
     async def check_leaks(self) -> None:
         """Fails when the worker, which has nothing to do now, has leaked anything."""
         self._connection.send("check")
@@ -75,15 +91,26 @@ class WorkerProcess:
             self.kill()
         self._process.close()
         self._connection.close()
+        self._pausing.close()
 
 
 @asynccontextmanager
 async def worker_process(
-    cluster: LocalCluster, worker_id: str, role: WorkerRole, lease_ttl_s: float = 30.0
+    cluster: LocalCluster,
+    worker_id: str,
+    role: WorkerRole,
+    lease_ttl_s: float = 30.0,
+    pause_after_chunks: int | None = None,
+    **others: Any,
 ) -> AsyncIterator[WorkerProcess]:
-    """Joins a cluster with one more worker. Equal and idle workers are taken in the order of their ids."""
-    options = worker_options(cluster.checkpoint, worker_id, role, 256, ROOMY, lease_ttl_s)
-    process = await asyncio.to_thread(WorkerProcess, options)
+    """Joins a cluster with one more worker. Equal and idle workers are taken in the order of their ids.
+
+    Args:
+        pause_after_chunks: of the first handoff that has more.
+        others: further options of the worker.
+    """
+    options = replace(worker_options(cluster.checkpoint, worker_id, role, 256, ROOMY, lease_ttl_s), **others)
+    process = await asyncio.to_thread(WorkerProcess, options, pause_after_chunks)
     try:
         await cluster.scheduler.handle([WorkerRegistered(process.info)])
         yield process
@@ -92,13 +119,31 @@ async def worker_process(
         await cluster.scheduler.handle([WorkerLeft(worker_id, process.info.incarnation)])
 
 
-def _run(options: WorkerOptions, connection: Connection) -> None:
+class _SmallChunks(OutgoingTransfer):
+    """Of one block each."""
+
+    pausing: ClassVar[Connection]
+    pause_after_chunks: ClassVar[int | None]
+
+    def __init__(self, storage: BlockStorage, lease: BlockLease, target: TransferTarget) -> None:
+        super().__init__(storage, lease, target, max_chunk_bytes=1)
+
+    def next_message(self, slot: memoryview | None = None) -> Message | None:
+        if self._num_chunks == self.pause_after_chunks:
+            type(self).pause_after_chunks = None  # once
+            self.pausing.send("")
+            self.pausing.recv()  # the event loop stands still
+        return super().next_message(slot)
+
+
+def _run(options: WorkerOptions, connection: Connection, pausing: Connection, pause_after_chunks: int | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the test ends us
+    _SmallChunks.pausing, _SmallChunks.pause_after_chunks = pausing, pause_after_chunks
+    prefill.OutgoingTransfer = _SmallChunks  # type: ignore[misc, assignment]
     asyncio.run(_serve(options, connection))
 
 
 async def _serve(options: WorkerOptions, connection: Connection) -> None:
-    prefill.OutgoingTransfer = partial(OutgoingTransfer, max_chunk_bytes=1)  # type: ignore[misc, assignment]
     worker = build_worker(options)
     await worker.start()
     connection.send(worker.info(time.monotonic_ns(), DEVICE))

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from kvcache.errors import TransferFault
+from kvcache.lease import LeaseState
 from scheduler.types import WorkerRole
 from tests.cluster import TinyCheckpoint, greedily, local_cluster
 from tests.leaks import until
@@ -57,6 +58,46 @@ def test_the_late_words_of_a_stopped_prefill_worker_are_fenced(checkpoint: TinyC
     asyncio.run(scenario())
 
 
+def test_what_a_stopped_prefill_worker_sends_itself_when_it_goes_on_is_fenced(checkpoint: TinyCheckpoint) -> None:
+    """It is stopped between two chunks. What it had sent was verified by then, so nothing is on the way; what is
+    refused later was sent after SIGCONT. Through shared memory, where a chunk that was put has been sent."""
+    prompt = checkpoint.prompt(PROMPT_TOKENS)
+    num_chunks = 28
+
+    async def scenario() -> None:
+        async with (
+            local_cluster(checkpoint, prefill=1, decode=1, lease_ttl_s=LEASE_TTL_S, kv_transfer_port="shm") as cluster,
+            worker_process(
+                cluster, ZOMBIE, WorkerRole.PREFILL, LEASE_TTL_S, num_chunks, kv_transfer_port="shm"
+            ) as zombie,
+        ):
+            decode = cluster.workers["decode-0"]
+            request = asyncio.create_task(cluster.complete(prompt, greedily(NUM_TOKENS)))
+            await zombie.pauses()
+            sent_bytes = num_chunks * checkpoint.spec.layer_block_bytes
+            await until(lambda: decode.transfers.bytes_under_way == sent_bytes, "all that was sent to be verified")
+            await zombie.stop()
+            assert (await request).token_ids == checkpoint.greedy(prompt, NUM_TOKENS)  # by another worker
+            assert cluster.failures("decode-0") == {TransferFault.EXPIRED.value: 1}
+            await asyncio.sleep(LEASE_TTL_S)  # the second lease; its term has to pass, there is nothing to wait for
+            decode.manager.check_idle()
+            num_received = decode.load().transfer_bytes
+
+            zombie.end_pause()  # which it cannot hear before it goes on
+            assert zombie.state == "T"
+            assert cluster.failures("decode-0") == {TransferFault.EXPIRED.value: 1}
+            await zombie.go_on()
+            await until(
+                lambda: cluster.failures("decode-0").get(TransferFault.STALE_EPOCH.value, 0) == 1, "its next chunk"
+            )
+            assert decode.load().transfer_bytes == num_received
+            decode.manager.check_idle()
+            await cluster.check_greedy(prompt, NUM_TOKENS)  # from the decode worker's cache, which is as it was
+            await zombie.check_leaks()
+
+    asyncio.run(scenario())
+
+
 def test_a_prefill_worker_that_stops_for_less_than_a_lease_costs_nothing(checkpoint: TinyCheckpoint) -> None:
     prompt = checkpoint.prompt(PROMPT_TOKENS)
 
@@ -90,9 +131,15 @@ def test_heartbeats_keep_the_lease_of_a_handoff_while_steps_take_longer_than_it(
             gate = cluster.hold_steps(slow, lambda plan: True)
             await gate.holding()
             second = asyncio.create_task(cluster.check_greedy(checkpoint.prompt(PROMPT_TOKENS), NUM_TOKENS))
+            leases = cluster.workers["decode-0"].manager.leases
+            await until(lambda: len(leases) == 1, "the second handoff")
+            (lease,) = leases
             await asyncio.sleep(1.2)  # three leases
+            assert lease.is_open  # held by heartbeats alone: no chunk came
+            assert lease.state is LeaseState.RESERVED
             gate.open()
             await asyncio.gather(first, second)
+            assert lease.state is LeaseState.COMMITTED
             assert cluster.failures("decode-0") == {}
             assert len(cluster.scheduler.placements) == 2
 
