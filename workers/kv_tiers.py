@@ -36,6 +36,7 @@ from workers.rates import Rate
 from workers.worker_options import WorkerOptions
 
 MAX_PENDING_BYTES = 64 << 20  # copied out of the cache and not yet in a tier
+FLUSH_TIMEOUT_S = 5.0  # for what is in memory when the worker ends; half of what --shutdown-timeout gives by default
 logger = logging.getLogger(__name__)
 
 Layers = list[bytes | memoryview]
@@ -107,9 +108,12 @@ class KVTiers:
             self.host_hits += len(found.blocks) - found.num_from_files
 
     async def close(self) -> None:
-        """Waits for what is being saved."""
+        """Waits for what is being saved. What is in memory goes to files, for ``FLUSH_TIMEOUT_S`` at most: so a worker
+        that is started again finds it."""
         self._manager.pool.on_evict = None
         await asyncio.gather(*self._saving)
+        if self._files is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._flush, self._files)
         self._thread.shutdown()
 
     def _has(self, name: bytes) -> bool:
@@ -193,6 +197,16 @@ class KVTiers:
                 await loop.run_in_executor(self._thread, self._write, self._files, evicted)
         finally:
             self._pending_bytes -= num_bytes
+
+    def _flush(self, files: FileTier) -> None:
+        """In the thread. The host tier does not change any more."""
+        deadline_s = time.monotonic() + FLUSH_TIMEOUT_S
+        try:
+            num_kept = files.write_newest(self._host.newest_first(), lambda: time.monotonic() < deadline_s)
+        except OSError as error:
+            logger.warning("KV blocks in memory could not be written to files: %s", error)
+        else:
+            logger.info("%d KV blocks that were in memory are in files now.", num_kept)
 
     def _write(self, files: FileTier, records: Sequence[Record]) -> None:
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -82,6 +83,37 @@ class FileTier:
         self._sizes[record.name] = len(record.data)
         self.num_bytes += len(record.data)
         self._make_room()
+
+    def write_newest(self, records: Iterable[Record], has_time: Callable[[], bool]) -> int:
+        """Takes in what a tier before this one has when it ends: as much of it as there is time and room for.
+
+        Args:
+            records: the most recently used first. All are taken for used later than what is here.
+
+        Returns how many are here now.
+
+        Raises:
+            OSError: one could not be written; those before it are here.
+        """
+        kept: list[bytes] = []
+        left_bytes = self._limit_bytes
+        try:
+            for record in records:
+                left_bytes -= len(record.data)
+                if left_bytes < 0 or not has_time():
+                    break
+                self.write(record)
+                self._touch(record.name)  # or the next one could push it out
+                kept.append(record.name)
+        finally:
+            for name in reversed(kept):
+                self._touch(name)
+        return len(kept)
+
+    def _touch(self, name: bytes) -> None:
+        self._sizes.move_to_end(name)
+        with suppress(OSError):  # it is gone, as a read will find
+            os.utime(self._path(name))
 
     def remove(self, name: bytes) -> None:
         """Harmless for a name that is not here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -43,6 +44,10 @@ class HostTier:
             evicted.append(Record(name, data))
         self.evictions += len(evicted)
         return evicted
+
+    def newest_first(self) -> Iterator[Record]:
+        """The most recently used first. The tier may not change meanwhile."""
+        return (Record(name, data) for name, data in reversed(self._records.items()))
 
     def remove(self, name: bytes) -> None:
         """Harmless for a name that is not here."""

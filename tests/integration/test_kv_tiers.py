@@ -10,6 +10,7 @@ import pytest
 from scheduler.types import TierLoad
 from tests.cluster import BLOCK_SIZE, LocalCluster, TinyCheckpoint, local_cluster
 from tests.leaks import until
+from workers import kv_tiers
 
 pytestmark = pytest.mark.integration
 
@@ -76,6 +77,25 @@ def test_files_serve_a_worker_that_was_started_again(checkpoint: TinyCheckpoint,
             first = await evict_first(cluster)
         async with local_cluster(checkpoint, **COLOCATED, **SMALL, **files) as cluster:
             assert await cluster.check_greedy(first, NUM_TOKENS) == WHOLE
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("seconds", [kv_tiers.FLUSH_TIMEOUT_S, 0.0], ids=["time to write", "no time"])
+def test_what_was_in_memory_is_found_by_a_worker_that_was_started_again(
+    checkpoint: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr(kv_tiers, "FLUSH_TIMEOUT_S", seconds)
+    both = {"kv_host_cache_bytes": AMPLE, "kv_file_cache_dir": str(tmp_path), "kv_file_cache_bytes": AMPLE}
+
+    async def scenario() -> None:
+        async with local_cluster(checkpoint, **COLOCATED, **SMALL, **both) as cluster:
+            first = await evict_first(cluster)
+            assert tiers(cluster)["host"].num_bytes > 0
+            assert saved_in(tmp_path) == []
+        assert bool(saved_in(tmp_path)) is bool(seconds)
+        async with local_cluster(checkpoint, **COLOCATED, **SMALL, **both) as cluster:
+            assert await cluster.check_greedy(first, NUM_TOKENS) == (WHOLE if seconds else 0)
 
     asyncio.run(scenario())
 

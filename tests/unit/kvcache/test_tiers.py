@@ -142,3 +142,54 @@ def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ResourceError, match="file/kv"):
         FileTier(tmp_path / "file" / "kv", limit_bytes=30)
+
+
+def in_memory(*indices: int) -> HostTier:
+    """The last was used last."""
+    host = HostTier(1 << 20)
+    for index in indices:
+        assert host.put(Record(name(index), bytes((index,)) * 10)) == []
+    return host
+
+
+def test_what_was_in_memory_survives_in_files_in_the_order_of_its_use(tmp_path: Path) -> None:
+    files = FileTier(tmp_path, limit_bytes=50)
+    for index in (0, 1):
+        files.write(Record(name(index), bytes((index,)) * 10))
+        os.utime(files._path(name(index)), ns=(index, index))
+    assert files.write_newest(in_memory(2, 3, 4).newest_first(), lambda: True) == 3
+    times = [files._path(name(index)).stat().st_mtime_ns for index in range(5)]
+    assert times == sorted(times)
+    again = FileTier(tmp_path, limit_bytes=50)
+    assert [again.read(name(index)) for index in range(5)] == [bytes((index,)) * 10 for index in range(5)]
+
+
+def test_what_has_no_room_in_files_is_what_was_not_used_for_longest(tmp_path: Path) -> None:
+    files = FileTier(tmp_path, limit_bytes=30)
+    for index in (0, 3):  # 3 is in memory too, and would be the next but one to go
+        files.write(Record(name(index), bytes((index,)) * 10))
+    assert files.write_newest(in_memory(1, 2, 3, 4).newest_first(), lambda: True) == 3
+    assert [name(index) in files for index in range(5)] == [False, False, True, True, True]
+    assert files.num_bytes == 30
+
+
+def test_when_time_runs_out_the_most_recently_used_are_in_files(tmp_path: Path) -> None:
+    files = FileTier(tmp_path, limit_bytes=1000)
+    answers = iter((True, True, False))
+    assert files.write_newest(in_memory(1, 2, 3, 4).newest_first(), lambda: next(answers)) == 2
+    assert [name(index) in files for index in range(1, 5)] == [False, False, True, True]
+
+
+def test_a_disk_that_is_full_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = FileTier(tmp_path, limit_bytes=1000)
+    write_bytes = Path.write_bytes
+
+    def fills_up(path: Path, data: bytes) -> int:
+        if data[0] == 3:
+            raise OSError("No space left on device")
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", fills_up)
+    with pytest.raises(OSError, match="No space"):
+        files.write_newest(in_memory(2, 3, 4).newest_first(), lambda: True)
+    assert [name(index) in files for index in (2, 3, 4)] == [False, False, True]
