@@ -56,7 +56,7 @@ bench: setup ## load on a running server; flags through ARGS='...'
 constraints: ## write constraints.txt again, from the newest versions that setup.py allows
 	rm -rf $(CONSTRAINTS_VENV)
 	$(PYTHON) -m venv $(CONSTRAINTS_VENV)
-	$(CONSTRAINTS_VENV)/bin/pip install --quiet $(TORCH) --editable '.[dev]'
+	$(CONSTRAINTS_VENV)/bin/pip install --quiet $(TORCH) --editable '.[dev,rdma]'
 	echo '# Versions tested together. Written by `make constraints`; do not edit.' > $(CONSTRAINTS_VENV)/constraints.txt
 	$(CONSTRAINTS_VENV)/bin/pip freeze --all --exclude pip --exclude-editable | sed 's/+[a-z0-9.]*$$//' >> $(CONSTRAINTS_VENV)/constraints.txt
 	mv $(CONSTRAINTS_VENV)/constraints.txt constraints.txt

@@ -51,6 +51,10 @@ DEV_REQUIRES = [
 # compiles what it needs on first use, with the CUDA toolkit's nvcc. Without it a GPU runs the portable attention.
 GPU_REQUIRES = ["flashinfer-python>=0.7.2,<0.8"]
 
+# Mooncake's transfer engine, for --kv-transfer-port rdma. It needs libibverbs of the system. The variant without CUDA,
+# for what it moves here lies in host memory.
+RDMA_REQUIRES = ["mooncake-transfer-engine-non-cuda>=0.3.13,<0.4"]
+
 PLOTS_REQUIRES = ["matplotlib>=3.10"]  # the picture of `twinpool probe --output`
 
 # One build of the native decoder per instruction set; workers/native/library.py chooses at run time. Where there is
@@ -104,6 +108,11 @@ setup(
     package_data={"": ["*.proto", "*.pyi", "*.h", "device_profiles.yaml"]},
     ext_modules=EXTENSIONS,
     install_requires=INSTALL_REQUIRES,
-    extras_require={"dev": [*DEV_REQUIRES, *PLOTS_REQUIRES], "gpu": GPU_REQUIRES, "plots": PLOTS_REQUIRES},
+    extras_require={
+        "dev": [*DEV_REQUIRES, *PLOTS_REQUIRES],
+        "gpu": GPU_REQUIRES,
+        "plots": PLOTS_REQUIRES,
+        "rdma": RDMA_REQUIRES,
+    },
     entry_points={"console_scripts": ["twinpool = engine.cli:main"]},
 )

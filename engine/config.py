@@ -209,7 +209,8 @@ class ServeConfig(BaseSettings):
     kv_transfer_port: PortName = _option(
         "auto",
         "KV cache and batching",
-        "how KV goes from worker to worker: grpc, shm (shared memory), or auto: shm on one host, else grpc",
+        "how KV goes from worker to worker: grpc, shm (shared memory), auto (shm on one host, else grpc),"
+        " rdma (needs the extra rdma), or rdma-tcp (the same library over TCP)",
         "PORT",
     )
 
@@ -405,6 +406,10 @@ class ServeConfig(BaseSettings):
             raise ValueError(
                 "grpc_tls makes certificates on this machine only; in a cluster that is joined, set grpc_tls_dir too,"
                 " a folder that every node has"
+            )
+        if self.kv_transfer_port.startswith("rdma") and (self.grpc_tls or self.grpc_tls_dir is not None):
+            raise ValueError(
+                f"kv_transfer_port is {self.kv_transfer_port}, which moves KV past TLS: the RDMA library has none"
             )
         return self
 

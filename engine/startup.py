@@ -19,6 +19,7 @@ from engine.tenants import Tenants, check_fits, load_tenants
 from kvcache.errors import ConfigError, ResourceError
 from kvcache.heads import Shard, check_size
 from kvcache.spec import DTYPE_BYTES, KVCacheSpec
+from kvcache.transfer.port_choice import check_port
 from kvcache.transfer.wire import MAX_BLOCK_BYTES
 from scheduler.room import Node
 from scheduler.types import DeviceProfile, Phase, WorkerRole
@@ -116,6 +117,7 @@ def make_plan(config: ServeConfig, path: Path, nodes: Sequence[Node] | None = No
     num_gpus = count_gpus() if nodes is None else sum(int(node.resources.get("GPU", 0)) for node in nodes)
     device = choose_device(config.device) if nodes is None else device_of_cluster(config, num_gpus)
     _check_device(config, device, num_gpus)
+    check_port(config.kv_transfer_port)
     checkpoint = describe_checkpoint(path, dtype=config.dtype, device=device)
     max_model_len = _max_model_len(config, checkpoint)
     tenants = load_tenants(config.tenants, (*config.api_key, *filter(None, (config.admin_key,))))

@@ -19,8 +19,9 @@ from kvcache.errors import ResourceError, TransferFault
 from kvcache.manager import KVCacheManager
 from kvcache.storage import BlockStorage, PagedStorage
 from kvcache.transfer.grpc_port import KVTransferService
-from kvcache.transfer.port_choice import HAS_SHM
-from kvcache.transfer.ports import make_port
+from kvcache.transfer.port_choice import takes_shm
+from kvcache.transfer.ports import make_port, open_memory
+from kvcache.transfer.rdma_service import RdmaService
 from kvcache.transfer.receiver import KVReceiver, ReceivedKV
 from kvcache.transfer.shm_service import ShmService
 from scheduler.batching import Batcher
@@ -68,7 +69,8 @@ class Worker:
         self._channels = ChannelPool(self._tls)
         failures: Counter[TransferFault] = Counter()
         self._decode = DecodeRole(self.step_loop, time.monotonic, self._channels, lambda: self.address, failures)
-        port = make_port(options.kv_transfer_port, lambda address: self._channels(address).channel)
+        self._memory = open_memory(options.kv_transfer_port, options.host)
+        port = make_port(options.kv_transfer_port, lambda address: self._channels(address).channel, self._memory)
         self.offers = OfferMaker(
             self.manager, storage, time.monotonic, self._channels, port, options.kv_offer_rate, options.lease_ttl_s
         )
@@ -79,7 +81,7 @@ class Worker:
             self.step_loop, storage, time.monotonic, port, lease_ttl_s=options.lease_ttl_s, wire=self.wire
         )
         self.transfers = KVReceiver(self.manager, storage, time.monotonic, self._receive, failures)
-        self._shm = ShmService(self.transfers) if HAS_SHM and options.kv_transfer_port != "grpc" else None
+        self._shm = ShmService(self.transfers) if takes_shm(options.kv_transfer_port) else None
         self.tiers = make_tiers(options, self.manager, storage, self.step_loop.prefill_rate)
         if self.tiers is not None:
             self.step_loop.bring_back = self.tiers.bring_back
@@ -103,6 +105,8 @@ class Worker:
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         worker_pb2_grpc.add_WorkerServicer_to_server(self._service(), self._server)
         KVTransferService(self.transfers).add_to(self._server)
+        if self._memory is not None:
+            RdmaService(self.transfers, self._memory).add_to(self._server)
         try:
             port = self._listen(self._server)
         except RuntimeError as error:

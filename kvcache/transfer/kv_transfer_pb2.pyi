@@ -136,3 +136,35 @@ class TransferRefusal(_message.Message):
     fault: str
     message: str
     def __init__(self, fault: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class RdmaMessage(_message.Message):
+    __slots__ = ("ring", "open", "chunk", "commit")
+    RING_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    ring: RdmaRing
+    open: TransferOpen
+    chunk: ShmChunk
+    commit: TransferCommit
+    def __init__(self, ring: _Optional[_Union[RdmaRing, _Mapping]] = ..., open: _Optional[_Union[TransferOpen, _Mapping]] = ..., chunk: _Optional[_Union[ShmChunk, _Mapping]] = ..., commit: _Optional[_Union[TransferCommit, _Mapping]] = ...) -> None: ...
+
+class RdmaRing(_message.Message):
+    __slots__ = ("session", "address", "num_slots", "slot_bytes")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SLOT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    address: int
+    num_slots: int
+    slot_bytes: int
+    def __init__(self, session: _Optional[str] = ..., address: _Optional[int] = ..., num_slots: _Optional[int] = ..., slot_bytes: _Optional[int] = ...) -> None: ...
+
+class RdmaReply(_message.Message):
+    __slots__ = ("taken", "receipt")
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    taken: ShmTaken
+    receipt: TransferReceipt
+    def __init__(self, taken: _Optional[_Union[ShmTaken, _Mapping]] = ..., receipt: _Optional[_Union[TransferReceipt, _Mapping]] = ...) -> None: ...

@@ -39,6 +39,11 @@ class KVTransferStub:
                 request_serializer=kvcache_dot_transfer_dot_kv__transfer__pb2.TransferMessage.SerializeToString,
                 response_deserializer=kvcache_dot_transfer_dot_kv__transfer__pb2.TransferReceipt.FromString,
                 _registered_method=True)
+        self.SendFromMemory = channel.stream_stream(
+                '/twinpool.kv.KVTransfer/SendFromMemory',
+                request_serializer=kvcache_dot_transfer_dot_kv__transfer__pb2.RdmaMessage.SerializeToString,
+                response_deserializer=kvcache_dot_transfer_dot_kv__transfer__pb2.RdmaReply.FromString,
+                _registered_method=True)
 
 
 class KVTransferServicer:
@@ -50,6 +55,13 @@ class KVTransferServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SendFromMemory(self, request_iterator, context):
+        """The same, with payloads in memory of the sender's that the receiver reads through an RDMA library.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KVTransferServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -57,6 +69,11 @@ def add_KVTransferServicer_to_server(servicer, server):
                     servicer.Send,
                     request_deserializer=kvcache_dot_transfer_dot_kv__transfer__pb2.TransferMessage.FromString,
                     response_serializer=kvcache_dot_transfer_dot_kv__transfer__pb2.TransferReceipt.SerializeToString,
+            ),
+            'SendFromMemory': grpc.stream_stream_rpc_method_handler(
+                    servicer.SendFromMemory,
+                    request_deserializer=kvcache_dot_transfer_dot_kv__transfer__pb2.RdmaMessage.FromString,
+                    response_serializer=kvcache_dot_transfer_dot_kv__transfer__pb2.RdmaReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +103,33 @@ class KVTransfer:
             '/twinpool.kv.KVTransfer/Send',
             kvcache_dot_transfer_dot_kv__transfer__pb2.TransferMessage.SerializeToString,
             kvcache_dot_transfer_dot_kv__transfer__pb2.TransferReceipt.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SendFromMemory(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/twinpool.kv.KVTransfer/SendFromMemory',
+            kvcache_dot_transfer_dot_kv__transfer__pb2.RdmaMessage.SerializeToString,
+            kvcache_dot_transfer_dot_kv__transfer__pb2.RdmaReply.FromString,
             options,
             channel_credentials,
             insecure,

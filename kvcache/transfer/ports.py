@@ -8,7 +8,10 @@ import grpc
 
 from kvcache.transfer.grpc_port import GrpcPort
 from kvcache.transfer.port import KVPort, Outlet
-from kvcache.transfer.port_choice import PortName
+from kvcache.transfer.port_choice import PortName, network_of
+from kvcache.transfer.rdma_port import RdmaPort
+from kvcache.transfer.registered_memory import RegisteredMemory
+from kvcache.transfer.remote_memory import MooncakeMemory
 from kvcache.transfer.sender import OutgoingTransfer
 from kvcache.transfer.shm_port import ShmPort
 
@@ -26,11 +29,29 @@ class AutoPort:
         return near if near is not None else await self._far.open(transfer, on_end)
 
 
-def make_port(name: PortName, channel_to: Callable[[str], grpc.aio.Channel]) -> KVPort:
+def open_memory(name: PortName, host: str) -> RegisteredMemory | None:
+    """What both sides of a port that uses the RDMA library need; None: this one does not.
+
+    Args:
+        host: by which other workers reach this one.
+
+    Raises:
+        ConfigError, ResourceError: there is no such library or network here.
+    """
+    network = network_of(name)
+    return None if network is None else RegisteredMemory(MooncakeMemory(host, network))
+
+
+def make_port(
+    name: PortName, channel_to: Callable[[str], grpc.aio.Channel], memory: RegisteredMemory | None = None
+) -> KVPort:
+    """``memory``: of ``open_memory``."""
+    if memory is not None:
+        return RdmaPort(memory, channel_to)
     match name:
         case "grpc":
             return GrpcPort(channel_to)
         case "shm":
             return ShmPort()
-        case "auto":
+        case _:
             return AutoPort(ShmPort(), GrpcPort(channel_to))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -196,9 +197,16 @@ def test_certificates_made_here_are_refused_for_other_machines() -> None:
 
 
 def test_a_port_of_another_name_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--kv-transfer-port is 'rdma'"):
-        load_config({"kv_transfer_port": "rdma"})
+    with pytest.raises(ConfigError, match="--kv-transfer-port is 'nixl'"):
+        load_config({"kv_transfer_port": "nixl"})
     assert load_config({}).kv_transfer_port == "auto"
+
+
+@pytest.mark.parametrize("tls", [{"grpc_tls": True}, {"grpc_tls_dir": "certificates"}])
+def test_kv_over_rdma_and_tls_are_refused_together(tls: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="past TLS"):
+        load_config({"kv_transfer_port": "rdma", **tls})
+    assert load_config({"kv_transfer_port": "rdma"}).kv_transfer_port == "rdma"
 
 
 # The cluster
