@@ -33,21 +33,21 @@ class Operator:
     def cluster(self) -> ClusterSnapshot:
         return self._view()
 
-    async def drain(self, worker_id: str, *, force: bool) -> None:
+    async def drain(self, worker_id: str, *, force: bool, move_after_s: float | None) -> None:
         """
         Raises:
             RequestError: there is no such worker, or nobody else takes its phase.
             UnavailableError: the scheduler is away.
         """
-        await self._order(DrainWorker(worker_id, force))
+        await self._order(DrainWorker(worker_id, force, move_after_s))
 
     async def activate(self, worker_id: str) -> None:
         """Raises as ``drain``."""
         await self._order(ActivateWorker(worker_id))
 
-    async def change_role(self, worker_id: str, role: WorkerRole) -> None:
+    async def change_role(self, worker_id: str, role: WorkerRole, move_after_s: float | None) -> None:
         """Raises as ``drain``."""
-        await self._order(ChangeRole(worker_id, role))
+        await self._order(ChangeRole(worker_id, role, move_after_s))
 
     async def scale(self, counts: dict[WorkerRole, int]) -> None:
         """

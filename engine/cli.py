@@ -139,12 +139,23 @@ def _add_operator_commands(commands: Any) -> None:
 
     drain = add("drain", "let a worker end what it does, and give it nothing new", _drain)
     drain.add_argument("--force", action="store_true", help="even if nobody else takes its phase")
+    _add_move_after(drain)
     add("undrain", "give a drained worker requests again", _undrain)
     role = add("role", "drain a worker and give it the other role", _role)
     role.add_argument("role", choices=[WorkerRole.PREFILL.value, WorkerRole.DECODE.value])
+    _add_move_after(role)
     scale = add("scale", "start workers, or drain and end them", _scale, names_worker=False)
     for pool in WorkerRole:
         scale.add_argument(f"--{pool.value}", type=_count, metavar="N", help=f"{pool.value} workers there shall be")
+
+
+def _add_move_after(command: Any) -> None:
+    command.add_argument(
+        "--move-after",
+        type=_seconds,
+        metavar="SECONDS",
+        help="what still decodes there after so long goes on at other workers (default: the server's --drain-timeout)",
+    )
 
 
 def _seconds(text: str) -> float:
@@ -167,7 +178,7 @@ def _target(options: argparse.Namespace) -> cluster_commands.Target:
 
 
 def _drain(options: argparse.Namespace) -> None:
-    cluster_commands.drain(_target(options), options.worker, force=options.force)
+    cluster_commands.drain(_target(options), options.worker, force=options.force, move_after_s=options.move_after)
 
 
 def _undrain(options: argparse.Namespace) -> None:
@@ -175,7 +186,7 @@ def _undrain(options: argparse.Namespace) -> None:
 
 
 def _role(options: argparse.Namespace) -> None:
-    cluster_commands.change_role(_target(options), options.worker, WorkerRole(options.role))
+    cluster_commands.change_role(_target(options), options.worker, WorkerRole(options.role), options.move_after)
 
 
 def _scale(options: argparse.Namespace) -> None:

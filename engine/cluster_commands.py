@@ -27,13 +27,16 @@ class Target:
     timeout_s: float
 
 
-def drain(target: Target, worker_id: str, *, force: bool) -> None:
+def drain(target: Target, worker_id: str, *, force: bool, move_after_s: float | None = None) -> None:
     """Returns when nothing runs on the worker and its KV is delivered.
+
+    Args:
+        move_after_s: what still decodes there after so long goes on elsewhere; None: as the server was told.
 
     Raises:
         TwinpoolError: refused, or not in time, or the worker was lost meanwhile.
     """
-    _tell(target, f"workers/{quote(worker_id, safe='')}/drain", {"force": force})
+    _tell(target, f"workers/{quote(worker_id, safe='')}/drain", {"force": force, "move_after_s": move_after_s})
     _wait(target, lambda cluster: _drain_progress(cluster, worker_id))
 
 
@@ -43,13 +46,13 @@ def undrain(target: Target, worker_id: str) -> None:
     Console().print(f"{worker_id} takes requests again")
 
 
-def change_role(target: Target, worker_id: str, role: WorkerRole) -> None:
-    """Returns when the worker has the role.
+def change_role(target: Target, worker_id: str, role: WorkerRole, move_after_s: float | None) -> None:
+    """Returns when the worker has the role. ``move_after_s`` as of ``drain``.
 
     Raises:
         TwinpoolError: as ``drain``.
     """
-    _tell(target, f"workers/{quote(worker_id, safe='')}/role", {"role": role.value})
+    _tell(target, f"workers/{quote(worker_id, safe='')}/role", {"role": role.value, "move_after_s": move_after_s})
     _wait(target, lambda cluster: _role_progress(cluster, worker_id, role))
 
 

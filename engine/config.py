@@ -82,6 +82,14 @@ class ServeConfig(BaseSettings):
     roles: Literal["fixed", "auto"] = _option(
         "fixed", "Pools", "auto: workers change between prefill and decode as the load does", "WAY"
     )
+    drain_timeout: float | None = _option(
+        None,
+        "Pools",
+        "what still decodes on a drained worker after so long goes on at others (default: it ends where it is)",
+        "SECONDS",
+        ge=0,
+        le=86400,
+    )
     device: Literal["auto", "cpu", "cuda"] = _option(
         "auto", "Pools", "what workers compute on; auto is cuda, a GPU for each, where torch finds one", "DEVICE"
     )
@@ -431,6 +439,7 @@ class ServeConfig(BaseSettings):
             self.ttft_target_ms / 1000,
             self.tpot_target_ms / 1000,
             roles_follow_load=self.roles == "auto",
+            move_after_s=self.drain_timeout,
         )
 
     @property

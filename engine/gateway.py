@@ -7,16 +7,16 @@ import logging
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import grpc
 
-from engine.outputs import SOMEBODY, Origin, QueuePlace, ServedModel, TextDelta
+from engine.outputs import SOMEBODY, Interruption, Origin, QueuePlace, ServedModel, TextDelta
 from engine.scheduler_client import SchedulerClient
 from engine.text_assembler import TextAssembler, TokenBatch
 from engine.tickets import Ticket, Tickets
 from engine.tokenizer import Tokenizer
-from kvcache.errors import InvariantError, UnavailableError, WorkerLostError
+from kvcache.errors import InvariantError, MovedError, UnavailableError, WorkerLostError
 from scheduler.cache_index import hashes_of_prompt
 from scheduler.events import PrefillDone, RequestArrived, RequestEnded
 from scheduler.request import FinishReason, SamplingParams, TokenLogprobs, check_sequence
@@ -50,12 +50,15 @@ class AsyncEngine:
         scheduler: SchedulerClient,
         tls: TlsFolder | None = None,
         on_placed: Callable[[float], None] = lambda _seconds: None,
+        on_placed_again: Callable[[Interruption], None] = lambda _reason: None,
     ) -> None:
-        """``on_placed`` hears how many seconds each sequence has waited for its workers."""
+        """``on_placed`` hears how many seconds each sequence has waited for its workers, ``on_placed_again`` why one is
+        to go on elsewhere."""
         self._model = model
         self._tokenizer = tokenizer
         self._scheduler = scheduler
         self._on_placed = on_placed
+        self._on_placed_again = on_placed_again
         self._tickets = Tickets()
         self._channels = ChannelPool(tls)
         self._calls: set[grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.TokenEvent]] = set()
@@ -139,8 +142,7 @@ class AsyncEngine:
             vocab_size=self._model.vocab_size,
         )
         delivered: list[int] = []
-        avoid: list[str] = []
-        stay_on = ""
+        setbacks = _Setbacks()
         while True:
             prompt = (*prompt_token_ids, *delivered)
             rest = sampling
@@ -153,12 +155,12 @@ class AsyncEngine:
                     ticket.request_id,
                     len(prompt),
                     rest.max_tokens,
-                    tuple(avoid),
-                    stay_on,
+                    tuple(setbacks.avoid),
+                    setbacks.stay_on,
                     self._prefixes(prompt, cache_salt),
                     origin.tenant,
                     origin.urgency,
-                    is_continued=bool(avoid),
+                    is_continued=bool(setbacks.avoid),
                 )
             )
             request = _request(placement, prompt, rest, len(delivered), cache_salt, origin.urgency)
@@ -171,12 +173,10 @@ class AsyncEngine:
             except UnavailableError as error:
                 if self._is_ending:
                     raise UnavailableError(ENDING) from None
-                avoid.append(_culprit(placement, error))
-                # Once: it may be the decode worker after all that its prefill workers cannot reach.
-                is_first_break = len(avoid) == 1 and avoid[0] != placement.decode.worker_id
-                stay_on = placement.decode.worker_id if is_first_break else ""
-                if len(avoid) == MAX_PLACEMENTS:
+                setbacks.note(placement, error)
+                if setbacks.num_failures == MAX_PLACEMENTS:
                     raise
+                self._on_placed_again(_reason(error))
                 logger.warning("A sequence is placed again after %d tokens: %s", len(delivered), error)
 
     async def _place(self, arrival: RequestArrived) -> Placement:
@@ -259,9 +259,32 @@ def _request(
     )
 
 
+@dataclass(slots=True)
+class _Setbacks:
+    """Where a sequence could not stay, and what that means for its next placement."""
+
+    avoid: list[str] = field(default_factory=list)
+    stay_on: str = ""
+    num_failures: int = 0  # a worker that sends it on, the first time, is none
+
+    def note(self, placement: Placement, error: UnavailableError) -> None:
+        culprit = _culprit(placement, error)
+        self.num_failures += not isinstance(error, MovedError) or culprit in self.avoid
+        # Once: it may be the decode worker after all that its prefill workers cannot reach.
+        is_first_break = not self.avoid and culprit != placement.decode.worker_id
+        self.stay_on = placement.decode.worker_id if is_first_break else ""
+        self.avoid.append(culprit)
+
+
+def _reason(error: UnavailableError) -> Interruption:
+    if isinstance(error, MovedError):
+        return Interruption.MOVED
+    return Interruption.WORKER_LOST if isinstance(error, WorkerLostError) else Interruption.HANDOFF
+
+
 def _culprit(placement: Placement, error: UnavailableError) -> str:
     """The worker to try without: a decode worker that still answers speaks of its prefill worker."""
-    if placement.prefill is None or isinstance(error, WorkerLostError):
+    if placement.prefill is None or isinstance(error, WorkerLostError | MovedError):
         return placement.decode.worker_id
     return placement.prefill.worker_id
 

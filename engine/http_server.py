@@ -57,7 +57,9 @@ async def _serve(
     await client.start()
     model = _served_model(config, plan)
     metrics = Metrics(model.names[0], lambda: client.cluster)
-    engine = AsyncEngine(model, tokenizer, client, plan.gateway_tls, metrics.observe_queue_time)
+    engine = AsyncEngine(
+        model, tokenizer, client, plan.gateway_tls, metrics.observe_queue_time, metrics.observe_migration
+    )
     operator = Operator(scheduler, running.fleet, lambda: client.cluster, plan.worker_bytes)
     app = create_app(
         engine,

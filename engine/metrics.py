@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -17,6 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from engine.cluster_metrics import PREFIX, ClusterMetrics
+from engine.outputs import Interruption
 from engine.tenant_metrics import TenantMetrics
 from scheduler.request import FinishReason
 from scheduler.types import ClusterSnapshot
@@ -86,7 +87,14 @@ class Metrics:
         )
         self.of_tenants = TenantMetrics(model_name)
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_BothNames(self._own, ClusterMetrics(model_name, cluster), self.of_tenants))
+        self._migrations = Counter(
+            f"{PREFIX}migrations",
+            "Sequences that went on elsewhere, by what kept them from staying.",
+            ("model_name", "reason"),
+            registry=None,
+        )
+        only_ours = (self.of_tenants, self._migrations)
+        self._registry.register(_BothNames(self._own, ClusterMetrics(model_name, cluster), only_ours))
 
     def recorder(self, num_prompt_tokens: int, started_s: float) -> RequestRecorder:
         """For one sequence of a request that came in at ``started_s`` of this object's clock."""
@@ -109,6 +117,9 @@ class Metrics:
         self._latency.observe(seconds)
         self._prompt_length.observe(num_prompt_tokens)
         self._generation_length.observe(num_generated_tokens)
+
+    def observe_migration(self, reason: Interruption) -> None:
+        self._migrations.labels(self._model_name, reason.value).inc()
 
     def observe_end(self, reason: str) -> None:
         """``reason`` is one of ``FINISHED_REASONS``."""
@@ -172,10 +183,12 @@ class RequestRecorder:
 class _BothNames(Collector):
     """Serves families under our prefix, and the standard ones under vLLM's as well."""
 
-    def __init__(self, own: Iterable[Collector], cluster: ClusterMetrics, tenants: TenantMetrics) -> None:
+    def __init__(
+        self, own: Iterable[Collector], cluster: ClusterMetrics, only_ours: Sequence[Collector | TenantMetrics]
+    ) -> None:
         self._own = own
         self._cluster = cluster
-        self._tenants = tenants
+        self._only_ours = only_ours
 
     def collect(self) -> Iterator[Metric]:
         for collector in self._own:
@@ -186,8 +199,9 @@ class _BothNames(Collector):
             yield family
             yield _renamed(family, STANDARD_PREFIX)
         yield from self._cluster.ours()
-        for family in self._tenants.collect():
-            yield _renamed(family, PREFIX)
+        for collector in self._only_ours:
+            for family in collector.collect():
+                yield _renamed(family, PREFIX)
 
 
 def _renamed(family: Metric, prefix: str) -> Metric:

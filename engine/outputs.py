@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from engine.tokenizer import Tokenizer
@@ -62,6 +63,14 @@ class QueuePlace:
     """Where a request stands that has not ended."""
 
     position: int | None  # how many sequences are before it; None: it does not wait any more
+
+
+class Interruption(StrEnum):
+    """Why a sequence goes on elsewhere. The value is the metric label."""
+
+    WORKER_LOST = "worker_lost"
+    HANDOFF = "handoff"  # it broke, or was refused
+    MOVED = "moved"  # its worker drains
 
 
 class TextEngine(Protocol):

@@ -12,7 +12,8 @@
     ├── OverloadedError                 back-pressure: HTTP 503 with Retry-After
     │   ├── RateLimitError              a tenant's limit or a target: HTTP 429 with Retry-After
     │   └── UnavailableError            no worker for a phase, or a handoff failed
-    │       └── WorkerLostError         the connection to the worker at work broke
+    │       ├── WorkerLostError         the connection to the worker at work broke
+    │       └── MovedError              the worker drains, and the sequence is to go on elsewhere
     ├── TransferError                   a KV handoff was refused or broken; carries a reason code
     └── InvariantError                  our own bookkeeping is wrong: a bug, never bad input
 
@@ -88,6 +89,10 @@ class UnavailableError(OverloadedError):
 
 class WorkerLostError(UnavailableError):
     """The connection to the worker that was called broke; what it did is unknown."""
+
+
+class MovedError(UnavailableError):
+    """The worker drains and has ended the sequence: it goes on elsewhere, after the tokens that came before this."""
 
 
 class TransferFault(StrEnum):

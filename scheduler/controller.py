@@ -95,7 +95,7 @@ class ClusterController:
         self._log = PredictionLog(self._costs)
         self._placed: dict[str, _Placed] = {}
         self._mean_output_tokens = OUTPUT_TOKENS_GUESS
-        self._duties = DutyBook(self._workers)
+        self._duties = DutyBook(self._workers, options.move_after_s)
         self._demand = DemandMeter()
         self._planner = RolePlanner()
         self._plans_roles = options.roles_follow_load
@@ -150,11 +150,11 @@ class ClusterController:
         """What operators and the launcher want of the workers."""
         match event:
             case DrainWorker():
-                return self._duties.drain(event.worker_id, force=event.force)
+                return self._duties.drain(event.worker_id, force=event.force, move_after_s=event.move_after_s)
             case ActivateWorker():
                 return self._duties.activate(event.worker_id)
             case ChangeRole():
-                return self._duties.change_role(event.worker_id, event.role)
+                return self._duties.change_role(event.worker_id, event.role, event.move_after_s)
             case WorkersExpected():
                 self._expected = event.worker_ids
         return []

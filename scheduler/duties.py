@@ -4,7 +4,8 @@
       ▲                                  │                                            │
       └──────────────activate────────────┴────────────────────activate────────────────┘
 
-A worker that is not active gets no new request of either phase; what was placed on it before ends there.
+A worker that is not active gets no new request of either phase; what was placed on it before ends there, or goes on
+elsewhere when the drain has a limit (``Duty.move_after_s``), which the worker itself keeps.
 """
 
 from __future__ import annotations
@@ -33,16 +34,17 @@ class DutyBook:
     """
 
     workers: WorkerTable
+    move_after_s: float | None = None  # of drains that say nothing else
     _told: set[str] = field(default_factory=set)  # ids of workers whose duty has changed since they registered
 
-    def drain(self, worker_id: str, *, force: bool) -> list[Command]:
+    def drain(self, worker_id: str, *, force: bool, move_after_s: float | None = None) -> list[Command]:
         """Refused, unless forced, where nobody else takes a phase of the worker's."""
         worker = self.workers.get(worker_id)
         problem = self._problem(worker_id, worker, leaves_role=not force)
         if worker is None or problem is not None:
             return [RefuseDuty(worker_id, problem or "")]
         if worker.duty.state is not DutyState.DRAINED:
-            self._assign(worker, Duty(DutyState.DRAINING))
+            self._assign(worker, self._draining(worker, move_after_s))
         return []
 
     def activate(self, worker_id: str) -> list[Command]:
@@ -53,7 +55,7 @@ class DutyBook:
             self._assign(worker, ACTIVE)
         return []
 
-    def change_role(self, worker_id: str, role: WorkerRole) -> list[Command]:
+    def change_role(self, worker_id: str, role: WorkerRole, move_after_s: float | None = None) -> list[Command]:
         worker = self.workers.get(worker_id)
         problem = self._problem(worker_id, worker, leaves_role=worker is not None and worker.info.role is not role)
         if worker is None or problem is not None:
@@ -63,7 +65,7 @@ class DutyBook:
             return [RefuseDuty(worker_id, message)]
         if worker.info.role is role:
             return self.activate(worker_id)
-        self._assign(worker, Duty(DutyState.DRAINING, role))
+        self._assign(worker, self._draining(worker, move_after_s, role))
         return []
 
     def enter(self, worker_id: str) -> None:
@@ -86,16 +88,24 @@ class DutyBook:
         """Whether a worker is on its way to another role."""
         return any(worker.duty.next_role is not None for worker in self.workers)
 
+    def _draining(self, worker: WorkerState, move_after_s: float | None, next_role: WorkerRole | None = None) -> Duty:
+        """Nothing is moved where nobody would take it: it ends where it is, however long that takes."""
+        limit_s = move_after_s if move_after_s is not None else self.move_after_s
+        is_last = any(worker.role.takes(phase) and not self._others(worker, phase) for phase in Phase)
+        return Duty(DutyState.DRAINING, next_role, None if is_last else limit_s)
+
     def _problem(self, worker_id: str, worker: WorkerState | None, *, leaves_role: bool) -> str | None:
         if worker is None:
             return _unknown(worker_id)
         if not leaves_role:
             return None
         for phase in Phase:
-            others: Sequence[WorkerState] = [each for each in self.workers.taking(phase) if each is not worker]
-            if worker.takes(phase) and not others:
+            if worker.takes(phase) and not self._others(worker, phase):
                 return f"{worker_id} is the only active worker for {phase.value}"
         return None
+
+    def _others(self, worker: WorkerState, phase: Phase) -> Sequence[WorkerState]:
+        return [each for each in self.workers.taking(phase) if each is not worker]
 
     def _assign(self, worker: WorkerState, duty: Duty, role: WorkerRole | None = None) -> None:
         assert duty.state in TRANSITIONS[worker.duty.state], f"{worker.duty.state} to {duty.state}"

@@ -66,6 +66,7 @@ class DrainWorker:
 
     worker_id: str
     force: bool = False  # even if nobody else takes its phase
+    move_after_s: float | None = None  # None: as the server was told (``PlacementOptions.move_after_s``)
 
 
 @message
@@ -83,6 +84,7 @@ class ChangeRole:
 
     worker_id: str
     role: WorkerRole
+    move_after_s: float | None = None  # as of a drain
 
 
 @message

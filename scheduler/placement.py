@@ -29,6 +29,7 @@ class PlacementOptions:
     tpot_target_s: float = TPOT_TARGET_S
     seed: int = 0  # of the policies that draw
     roles_follow_load: bool = False  # workers change between prefill and decode
+    move_after_s: float | None = None  # of every drain that says nothing else; see ``Duty``
 
 
 @dataclass(slots=True)

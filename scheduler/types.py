@@ -231,6 +231,7 @@ class DutyState(StrEnum):
 class Duty:
     state: DutyState = DutyState.ACTIVE
     next_role: WorkerRole | None = None  # which a draining worker takes once it is empty
+    move_after_s: float | None = None  # what decodes on a draining worker after so long goes on elsewhere
 
 
 ACTIVE = Duty()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import grpc
 
-from kvcache.errors import InvariantError, TransferError, TransferFault, TwinpoolError, UnavailableError
+from kvcache.errors import InvariantError, MovedError, TransferError, TransferFault, TwinpoolError, UnavailableError
 from kvcache.lease import BlockLease
 from kvcache.transfer.receiver import ReceivedKV
 from scheduler.batching import SampledToken
@@ -77,6 +77,8 @@ class DecodeRole:
         self._clock = clock
         self._peer_at = peer_at
         self._own_address = own_address
+        self._moves = False  # what is here, and what still comes, is to go on elsewhere
+        self._request_ids: set[str] = set()  # of all sequences here
         self._prefill_addresses: dict[str, str] = {}
         self._prefill_logprobs: dict[str, _PrefillLogprobs] = {}  # until the first token was handed out
         self._handoffs: dict[str, _Handoff] = {}
@@ -91,12 +93,16 @@ class DecodeRole:
         Raises:
             RequestError, OverloadedError: not accepted here.
             UnavailableError: the prefill worker was lost, or the handoff failed.
+            MovedError: this worker drains, and its time is over.
             TwinpoolError: the sequence could not be computed.
         """
         request_id = request.request_id
         if not request.remote_prefill:
             await self._loop.prepare(request)
+        if self._moves:
+            raise _moved()
         stream = self._loop.submit(request)
+        self._request_ids.add(request_id)
         if request.remote_prefill:
             self._prefill_addresses[request_id] = prefill_address
             self._prefill_logprobs[request_id] = _PrefillLogprobs()
@@ -107,10 +113,17 @@ class DecodeRole:
                     self.on_turn_end(request, prefill_address)
                 yield output if awaited is None else await awaited.join(output)
         finally:
+            self._request_ids.discard(request_id)
             self._prefill_addresses.pop(request_id, None)
             self._prefill_logprobs.pop(request_id, None)
             self._end_handoff(request_id)
             self._loop.release(request_id)
+
+    def move_away(self, *, moves: bool) -> None:
+        """Whether every sequence is to end here and to go on elsewhere, those that still come included."""
+        self._moves = moves
+        for request_id in tuple(self._request_ids) if moves else ():
+            self._loop.fail(request_id, _moved())
 
     def receive(self, received: ReceivedKV) -> None:
         """A handoff was verified and committed: the sequence joins the batch. Called by the KV service."""
@@ -211,6 +224,10 @@ class DecodeRole:
             num_delivered_tokens=request.num_delivered_tokens,
             urgency=urgency_to_wire(request.urgency),
         )
+
+
+def _moved() -> MovedError:
+    return MovedError("The worker is drained, and what ran there goes on elsewhere.")
 
 
 def _as_client_error(error: TwinpoolError) -> TwinpoolError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
@@ -21,7 +22,7 @@ from scheduler.events import (
     WorkerLeft,
     WorkerRegistered,
 )
-from scheduler.types import ACTIVE, DutyState, WorkerInfo
+from scheduler.types import ACTIVE, Duty, DutyState, WorkerInfo
 from scheduler.worker_state import HEARTBEAT_INTERVAL_S
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Membership:
         self._scheduler = scheduler
         self._on_empty = on_empty
         self._duty = ACTIVE
+        self._moving: asyncio.TimerHandle | None = None  # when what runs here is to go on elsewhere
         self._is_leaving = False
         self._interval_s = HEARTBEAT_INTERVAL_S  # between heartbeats
 
@@ -98,8 +100,20 @@ class Membership:
         if isinstance(command, BeatEvery):
             self._interval_s = command.interval_s
         if isinstance(command, TakeDuty):
-            self._duty = command.duty
+            self._take(command.duty)
             self.info = replace(info, role=command.role)
+
+    def _take(self, duty: Duty) -> None:
+        """It is told again and again; what is new counts from now on."""
+        if duty == self._duty:
+            return
+        self._duty = duty
+        if self._moving is not None:
+            self._moving.cancel()
+        self._worker.move_away(moves=False)
+        if duty.state is DutyState.DRAINING and duty.move_after_s is not None:
+            move = functools.partial(self._worker.move_away, moves=True)
+            self._moving = asyncio.get_running_loop().call_later(duty.move_after_s, move)
 
     async def _registered(self, info: WorkerInfo) -> bool:
         try:

@@ -8,6 +8,7 @@ from typing import NoReturn
 import grpc
 
 from kvcache.errors import (
+    MovedError,
     OverloadedError,
     RequestError,
     TransferError,
@@ -22,6 +23,7 @@ from scheduler.urgency import ServiceClass, Urgency, check_priority
 from workers import worker_pb2 as pb
 
 PARAM_METADATA_KEY = "twinpool-param"
+MOVED_METADATA_KEY = "twinpool-moved"
 LOGPROBS_IN_MESSAGE = 1024  # a few hundred bytes each
 
 
@@ -107,6 +109,7 @@ async def abort_rpc(context: grpc.aio.ServicerContext, error: TwinpoolError) -> 
         code, metadata = grpc.StatusCode.INVALID_ARGUMENT, ((PARAM_METADATA_KEY, error.param or ""),)
     elif isinstance(error, UnavailableError):
         code = grpc.StatusCode.ABORTED
+        metadata = ((MOVED_METADATA_KEY, ""),) if isinstance(error, MovedError) else ()
     elif isinstance(error, OverloadedError):
         code = grpc.StatusCode.RESOURCE_EXHAUSTED
     elif isinstance(error, TransferError):
@@ -128,7 +131,8 @@ def error_from_rpc(error: grpc.aio.AioRpcError) -> TwinpoolError:
         case grpc.StatusCode.FAILED_PRECONDITION:
             return transfer_error_from(error)
         case grpc.StatusCode.ABORTED:
-            return UnavailableError(details)
+            is_moved = MOVED_METADATA_KEY in dict(error.trailing_metadata() or ())
+            return MovedError(details) if is_moved else UnavailableError(details)
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED | grpc.StatusCode.DEADLINE_EXCEEDED:
             return WorkerLostError("A worker was lost while it worked on the request.")
         case _:

@@ -156,6 +156,10 @@ class Worker:
             self.group.close()
         await self._channels.close()
 
+    def move_away(self, *, moves: bool) -> None:
+        """See ``DecodeRole.move_away``. Prompts are still computed and delivered: that takes seconds."""
+        self._decode.move_away(moves=moves)
+
     def measure(self) -> DeviceProfile:
         """What the worker's device can do, with all its ranks at once, or is said to. Not on the event loop."""
         options = self.options

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Annotated, Protocol
 
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,11 +20,11 @@ class ClusterAdmin(Protocol):
     @property
     def cluster(self) -> ClusterSnapshot: ...
 
-    async def drain(self, worker_id: str, *, force: bool) -> None: ...
+    async def drain(self, worker_id: str, *, force: bool, move_after_s: float | None) -> None: ...
 
     async def activate(self, worker_id: str) -> None: ...
 
-    async def change_role(self, worker_id: str, role: WorkerRole) -> None: ...
+    async def change_role(self, worker_id: str, role: WorkerRole, move_after_s: float | None) -> None: ...
 
     async def scale(self, counts: dict[WorkerRole, int]) -> None: ...
 
@@ -33,12 +33,26 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+MoveAfter = Annotated[
+    float | None,
+    Field(
+        ge=0,
+        le=86400,
+        allow_inf_nan=False,
+        description="What still decodes after so many seconds goes on at other workers, where there are any. Left out:"
+        " as the server was told (--drain-timeout).",
+    ),
+]
+
+
 class DrainBody(_Body):
     force: bool = Field(False, description="Even if nobody else takes its phase: requests then get 503.")
+    move_after_s: MoveAfter = None
 
 
 class RoleBody(_Body):
     role: str = Field(description="prefill or decode", pattern="^(prefill|decode)$")
+    move_after_s: MoveAfter = None
 
 
 class ScaleBody(_Body):
@@ -69,7 +83,7 @@ def admin_router(admin: ClusterAdmin) -> APIRouter:
     @router.post("/workers/{worker_id}/drain", response_model=None, responses=responses)
     async def drain(worker_id: str, body: DrainBody) -> Response:
         """Nothing new for a worker: what runs there ends, and its KV is delivered."""
-        await admin.drain(worker_id, force=body.force)
+        await admin.drain(worker_id, force=body.force, move_after_s=body.move_after_s)
         return snapshot()
 
     @router.post("/workers/{worker_id}/activate", response_model=None, responses=responses)
@@ -81,7 +95,7 @@ def admin_router(admin: ClusterAdmin) -> APIRouter:
     @router.post("/workers/{worker_id}/role", response_model=None, responses=responses)
     async def change_role(worker_id: str, body: RoleBody) -> Response:
         """Drains a worker, and gives it the other role then."""
-        await admin.change_role(worker_id, WorkerRole(body.role))
+        await admin.change_role(worker_id, WorkerRole(body.role), body.move_after_s)
         return snapshot()
 
     @router.post("/scale", response_model=None, responses=responses)

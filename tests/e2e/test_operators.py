@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
-from scheduler.types import DutyState, WorkerRole
+from scheduler.types import DutyState, WorkerLoad, WorkerRole
 from tests.cluster import TinyCheckpoint
 from tests.e2e.server import RunningServer, serving, wait_until
 from tests.e2e.traffic import SMALL, saved_tiny, traffic
@@ -83,10 +85,33 @@ def test_a_pool_grows_and_shrinks_under_load(server: RunningServer, tiny: TinyCh
         grown = twinpool(server, "scale", "--decode", "2")
         assert grown.returncode == 0, grown.stdout + grown.stderr
         assert states(server)["decode-1"] == ("decode", "active")
+        check_moves(server, "decode-1")
         shrunk = twinpool(server, "scale", "--decode", "1")
         assert shrunk.returncode == 0, shrunk.stdout + shrunk.stderr
         assert [role for role, _ in states(server).values()].count("decode") == 1
     assert server.cluster().missing == ()
+
+
+def check_moves(server: RunningServer, worker_id: str) -> None:
+    """A drain that does not wait: what decodes on the worker goes on elsewhere, and ``traffic`` compares its tokens."""
+    wait_until("it decodes", lambda: _load(server, worker_id).running > 0, 30)
+    for _ in range(20):  # a sequence may have ended just before
+        drained = twinpool(server, "drain", worker_id, "--move-after", "0")
+        assert drained.returncode == 0, drained.stderr
+        assert twinpool(server, "undrain", worker_id).returncode == 0
+        if num_moved(server) > 0:
+            return
+    raise AssertionError("nothing was moved")
+
+
+def num_moved(server: RunningServer) -> float:
+    metrics = httpx.get(f"{server.url}/metrics", timeout=10).text
+    found = re.search(r'^twinpool_migrations_total\{.*reason="moved".*\} (\S+)$', metrics, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def _load(server: RunningServer, worker_id: str) -> WorkerLoad:
+    return next(each.load for each in server.cluster().workers if each.info.worker_id == worker_id)
 
 
 def test_sigterm_of_a_worker_under_load_is_a_drain_and_a_restart(server: RunningServer, tiny: TinyCheckpoint) -> None:

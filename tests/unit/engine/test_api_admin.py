@@ -28,16 +28,16 @@ class FakeAdmin:
         self.asked: list[Any] = []
         self.cluster = ClusterSnapshot(missing=("decode-1",))
 
-    async def drain(self, worker_id: str, *, force: bool) -> None:
+    async def drain(self, worker_id: str, *, force: bool, move_after_s: float | None) -> None:
         if worker_id == "none":
             raise RequestError("there is no worker none")
-        self.asked.append(("drain", worker_id, force))
+        self.asked.append(("drain", worker_id, force, move_after_s))
 
     async def activate(self, worker_id: str) -> None:
         self.asked.append(("activate", worker_id))
 
-    async def change_role(self, worker_id: str, role: WorkerRole) -> None:
-        self.asked.append(("role", worker_id, role))
+    async def change_role(self, worker_id: str, role: WorkerRole, move_after_s: float | None) -> None:
+        self.asked.append(("role", worker_id, role, move_after_s))
 
     async def scale(self, counts: dict[WorkerRole, int]) -> None:
         self.asked.append(("scale", counts))
@@ -50,10 +50,11 @@ def app_of(admin: FakeAdmin, *api_keys: str) -> FastAPI:
 
 
 CALLS = {
-    "drain": ("workers/decode-0/drain", {}, ("drain", "decode-0", False)),
-    "drain by force": ("workers/decode-0/drain", {"force": True}, ("drain", "decode-0", True)),
+    "drain": ("workers/decode-0/drain", {}, ("drain", "decode-0", False, None)),
+    "drain by force": ("workers/decode-0/drain", {"force": True}, ("drain", "decode-0", True, None)),
+    "drain with a limit": ("workers/decode-0/drain", {"move_after_s": 30}, ("drain", "decode-0", False, 30.0)),
     "activate": ("workers/decode-0/activate", {}, ("activate", "decode-0")),
-    "role": ("workers/decode-0/role", {"role": "prefill"}, ("role", "decode-0", WorkerRole.PREFILL)),
+    "role": ("workers/decode-0/role", {"role": "prefill"}, ("role", "decode-0", WorkerRole.PREFILL, None)),
     "scale": ("scale", {"prefill": 2}, ("scale", {WorkerRole.PREFILL: 2})),
 }
 
@@ -92,6 +93,7 @@ BAD = {
     "a number as text": ("scale", {"prefill": "2"}, "prefill"),
     "too many": ("scale", {"decode": 257}, "decode"),
     "a role that cannot be taken": ("workers/decode-0/role", {"role": "colocated"}, "role"),
+    "a limit below 0": ("workers/decode-0/drain", {"move_after_s": -1}, "move_after_s"),
     "no role": ("workers/decode-0/role", {}, "role"),
 }
 

@@ -52,8 +52,8 @@ def test_a_drain_waits_until_kv_is_delivered_and_says_what_is_left(
         ClusterSnapshot((seen("prefill-0", PREFILL, DutyState.DRAINING, leased=4),)),
         ClusterSnapshot((seen("prefill-0", PREFILL, DutyState.DRAINED),)),
     )
-    drain(HERE, "prefill-0", force=True)
-    assert server.posted == [("http://here/admin/workers/prefill-0/drain", {"force": True})]
+    drain(HERE, "prefill-0", force=True, move_after_s=30.0)
+    assert server.posted == [("http://here/admin/workers/prefill-0/drain", {"force": True, "move_after_s": 30.0})]
     assert capsys.readouterr().out.splitlines() == [
         "prefill-0: waiting for the scheduler",
         "prefill-0: 3 requests left, 12 KV blocks in handoffs",

@@ -12,6 +12,7 @@ from kvcache.errors import (
     ConfigError,
     InvariantError,
     ModelError,
+    MovedError,
     OverloadedError,
     RateLimitError,
     RequestError,
@@ -40,6 +41,7 @@ SAMPLES = [
     RateLimitError("text", 1.5, "limit"),
     UnavailableError("text", 3.5),
     WorkerLostError("text", 4.5),
+    MovedError("text", 5.5),
     *(TransferError(fault, "text") for fault in TransferFault),
     InvariantError("text"),
 ]

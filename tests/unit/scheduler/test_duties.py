@@ -174,6 +174,32 @@ def test_a_gateway_that_places_by_itself_passes_over_draining_workers() -> None:
     assert used_by(alone) == {"p0", "p1", "d1"}
 
 
+@pytest.mark.parametrize(("of_server", "of_order", "expected"), [(None, 5.0, 5.0), (9.0, None, 9.0), (9.0, 0.0, 0.0)])
+def test_a_drain_has_the_limit_of_its_order_or_else_of_the_server(
+    of_server: float | None, of_order: float | None, expected: float
+) -> None:
+    cluster = Cluster(replace(SPLIT, move_after_s=of_server), p0=PREFILL, p1=PREFILL, d0=DECODE, d1=DECODE)
+    cluster.handle(DrainWorker("d0", move_after_s=of_order))
+    assert cluster.worker("d0").duty == Duty(DutyState.DRAINING, None, expected)
+    cluster.handle(ChangeRole("p0", DECODE, of_order))
+    assert cluster.worker("p0").duty == Duty(DutyState.DRAINING, DECODE, expected)
+
+
+def test_a_drain_that_has_begun_can_be_given_another_limit() -> None:
+    cluster = four()
+    cluster.handle(DrainWorker("d0"))
+    assert cluster.report("d0", BUSY["running"]) == [TakeDuty("d0", DECODE, Duty(DutyState.DRAINING))]
+    cluster.handle(DrainWorker("d0", move_after_s=0.0))
+    assert cluster.report("d0", BUSY["running"]) == [TakeDuty("d0", DECODE, Duty(DutyState.DRAINING, None, 0.0))]
+
+
+def test_nothing_is_moved_from_the_last_worker_of_a_phase() -> None:
+    cluster = Cluster(replace(SPLIT, move_after_s=5.0), p0=PREFILL, d0=DECODE, d1=DECODE)
+    for worker_id, expected in {"d0": 5.0, "d1": None, "p0": None}.items():
+        cluster.handle(DrainWorker(worker_id, force=True))
+        assert cluster.worker(worker_id).duty.move_after_s == expected
+
+
 def test_an_activated_worker_is_used_again() -> None:
     cluster = four()
     cluster.handle(DrainWorker("d0"))

@@ -12,6 +12,7 @@ from kvcache.errors import ConfigError, UnavailableError
 from scheduler import controller
 from scheduler.controller import ClusterController
 from scheduler.events import (
+    ActivateWorker,
     ChangeRole,
     Command,
     DrainWorker,
@@ -36,9 +37,13 @@ class IdleWorker:
         self.load = WorkerLoad()
         self.times_begun_anew = 0
         self.cache_news = self
+        self.moves = False
 
     def begin_anew(self) -> None:
         self.times_begun_anew += 1
+
+    def move_away(self, *, moves: bool) -> None:
+        self.moves = moves
 
     def report(self, incarnation: int) -> WorkerReported:
         return WorkerReported("a", incarnation, self.load)
@@ -116,6 +121,28 @@ def test_a_drain_goes_on_after_a_restart_of_the_scheduler(monkeypatch: pytest.Mo
         world.worker.load = WorkerLoad()
         await until(lambda: world.scheduler.duty() == Duty(DutyState.DRAINED), "the end")
         assert world.emptied == 0, "it was drained, not told to leave"
+
+    run(scenario, monkeypatch)
+
+
+def test_what_runs_on_a_worker_is_moved_when_the_drain_s_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before, and no longer than until it is empty or active again."""
+
+    async def scenario(world: World) -> None:
+        world.worker.load = WorkerLoad(running=1)
+        await world.scheduler.handle([DrainWorker("a", move_after_s=1e6)])
+        await until(lambda: world.membership._duty.state is DutyState.DRAINING, "the worker to know")
+        assert not world.worker.moves
+        await world.scheduler.handle([DrainWorker("a", move_after_s=0.0)])
+        await until(lambda: world.worker.moves, "the move")
+        world.worker.load = WorkerLoad()
+        await until(lambda: not world.worker.moves, "the end")
+        assert world.scheduler.duty() == Duty(DutyState.DRAINED)
+        await world.scheduler.handle([ActivateWorker("a")])
+        world.worker.load = WorkerLoad(running=1)
+        await world.scheduler.handle([DrainWorker("a")])
+        await until(lambda: world.membership._duty == Duty(DutyState.DRAINING), "a drain without a limit")
+        assert world.membership._moving is not None and world.membership._moving.cancelled() and not world.worker.moves
 
     run(scenario, monkeypatch)
 
