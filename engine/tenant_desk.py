@@ -8,7 +8,7 @@ from typing import Protocol
 
 from engine.metrics import Metrics
 from kvcache.errors import OverloadedError, RateLimitError, RequestError
-from scheduler.tenants import Tenant, TenantGate
+from scheduler.tenants import Allowance, Tenant, TenantGate
 from scheduler.urgency import ServiceClass
 
 
@@ -48,6 +48,10 @@ class TenantDesk:
                 f"tenant {tenant!r} has batch work only; leave service_tier out or set it to flex", "service_tier"
             )
         return ServiceClass.BATCH if service_tier == "flex" else highest
+
+    def allowances(self, tenant: str) -> Sequence[Allowance]:
+        """What is left of a tenant's limits per minute."""
+        return self._gates[tenant].allowances(self._now())
 
     @contextmanager
     def visit(self, tenant: str, count: TokenCount) -> Iterator[None]:

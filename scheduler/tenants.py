@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from kvcache.errors import RateLimitError, RequestError
@@ -24,6 +25,16 @@ class Tenant:
     highest_class: ServiceClass = ServiceClass.INTERACTIVE  # BATCH: all its requests are batch work
 
 
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """What is left of one limit per minute."""
+
+    of: str  # "requests" or "tokens"
+    per_minute: int
+    remaining: int
+    full_in_s: float  # until all of it is there again, if nothing more is asked for
+
+
 @dataclass(slots=True)
 class TokenBucket:
     """Fills up within a minute; whoever takes from it waits until there is enough."""
@@ -39,6 +50,10 @@ class TokenBucket:
         """Seconds until that much will be there; 0 when it is."""
         self._fill(now)
         return max(0.0, amount - self._level) * _MINUTE_S / self.per_minute
+
+    def level(self, now: float) -> float:
+        self._fill(now)
+        return self._level
 
     def take(self, amount: float) -> None:
         """After ``missing_s`` said 0, or to give back what was not used, with an amount below 0."""
@@ -94,6 +109,15 @@ class TenantGate:
         if self._tokens is not None:
             self._tokens.take(num_tokens)
         self.num_running += 1
+
+    def allowances(self, now: float) -> list[Allowance]:
+        """Of the limits that there are."""
+        buckets = {"requests": self._requests, "tokens": self._tokens}
+        return [
+            Allowance(name, bucket.per_minute, math.floor(bucket.level(now)), bucket.missing_s(bucket.per_minute, now))
+            for name, bucket in buckets.items()
+            if bucket is not None
+        ]
 
     def leave(self, num_unused_tokens: int) -> None:
         """It has ended, with so many tokens less than it might have come to."""

@@ -14,6 +14,7 @@ from engine.api.errors import add_error_handlers
 from engine.api.middleware import AdminKey, ApiKeys, BodyLimit, Caller, ErrorBoundary
 from engine.api.openapi import bearer
 from engine.api.queue import queue_router
+from engine.api.rate_limits import RateLimitHeaders
 from engine.api.serving import Serving
 from engine.api.status import probes_router, status_router
 from engine.api.tokens import tokens_router
@@ -46,7 +47,8 @@ def create_app(
     need their own.
     """
     app = FastAPI(title="Twinpool", docs_url=None, redoc_url=None, openapi_url="/openapi.json", redirect_slashes=False)
-    serving = Serving(engine, metrics, TenantDesk(tenants.tenants, metrics))
+    desk = TenantDesk(tenants.tenants, metrics)
+    serving = Serving(engine, metrics, desk)
     app.include_router(probes_router(serving))
     for make_router in (completions_router, chat_router, tokens_router, queue_router, status_router):
         app.include_router(make_router(serving), dependencies=[Depends(bearer)])
@@ -54,6 +56,7 @@ def create_app(
         app.include_router(admin_router(admin.admin), dependencies=[Depends(bearer)])
     add_error_handlers(app)
     app.add_middleware(BodyLimit, max_bytes=MAX_BODY_BYTES)  # the last one added is the outermost
+    app.add_middleware(RateLimitHeaders, book=desk)
     callers = {key: Caller(identity_of_key(key)) for key in api_keys}
     callers |= {each.key: Caller(identity_of_tenant(each.tenant), each.tenant) for each in tenants.keys}
     if callers:

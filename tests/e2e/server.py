@@ -47,10 +47,12 @@ class RunningServer:
     process: psutil.Process
     output: Path
     num_workers: int
+    api_key: str = ""  # that it asks for
     has_ended: bool = False  # set by a test that ends it itself
 
     def cluster(self) -> ClusterSnapshot:
-        return CLUSTER.validate_json(httpx.get(f"{self.url}/cluster", timeout=10).content)
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        return CLUSTER.validate_json(httpx.get(f"{self.url}/cluster", headers=headers, timeout=10).content)
 
     def workers(self, role: WorkerRole) -> list[WorkerSnapshot]:
         return [worker for worker in self.cluster().workers if worker.info.role is role]
@@ -85,7 +87,7 @@ def _is_idle(cluster: ClusterSnapshot) -> bool:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str, expected_workers: int) -> Iterator[RunningServer]:
+def serving(*arguments: str, expected_workers: int, api_key: str = "") -> Iterator[RunningServer]:
     """A server with these arguments, ready; ended with Ctrl-C, after which nothing of it may be left.
 
     It hands every prompt over, unless ``--placement-policy`` says otherwise: by cost many would be computed in place.
@@ -103,7 +105,7 @@ def serving(*arguments: str, expected_workers: int) -> Iterator[RunningServer]:
             | {"PYTHONUNBUFFERED": "1", "TWINPOOL_DEVICE": "cpu", "TWINPOOL_PLACEMENT_POLICY": "least_loaded"},
             start_new_session=True,  # the test run's own Ctrl-C is not the server's
         )
-    server = RunningServer(f"http://127.0.0.1:{port}", process, output, expected_workers)
+    server = RunningServer(f"http://127.0.0.1:{port}", process, output, expected_workers, api_key)
     try:
         _wait_until_ready(server, expected_workers)
         yield server

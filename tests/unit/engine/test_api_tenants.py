@@ -10,6 +10,7 @@ import pytest
 from fastapi import FastAPI
 
 from engine.api.app import create_app
+from engine.api.rate_limits import duration
 from engine.cache_salt import identity_of_tenant, make_cache_salt
 from engine.metrics import Metrics
 from engine.outputs import Origin, QueuePlace
@@ -153,6 +154,49 @@ def test_a_stream_is_counted_when_it_is_over() -> None:
     server = Server()
     assert frames_of(server.post(body=BODY | {"stream": True}))[-1] == "[DONE]"
     assert server.metric('tenant_tokens_total{kind="generation",tenant="a"}') == 2
+
+
+# What is left, on every answer
+
+
+def limits_of(answer: httpx.Response) -> dict[str, str]:
+    return {name: text for name, text in answer.headers.items() if name.startswith("x-ratelimit-")}
+
+
+def test_answers_say_what_is_left_of_a_tenant_s_limits() -> None:
+    """Each request may come to 11 tokens and comes to 3: of a stream the former are held when it begins."""
+    server = Server(requests_per_minute=2, tokens_per_minute=60)
+    assert limits_of(server.post()) == {
+        "x-ratelimit-limit-requests": "2",
+        "x-ratelimit-remaining-requests": "1",
+        "x-ratelimit-reset-requests": "30s",
+        "x-ratelimit-limit-tokens": "60",
+        "x-ratelimit-remaining-tokens": "57",
+        "x-ratelimit-reset-tokens": "3s",
+    }
+    streamed = limits_of(server.post(path=CHAT, body={"messages": HELLO, "max_tokens": 10, "stream": True}))
+    assert streamed["x-ratelimit-remaining-requests"] == "0"
+    assert int(streamed["x-ratelimit-remaining-tokens"]) <= 57 - 11
+    server.clock.now_s = 29.5
+    refused = server.post()
+    assert refused.status_code == 429
+    assert limits_of(refused)["x-ratelimit-remaining-requests"] == "0"
+    assert limits_of(refused)["x-ratelimit-reset-requests"] == "31s"
+
+
+def test_only_limits_that_there_are_are_told_and_only_where_they_count() -> None:
+    server = Server(tokens_per_minute=60)
+    assert {name.split("-")[-1] for name in limits_of(server.post())} == {"tokens"}
+    assert limits_of(server.post("key-b")) == {}
+    assert limits_of(server.get("/v1/models", "key-a")) == {}
+    assert limits_of(server.post("key-c")) == {}  # nobody's
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0, "0ms"), (0.35, "350ms"), (0.9999, "1s"), (7.2, "8s"), (59.01, "1m0s"), (61, "1m1s")]
+)
+def test_times_are_written_as_openai_does(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_keys_are_in_no_metric() -> None:
