@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from scheduler.autoscaler import PoolLimits, PoolScaler, PoolView
 from scheduler.room import Room
 from scheduler.types import ClusterSnapshot, WorkerRole
 
 INTERVAL_S = 2.0
+TELL_INTERVAL_S = 10.0
 logger = logging.getLogger(__name__)
+
+
+class NodeMarket(Protocol):
+    """What ``engine.node_requests.SharedNodeRequests`` offers."""
+
+    def tell(self, rooms: Sequence[Room]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Autoscaling:
@@ -18,20 +28,21 @@ class Autoscaling:
 
     Args:
         targets: seconds that a pool's latency shall keep: TTFT of prefill, TPOT of decode workers.
-        request_nodes: asks Ray for room for so many workers in all; nodes that nobody asks for may be taken away.
+        nodes: hears for how many workers in all there shall be room; nodes that nobody asks for may be taken away.
     """
 
     def __init__(
         self,
         limits: Mapping[WorkerRole, PoolLimits],
         targets: Mapping[WorkerRole, float],
-        request_nodes: Callable[[Sequence[Room]], None],
+        nodes: NodeMarket,
     ) -> None:
         self._scalers = {role: PoolScaler(limit) for role, limit in limits.items()}
         self._targets = targets
-        self._request_nodes = request_nodes
+        self._nodes = nodes
         self._next_s = 0.0
-        self._requested: list[Room] = []
+        self._told: list[Room] = []
+        self._tell_again_s = 0.0
 
     def decide(self, cluster: ClusterSnapshot, counts: Mapping[WorkerRole, int], now: float) -> dict[WorkerRole, int]:
         """The pools to change, and how many workers each shall have. ``counts``: as many as were asked for."""
@@ -51,12 +62,13 @@ class Autoscaling:
                 changes[load.role] = wanted
         return changes
 
-    def request(self, rooms: Sequence[Room]) -> None:
-        """Asks Ray for what all workers take, when that has changed."""
-        if list(rooms) != self._requested:
-            self._requested = list(rooms)
-            self._request_nodes(rooms)
+    def request(self, rooms: Sequence[Room], now: float) -> None:
+        """Tells what all workers take: at once when that has changed, and now and then, for it may have been lost."""
+        if list(rooms) != self._told or now >= self._tell_again_s:
+            self._told = list(rooms)
+            self._tell_again_s = now + TELL_INTERVAL_S
+            self._nodes.tell(rooms)
 
     def close(self) -> None:
-        """Asks for nothing any more: Ray keeps the last request even when we are gone."""
-        self._request_nodes(())
+        """Needs nothing any more."""
+        self._nodes.close()

@@ -190,7 +190,8 @@ class Fleet:
         changes = autoscaling.decide(cluster, counts, self._clock())
         if changes:
             self._set_counts(changes)
-        autoscaling.request([member.options.room for member in self.members.values() if not member.is_leaving])
+        rooms = [member.options.room for member in self.members.values() if not member.is_leaving]
+        autoscaling.request(rooms, self._clock())
 
     def _check_counts(self, counts: Mapping[WorkerRole, int]) -> None:
         wanted = {role: counts.get(role, len(self._of_role(role))) for role in WorkerRole}

@@ -24,13 +24,13 @@ from engine.autoscaling import Autoscaling
 from engine.config import ServeConfig
 from engine.fleet import Fleet, RunningCluster
 from engine.machine_limits import is_loopback
+from engine.node_requests import SharedNodeRequests
 from engine.ray_session import (
     check_interrupted,
     cluster_nodes,
     interrupt_on_signals,
     joined_cluster,
     ray_session,
-    request_nodes,
 )
 from engine.start_progress import StartProgress, start_progress
 from engine.startup import StartupPlan, bind_server_socket, check_installation, make_plan
@@ -149,7 +149,7 @@ def _autoscaling(config: ServeConfig) -> Autoscaling | None:
         return None
     placement = config.placement
     targets = {WorkerRole.PREFILL: placement.ttft_target_s, WorkerRole.DECODE: placement.tpot_target_s}
-    return Autoscaling(config.pool_limits, targets, request_nodes)
+    return Autoscaling(config.pool_limits, targets, SharedNodeRequests())
 
 
 def _admission(config: ServeConfig, plan: StartupPlan) -> AdmissionOptions:

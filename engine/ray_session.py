@@ -9,17 +9,16 @@ import signal
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 import ray
-from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 
 from engine.process_tree import adopt_orphans, end_children
 from kvcache.errors import ResourceError
-from scheduler.room import Node, Room
+from scheduler.room import Node
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no token and no KV goes through it
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -96,15 +95,6 @@ def joined_cluster(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-def request_nodes(rooms: Sequence[Room]) -> None:
-    """Asks Ray's autoscaler for room for all these workers at once, whatever runs; without one nothing happens.
-
-    Ray keeps one request for the whole cluster: two servers that scale by themselves need a cluster each.
-    """
-    bundles = [room.total for room in rooms]
-    request_resources(bundles=bundles, bundle_label_selectors=[dict(room.labels) for room in rooms])
 
 
 def cluster_nodes() -> list[Node]:

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from engine.outputs import SOMEBODY, Origin, QueuePlace, ServedModel, TextDelta
 from engine.tokenizer import Tokenizer
 from scheduler.request import FinishReason, SamplingParams
+from scheduler.room import Room
 from scheduler.types import ClusterSnapshot
 
 END_TOKEN = "<|end|>"
@@ -123,6 +124,19 @@ class FakeEngine:
 
 
 @dataclass(slots=True)
+class FakeNodeMarket:
+    """An ``engine.autoscaling.NodeMarket`` that notes what it was told; the end is an empty list."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[Room]] = []
+
+    def tell(self, rooms: Sequence[Room]) -> None:
+        self.asked.append(list(rooms))
+
+    def close(self) -> None:
+        self.tell(())
+
+
 class ManualClock:
     """Stands still until told."""
 

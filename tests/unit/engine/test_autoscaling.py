@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 
-from engine.autoscaling import INTERVAL_S, Autoscaling
+from engine.autoscaling import INTERVAL_S, TELL_INTERVAL_S, Autoscaling
 from engine.config import load_config
+from engine.node_requests import EXPIRY_S, NodeRequests
 from kvcache.errors import ConfigError
 from scheduler.autoscaler import HOLD_DOWN_S, HOLD_UP_S, PoolLimits
 from scheduler.room import Room
 from scheduler.types import ClusterSnapshot, PoolLoad, WorkerRole
+from tests.fakes import FakeNodeMarket, ManualClock
 
 PREFILL, DECODE = WorkerRole.PREFILL, WorkerRole.DECODE
 TARGETS = {PREFILL: 1.0, DECODE: 0.1}
-
-
-class Ray:
-    def __init__(self) -> None:
-        self.asked: list[list[Room]] = []
-
-    def request_nodes(self, rooms: Sequence[Room]) -> None:
-        self.asked.append(list(rooms))
 
 
 def view(latency_s: float, busyness: float, role: WorkerRole = DECODE) -> ClusterSnapshot:
@@ -40,28 +32,61 @@ def decisions(autoscaling: Autoscaling, cluster: ClusterSnapshot, seconds: float
 
 
 def test_a_pool_that_misses_its_target_is_told_to_grow() -> None:
-    autoscaling = Autoscaling({DECODE: PoolLimits(1, 4)}, TARGETS, Ray().request_nodes)
+    autoscaling = Autoscaling({DECODE: PoolLimits(1, 4)}, TARGETS, FakeNodeMarket())
     assert decisions(autoscaling, view(0.3, 1.4), HOLD_UP_S + 2 * INTERVAL_S, count=1)[0] == 2
 
 
 def test_a_pool_that_keeps_it_with_ease_is_told_to_shrink() -> None:
-    autoscaling = Autoscaling({DECODE: PoolLimits(1, 4)}, TARGETS, Ray().request_nodes)
+    autoscaling = Autoscaling({DECODE: PoolLimits(1, 4)}, TARGETS, FakeNodeMarket())
     assert decisions(autoscaling, view(0.01, 0.05), HOLD_DOWN_S + 2 * INTERVAL_S, count=3)[0] == 2
 
 
 def test_a_pool_without_limits_is_left_alone() -> None:
-    autoscaling = Autoscaling({PREFILL: PoolLimits(1, 4)}, TARGETS, Ray().request_nodes)
+    autoscaling = Autoscaling({PREFILL: PoolLimits(1, 4)}, TARGETS, FakeNodeMarket())
     assert decisions(autoscaling, view(5.0, 9.0), 100, count=1) == []
 
 
-def test_ray_is_asked_when_what_is_needed_changes_and_for_nothing_at_the_end() -> None:
-    ray = Ray()
-    autoscaling = Autoscaling({DECODE: PoolLimits(1, 4)}, TARGETS, ray.request_nodes)
+def test_nodes_are_told_of_when_they_change_now_and_then_and_at_the_end() -> None:
+    ray = FakeNodeMarket()
+    autoscaling = Autoscaling({DECODE: PoolLimits(1, 4)}, TARGETS, ray)
     small, large = [Room()], [Room(), Room(2)]
-    for rooms in (small, small, large, large):
-        autoscaling.request(rooms)
+    for now, rooms in enumerate((small, small, large, large)):
+        autoscaling.request(rooms, 100.0 + now)
+    assert ray.asked == [small, large]
+    autoscaling.request(large, 102.0 + TELL_INTERVAL_S)
     autoscaling.close()
-    assert ray.asked == [small, large, []]
+    assert ray.asked == [small, large, large, []]
+
+
+class SharedRay:
+    """The actor of all servers, and what it asks Ray for."""
+
+    def __init__(self) -> None:
+        self.clock = ManualClock()
+        self.asked: list[list[Room]] = []
+        self.requests = NodeRequests(lambda rooms: self.asked.append(list(rooms)), self.clock)
+
+
+def test_servers_of_one_cluster_do_not_overwrite_each_other() -> None:
+    ray = SharedRay()
+    first, second = Room(1, labels=(("tier", "a"),)), Room(2)
+    ray.requests.tell("a", (first,))
+    ray.requests.tell("b", (second, second))
+    ray.requests.tell("a", (first,))
+    ray.requests.tell("a", (first, first))
+    ray.requests.tell("b", ())
+    ray.requests.tell("a", ())
+    assert ray.asked == [[first], [first, second, second], [first, first, second, second], [first, first], []]
+
+
+def test_a_server_that_is_not_heard_of_any_more_needs_nothing() -> None:
+    ray = SharedRay()
+    ray.requests.tell("killed", (Room(2),))
+    ray.clock.now_s += EXPIRY_S / 2
+    ray.requests.tell("a", (Room(),))
+    ray.clock.now_s += EXPIRY_S / 2 + 1
+    ray.requests.tell("a", (Room(),))
+    assert ray.asked[1:] == [[Room(), Room(2)], [Room()]]
 
 
 def test_limits_come_from_the_options() -> None:
