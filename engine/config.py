@@ -354,6 +354,12 @@ class ServeConfig(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _check_roles(self) -> Self:
+        if self.roles == "auto" and not self.num_prefill_workers:
+            raise ValueError("roles is auto, and colocated workers have no other role: set prefill_workers too")
+        return self
+
+    @model_validator(mode="after")
     def _check_autoscaling(self) -> Self:
         for role in (WorkerRole.PREFILL, WorkerRole.DECODE):
             low, high = (getattr(self, f"{end}_{role.value}_workers") for end in ("min", "max"))

@@ -22,7 +22,7 @@ from kvcache.spec import DTYPE_BYTES, KVCacheSpec
 from kvcache.transfer.port_choice import check_port
 from kvcache.transfer.wire import MAX_BLOCK_BYTES
 from scheduler.room import Node
-from scheduler.types import DeviceProfile, Phase, WorkerRole
+from scheduler.types import DeviceProfile, ModelShape, Phase, WorkerRole
 from workers.device import Device, choose_device, count_gpus
 from workers.model.checkpoint import CheckpointInfo, describe_checkpoint
 from workers.model.shape import model_shape
@@ -136,6 +136,14 @@ def make_plan(config: ServeConfig, path: Path, nodes: Sequence[Node] | None = No
         rooms = {role: room_in_cluster(config, role, device, nodes, worker_bytes[role]) for role in specs}
         check_room(config, nodes, rooms)
     is_left_to_gpu = device == "cuda" and config.kv_cache_memory_bytes is None
+    shapes = {role: model_shape(checkpoint, spec, config.quantization) for role, spec in specs.items()}
+    for role, profile in profiles.items():
+        # Of a GPU's memory what is left is for KV, and must hold one sequence.
+        one_bytes = specs[role].num_blocks_for(max_model_len) * specs[role].block_bytes
+        if profile is not None:
+            _check_profile(
+                config, role, profile, shapes[role], one_bytes if is_left_to_gpu else _kv_cache_bytes(config)
+            )
     workers = tuple(
         WorkerOptions(
             worker_id=worker_id,
@@ -143,7 +151,7 @@ def make_plan(config: ServeConfig, path: Path, nodes: Sequence[Node] | None = No
             model_path=str(path),
             model_name=config.served_name,
             spec=specs[role],
-            shape=model_shape(checkpoint, specs[role], config.quantization),
+            shape=shapes[role],
             num_blocks=None
             if is_left_to_gpu
             else _num_blocks(config, specs[role], max_model_len, config.tensor_parallel_size_of(role)),
@@ -196,6 +204,19 @@ def _spec(config: ServeConfig, checkpoint: CheckpointInfo, role: WorkerRole) -> 
 def _device_profile(config: ServeConfig, role: WorkerRole) -> DeviceProfile | None:
     given = config.device_profile_of(role)
     return load_profile(given, flag_of(config.option_of(role, "device_profile"))) if given is not None else None
+
+
+def _check_profile(
+    config: ServeConfig, role: WorkerRole, profile: DeviceProfile, shape: ModelShape, kv_bytes: int
+) -> None:
+    """A device that workers are taken for must be able to hold what they hold."""
+    weight_bytes = round(shape.weight_bytes + shape.head_bytes)
+    if weight_bytes + kv_bytes > profile.memory_bytes:
+        raise ResourceError(
+            f"{flag_of(config.option_of(role, 'device_profile'))} is {profile.name}, which has"
+            f" {_mebibytes(profile.memory_bytes)} of memory; a {role.value} worker needs"
+            f" {_mebibytes(weight_bytes + kv_bytes)}, {_mebibytes(weight_bytes)} of them for weights."
+        )
 
 
 def _roles(config: ServeConfig) -> list[tuple[str, WorkerRole]]:

@@ -240,6 +240,7 @@ BAD_CLUSTERS = {
     ),
     "an address that nobody reaches": ({"worker_host": "0.0.0.0"}, "it must be one that others can reach"),
     "roles of no kind": ({"roles": "some"}, "--roles is 'some'"),
+    "roles that nobody could change": ({"roles": "auto", "colocated": "2"}, "colocated workers have no other role"),
     "pools that are none": (
         {"address": "auto", "colocated": "1", "decode_node_label": ["a=b"]},
         "no two pools whose node_label could differ",

@@ -10,9 +10,9 @@ import pytest
 from engine import cluster_room, startup
 from engine.cluster_room import threads_per_rank
 from engine.config import load_config
-from kvcache.errors import ConfigError
-from scheduler.types import WorkerRole
-from tests.builders import make_spec
+from kvcache.errors import ConfigError, ResourceError
+from scheduler.types import DeviceProfile, WorkerRole
+from tests.builders import make_shape, make_spec
 from workers.model.checkpoint import CheckpointInfo
 from workers.model.shape import LayerWeights
 
@@ -80,3 +80,14 @@ def test_quantization_without_a_native_build_is_refused_before_a_worker_starts(
     config = load_config({"quantization": quantization, "device": "cpu"})
     with pytest.raises(ConfigError, match=f"^--quantization {quantization} needs the native decoder"):
         startup.make_plan(config, Path("model"))
+
+
+def test_a_model_that_a_profile_s_device_cannot_hold_is_refused_with_how_much_it_needs() -> None:
+    config = load_config({"decode_device_profile": "tiny.yaml", "kv_cache_memory_bytes": "8MiB"})
+    shape = replace(make_shape(make_spec()), weight_bytes=3 << 20, head_bytes=1 << 20)
+    device = DeviceProfile("tiny", 1.0, 1.0, 12 << 20)
+    startup._check_profile(config, WorkerRole.DECODE, device, shape, 8 << 20)
+    small = replace(device, memory_bytes=11 << 20)
+    words = "--decode-device-profile is tiny, which has 11 MiB of memory; a decode worker needs 12 MiB, 4 MiB of them"
+    with pytest.raises(ResourceError, match=words):
+        startup._check_profile(config, WorkerRole.DECODE, small, shape, 8 << 20)
