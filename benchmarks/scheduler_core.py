@@ -186,5 +186,5 @@ def publish(num_workers: int, rng: np.random.Generator) -> tuple[list[PrefixHash
         for number, names in enumerate(held)
     ]
     every = -(-num_blocks // MAX_HASHES)  # as the gateway sends them
-    sampled = (tuple(chain[every - 1 :: every].tolist()) for chain in chains)
+    sampled = (tuple(chain[every - 1 :: every][::-1].tolist()) for chain in chains)
     return [PrefixHashes(BLOCK_TOKENS, every * BLOCK_TOKENS, hashes) for hashes in sampled], reports

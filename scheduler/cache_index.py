@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from bisect import bisect_left
 from collections.abc import Container, Sequence
+from itertools import islice
 
 from kvcache.prefix import NAME_BYTES, HashChain
 from scheduler.types import CacheDelta, PrefixHashes, WorkerInfo
@@ -70,17 +71,15 @@ class CacheIndex:
     def deepest(self, prefix: PrefixHashes, limit: int) -> list[str]:
         """Up to ``limit`` workers that have something of the prompt, those with the most of it first."""
         found: dict[str, None] = {}
-        depth = _depth(prefix.hashes, self._holders)
+        hashes, holders = prefix.hashes, self._holders
+        place = len(hashes) - _depth(hashes, holders)
         # Down by ever longer steps: those who share a system prompt only are seen too, at the price of few looks.
         step = 1
-        while depth > 0 and len(found) < limit:
-            for worker_id in self._holders.get(prefix.hashes[depth - 1], ()):
-                found[worker_id] = None
-                if len(found) == limit:
-                    break
-            depth -= step
+        while place < len(hashes) and len(found) < limit:
+            found.update(dict.fromkeys(islice(holders.get(hashes[place], ()), limit)))
+            place += step
             step *= 2
-        return list(found)
+        return list(found)[:limit]
 
     def _drop(self, name: int, worker_id: str) -> None:
         holders = self._holders[name]
@@ -90,9 +89,8 @@ class CacheIndex:
 
 
 def _depth(hashes: Sequence[int], known: Container[int]) -> int:
-    """How many of the first hashes are known, if none is after the first that is not."""
-    # From the last to the first they are unknown and then known, in order: so C does the halving.
-    return len(hashes) - bisect_left(hashes[::-1], True, key=known.__contains__)
+    """How many hashes are known, if all are that follow one that is."""
+    return len(hashes) - bisect_left(hashes, True, key=known.__contains__)  # so C does the halving
 
 
 def pack_names(names: Sequence[bytes]) -> bytes:
@@ -108,4 +106,4 @@ def hashes_of_prompt(salt: bytes, block_size: int, token_ids: Sequence[int]) -> 
     num_blocks = min(len(token_ids) // block_size, MAX_HASHED_BLOCKS)
     every = max(1, -(-num_blocks // MAX_HASHES))
     names = HashChain(salt, block_size).hashes(token_ids[: num_blocks * block_size])[every - 1 :: every]
-    return PrefixHashes(block_size, every * block_size, unpack_names(pack_names(names)))
+    return PrefixHashes(block_size, every * block_size, unpack_names(pack_names(names[::-1])))

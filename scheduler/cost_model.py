@@ -71,6 +71,10 @@ class CostModel:
         """One token for each of ``batch_size`` sequences, whose contexts add up to ``context_tokens``."""
         return self._workers[worker_id].decode_step_seconds(batch_size, context_tokens)
 
+    def context_token_seconds(self, worker_id: str) -> float:
+        """What each token of their contexts adds to a decode step."""
+        return self._workers[worker_id].context_token_seconds()
+
     def transfer_seconds(self, prefill_id: str, decode_id: str, num_tokens: int) -> float:
         """From the end of a prompt's computation until its KV is attached on the other worker.
 
@@ -191,6 +195,9 @@ class _WorkerCosts:
             + per_linear * self._decode_linear.seconds(batch_size)
             + per_attention * self._kv_token_s * context_tokens
         )
+
+    def context_token_seconds(self) -> float:
+        return self._decode.values[-1] * self._kv_token_s
 
     def observe(self, steps: StepTimes) -> None:
         if steps.num_steps < 1:

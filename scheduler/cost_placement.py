@@ -8,7 +8,6 @@ wait and computation on the prefill worker, its own decoding, and what it adds t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, log
 from operator import attrgetter, itemgetter
@@ -20,7 +19,7 @@ from scheduler.worker_state import CostPredictor, WorkerState
 from scheduler.worker_table import Rank
 
 TYPICAL_OUTPUT_TOKENS = 128  # to weigh decoding against waiting prompts where no request is in question yet
-_PREFILL = WorkerRole.PREFILL
+_PREFILL, _DECODE = WorkerRole.PREFILL, WorkerRole.DECODE  # members of an enumeration are slow to get
 _first = itemgetter(0)
 _cost = attrgetter("cost")
 _LIKE = log(1.1)  # devices whose rates differ by less are of one kind: measured rates differ a little everywhere
@@ -29,7 +28,7 @@ _LIKE = log(1.1)  # devices whose rates differ by less are of one kind: measured
 class _Asked:
     """What is the same for all workers that are looked at for one request."""
 
-    __slots__ = ("_cache", "_prefixes", "context_tokens", "in_money", "now", "num_prompt_tokens", "num_steps")
+    __slots__ = ("cache", "context_tokens", "in_money", "now", "num_prompt_tokens", "num_steps", "prefixes")
 
     def __init__(self, request: RequestArrived, num_output_tokens: int, cluster: Cluster, now: float) -> None:
         self.num_prompt_tokens = request.num_prompt_tokens
@@ -37,11 +36,8 @@ class _Asked:
         self.context_tokens = request.num_prompt_tokens + num_output_tokens // 2
         self.in_money = cluster.workers.all_priced
         self.now = now
-        self._cache = cluster.cache
-        self._prefixes = request.prefixes
-
-    def cached_tokens(self, worker: WorkerState) -> int:
-        return self._cache.cached_tokens(worker.info, self._prefixes, self.num_prompt_tokens)
+        self.cache = cluster.cache
+        self.prefixes = request.prefixes
 
 
 @dataclass(slots=True)  # not frozen: there are a dozen for every request
@@ -96,17 +92,26 @@ class CostPlacement:
 
     def ranking(self, phase: Phase, worker: WorkerState) -> Rank:
         """By when a prompt would be begun; by how long a typical answer would take, behind prompts in place."""
-        info = worker.info
         if worker.role is _PREFILL:
-            return (worker.free_at_s, worker.requests_placed, info.worker_id)
-        worker.step_s = self._costs.decode_step_seconds(
-            info.worker_id, worker.batch_size or 1, worker.batch_context_tokens
-        )
+            return (worker.free_at_s, worker.requests_placed, worker.worker_id)
+        self._predict(worker)
+        typical_s = worker.prefill_s + worker.step_s * TYPICAL_OUTPUT_TOKENS
+        return (typical_s, worker.requests_placed, worker.worker_id)
+
+    def _predict(self, worker: WorkerState) -> None:
+        """What every request will ask of it, until its books change."""
+        worker_id, batch_size = worker.worker_id, worker.batch_size
         if worker.predicted_at_s != worker.last_heard_s:  # what steps took is learned with heartbeats
             worker.predicted_at_s = worker.last_heard_s
-            worker.least_prefill_s = self._costs.prefill_seconds(info.worker_id, 1, 0)
-        typical_s = worker.prefill_s + worker.step_s * TYPICAL_OUTPUT_TOKENS
-        return (typical_s, worker.requests_placed, info.worker_id)
+            worker.context_token_s = self._costs.context_token_seconds(worker_id)
+            worker.least_prefill_s = self._costs.prefill_seconds(worker_id, 1, 0)
+        context_tokens = worker.batch_context_tokens
+        worker.joined_step_s = self._costs.decode_step_seconds(worker_id, batch_size + 1, context_tokens)
+        worker.step_s = (
+            self._costs.decode_step_seconds(worker_id, batch_size, context_tokens)
+            if batch_size
+            else worker.joined_step_s
+        )
 
     def grouping(self, worker: WorkerState) -> object:
         """Workers that are predicted to take about as long as each other, at the same price."""
@@ -117,14 +122,15 @@ class CostPlacement:
 
     def choose(self, request: RequestArrived, num_output_tokens: int, cluster: Cluster, now: float) -> Choice:
         asked = _Asked(request, num_output_tokens, cluster, now)
-        holders = cluster.holders(request, NUM_HOLDERS) if request.prefixes else []
+        holders = cluster.holders(request, NUM_HOLDERS)
         bound = cluster.bound_to(request)
-        candidates = [bound] if bound is not None else _candidates(Phase.DECODE, request, cluster, holders)
+        candidates = [bound] if bound is not None else cluster.best(Phase.DECODE, request.avoid)
+        if bound is None:
+            candidates += [each for each in holders if each.role is not _PREFILL and each not in candidates]
         decodes = [self._decode(worker, asked) for worker in candidates]
-        prefills = []
-        if cluster.workers.taking(Phase.PREFILL):
-            candidates = _candidates(Phase.PREFILL, request, cluster, holders)
-            prefills = [self._prefill(worker, asked.cached_tokens(worker), asked) for worker in candidates]
+        candidates = cluster.workers.best(Phase.PREFILL, request.avoid)
+        candidates += [each for each in holders if each.role is not _DECODE and each not in candidates]
+        prefills = [self._prefill(worker, asked) for worker in candidates]
         best = self._cheapest(asked, decodes, prefills)
         if best.decode is None:
             best = self._earliest(asked, decodes, prefills, keeping_pace=True)
@@ -134,10 +140,11 @@ class CostPlacement:
         assert decode is not None and prefill is not None, "prefill in place is always possible"
         return Choice(decode, prefill.worker if prefill.worker is not decode else None, prefill.num_cached_tokens)
 
-    def _prefill(self, worker: WorkerState, num_cached_tokens: int, asked: _Asked) -> _Prefill:
+    def _prefill(self, worker: WorkerState, asked: _Asked) -> _Prefill:
         """Those that decode there stand still meanwhile, chunk by chunk; and somebody may join them at any moment."""
-        info = worker.info
-        ready_s = own_s = self._costs.prefill_seconds(info.worker_id, asked.num_prompt_tokens, num_cached_tokens)
+        info, num_tokens = worker.info, asked.num_prompt_tokens
+        num_cached_tokens = asked.cache.cached_tokens(info, asked.prefixes, num_tokens)
+        ready_s = own_s = self._costs.prefill_seconds(worker.worker_id, num_tokens, num_cached_tokens)
         if worker.free_at_s > asked.now:
             ready_s += worker.free_at_s - asked.now
         price = info.device.price_per_hour if asked.in_money else 1.0
@@ -156,7 +163,7 @@ class CostPlacement:
         info = worker.info
         batch_size = worker.batch_size
         context_tokens = worker.batch_context_tokens + asked.context_tokens
-        step_s = self._costs.decode_step_seconds(info.worker_id, batch_size + 1, context_tokens)
+        step_s = worker.joined_step_s + worker.context_token_s * asked.context_tokens
         rest_s = step_s * asked.num_steps
         wait_s = 0.0
         if batch_size >= info.max_num_seqs or context_tokens > worker.max_tokens:
@@ -191,7 +198,7 @@ class CostPlacement:
                         best.offer(cost + prefill_cost + prefill.price * transfer_s, decode.worker, prefill)
             worker = decode.worker
             if cost + decode.price * worker.least_prefill_s * (1 + worker.batch_size) < best.value:
-                own = self._in_place(decode, asked)
+                own = self._prefill(worker, asked)
                 if own.keeps_pace and own.ready_s <= slack_s:
                     best.offer(cost + own.price * own.delay_s, worker, own)
         return best
@@ -206,7 +213,7 @@ class CostPlacement:
         for decode in decodes:
             if keeping_pace and not decode.keeps_pace:
                 continue
-            own = self._in_place(decode, asked)
+            own = self._prefill(decode.worker, asked)
             if own.keeps_pace or not keeping_pace:
                 best.offer(decode.rest_s + own.delay_s, decode.worker, own)
             for delay_s, prefill in able:
@@ -217,26 +224,12 @@ class CostPlacement:
                     best.offer(finish_s, decode.worker, prefill)
         return best
 
-    def _in_place(self, decode: _Decode, asked: _Asked) -> _Prefill:
-        return self._prefill(decode.worker, _cached_tokens(decode, asked), asked)
-
     def _transfer_s(self, asked: _Asked, prefill: _Prefill, decode: _Decode) -> float:
-        num_tokens = asked.num_prompt_tokens - _cached_tokens(decode, asked)
-        return self._costs.transfer_seconds(prefill.worker.info.worker_id, decode.worker.info.worker_id, num_tokens)
-
-
-def _candidates(
-    phase: Phase, request: RequestArrived, cluster: Cluster, holders: Sequence[WorkerState]
-) -> list[WorkerState]:
-    best = cluster.best(phase, request.avoid)
-    other = WorkerRole.DECODE if phase is Phase.PREFILL else _PREFILL
-    return best + [worker for worker in holders if worker.role is not other and worker not in best]
-
-
-def _cached_tokens(decode: _Decode, asked: _Asked) -> int:
-    if decode.num_cached_tokens < 0:
-        decode.num_cached_tokens = asked.cached_tokens(decode.worker)
-    return decode.num_cached_tokens
+        worker, num_tokens = decode.worker, asked.num_prompt_tokens
+        if decode.num_cached_tokens < 0:
+            decode.num_cached_tokens = asked.cache.cached_tokens(worker.info, asked.prefixes, num_tokens)
+        num_sent_tokens = num_tokens - decode.num_cached_tokens
+        return self._costs.transfer_seconds(prefill.worker.worker_id, worker.worker_id, num_sent_tokens)
 
 
 def _fits(prefill: _Prefill, decode: _Decode) -> bool:

@@ -61,7 +61,7 @@ class Cluster:
         """
         workers = self.workers.taking(phase)
         if not workers:
-            raise UnavailableError(f"No {phase.value} worker is available.")
+            raise _unavailable(phase)
         return workers
 
     def bound_to(self, request: RequestArrived) -> WorkerState | None:
@@ -70,13 +70,15 @@ class Cluster:
         return worker if worker is not None and worker.takes(Phase.DECODE) else None
 
     def best(self, phase: Phase, avoid: Collection[str]) -> list[WorkerState]:
-        """The best worker of each group by the policy's ranking, at least one.
+        """The best worker of each group by the policy's ranking, at least one. For policies that have one.
 
         Raises:
             UnavailableError: as ``taking``.
         """
-        self.taking(phase)
-        return self.workers.best(phase, avoid)
+        workers = self.workers.best(phase, avoid)
+        if not workers:
+            raise _unavailable(phase)
+        return workers
 
     def soonest(self, phase: Phase) -> Sequence[WorkerState]:
         """The best of each group, or all workers of the phase where the policy ranks none.
@@ -84,21 +86,21 @@ class Cluster:
         Raises:
             UnavailableError: as ``taking``.
         """
-        return self.best(phase, ()) or self.taking(phase)
+        return self.workers.best(phase) or self.taking(phase)
 
     def holders(self, request: RequestArrived, limit: int) -> list[WorkerState]:
         """Active workers that have most of the prompt cached, up to ``limit`` for each block size."""
-        found = []
-        for prefix in request.prefixes:
-            for worker_id in self.cache.deepest(prefix, limit):
-                worker = self.workers.get(worker_id)
-                if worker is not None and worker.is_active and worker_id not in request.avoid:
-                    found.append(worker)
-        return found
+        ids = [worker_id for prefix in request.prefixes for worker_id in self.cache.deepest(prefix, limit)]
+        found = [self.workers.get(worker_id) for worker_id in ids if worker_id not in request.avoid]
+        return [worker for worker in found if worker is not None and worker.is_active]
 
     def cached_tokens(self, worker: WorkerState, request: RequestArrived) -> int:
         """Tokens of the prompt that need not be computed there, or not be sent there."""
         return self.cache.cached_tokens(worker.info, request.prefixes, request.num_prompt_tokens)
+
+
+def _unavailable(phase: Phase) -> UnavailableError:
+    return UnavailableError(f"No {phase.value} worker is available.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,7 +208,7 @@ class CacheDelta:
 @message
 @dataclass(frozen=True, slots=True)
 class PrefixHashes:
-    """Names of a prompt's full blocks: of every block whose end is a multiple of ``tokens_per_hash``, in order.
+    """Names of a prompt's full blocks: of every block whose end is a multiple of ``tokens_per_hash``, the last first.
 
     A prompt's blocks depend on the block size, so there is one of these for each block size in the cluster.
     """

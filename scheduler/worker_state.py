@@ -29,6 +29,8 @@ class CostPredictor(Protocol):
 
     def decode_step_seconds(self, worker_id: str, batch_size: int, context_tokens: int) -> float: ...
 
+    def context_token_seconds(self, worker_id: str) -> float: ...
+
     def transfer_seconds(self, prefill_id: str, decode_id: str, num_tokens: int) -> float: ...
 
 
@@ -72,7 +74,9 @@ class WorkerState:
     awaited_tokens: int = 0  # of their contexts
     # Predicted, and kept by a policy that asks for it:
     step_s: float = 0.0  # of a decode step of its batch as it is
-    least_prefill_s: float = 0.0  # of the shortest prompt, as of the heartbeat at predicted_at_s
+    joined_step_s: float = 0.0  # of one with a sequence more, whose context is still to be counted
+    context_token_s: float = 0.0  # what a token of that adds, as of the heartbeat at predicted_at_s; so below
+    least_prefill_s: float = 0.0  # of the shortest prompt
     predicted_at_s: float = -1.0
     heartbeat_s: float = HEARTBEAT_INTERVAL_S  # how often it was told to report
     num_foreign: int = 0  # sequences it reports that were not placed from here: of another gateway, or forgotten

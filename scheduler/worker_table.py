@@ -18,38 +18,62 @@ Grouping = Callable[[WorkerState], object]  # workers of one group differ in the
 _GARBAGE = 4  # outdated heap entries per worker before a heap is built anew
 
 
+@dataclass(slots=True, eq=False)
+class _Member:
+    """A worker in a heap."""
+
+    worker: WorkerState
+    rank: Rank
+    entered: Rank  # what its entry says: no worse than its rank, which counts once the entry has come to the front
+
+
 @dataclass(slots=True)
 class _Heap:
-    """The workers of one group by rank. An entry is outdated when its worker has another rank by now, or is gone."""
+    """The workers of one group by rank. Whoever gets worse is moved when it is in front, for most never are."""
 
-    entries: list[tuple[Rank, int, WorkerState]] = field(default_factory=list)
-    ranks: dict[WorkerState, Rank] = field(default_factory=dict)
-    num_puts: int = 0  # numbers the entries, so that no comparison gets as far as the workers
+    entries: list[tuple[Rank, int, _Member]] = field(default_factory=list)  # also outdated ones, of other ranks
+    members: dict[WorkerState, _Member] = field(default_factory=dict)
+    num_puts: int = 0  # numbers the entries, so that no comparison gets as far as the members
+
+    def add(self, worker: WorkerState, rank: Rank) -> None:
+        self.members[worker] = member = _Member(worker, rank, rank)
+        self._push(member)
 
     def put(self, worker: WorkerState, rank: Rank) -> None:
-        if self.ranks.get(worker) != rank:
-            self.ranks[worker] = rank
-            self.num_puts += 1
-            heapq.heappush(self.entries, (rank, self.num_puts, worker))
-            if len(self.entries) > _GARBAGE * len(self.ranks) + 64:
-                self.entries = [(rank, number, worker) for number, (worker, rank) in enumerate(self.ranks.items())]
-                heapq.heapify(self.entries)
+        member = self.members[worker]
+        member.rank = rank
+        if rank < member.entered:
+            member.entered = rank
+            self._push(member)
+
+    def remove(self, worker: WorkerState) -> None:
+        self.members.pop(worker).entered = ()
 
     def best(self, avoid: Collection[str]) -> WorkerState | None:
         """The best worker that is not to be avoided."""
-        entries, ranks = self.entries, self.ranks
+        entries = self.entries
         while entries:
-            rank, _, worker = entries[0]
-            if ranks.get(worker) is not rank:
+            rank, number, member = entries[0]
+            if rank is not member.entered:
                 heapq.heappop(entries)
-            elif avoid and worker.worker_id in avoid:
+            elif rank != member.rank:
+                member.entered = member.rank
+                heapq.heapreplace(entries, (member.rank, number, member))
+            elif avoid and member.worker.worker_id in avoid:
                 passed = heapq.heappop(entries)
                 found = self.best(avoid)
                 heapq.heappush(entries, passed)
                 return found
             else:
-                return worker
+                return member.worker
         return None
+
+    def _push(self, member: _Member) -> None:
+        self.num_puts += 1
+        heapq.heappush(self.entries, (member.entered, self.num_puts, member))
+        if len(self.entries) > _GARBAGE * len(self.members) + 64:
+            self.entries = [(each.entered, number, each) for number, each in enumerate(self.members.values())]
+            heapq.heapify(self.entries)
 
 
 @dataclass(slots=True)
@@ -84,8 +108,8 @@ class WorkerTable:
         self._grouping = grouping
         self._workers: dict[str, WorkerState] = {}
         self._members = {phase: _Members() for phase in Phase}
-        self._heaps: dict[Phase, dict[object, _Heap]] = {phase: {} for phase in Phase}
-        self._heap_of: dict[WorkerState, tuple[tuple[Phase, _Heap], ...]] = {}
+        self._heaps: dict[Phase, dict[object, _Heap]] = {phase: {} for phase in Phase}  # none is empty
+        self._heaps_of: dict[WorkerState, list[tuple[Phase, _Heap]]] = {}
         self._heard: OrderedDict[WorkerState, None] = OrderedDict()  # longest silent first
         self._num_unpriced = 0
         self.num_places = 0  # sequences that those that decode do at once
@@ -111,15 +135,15 @@ class WorkerTable:
         insort(self._ids, worker.worker_id)
         self._heard[worker] = None
         self._num_unpriced += not worker.info.device.price_per_hour
-        group = self._grouping(worker)
         phases = [phase for phase in Phase if worker.takes(phase)]
         for phase in phases:
             self._members[phase].add(worker)
         self.num_places += worker.info.max_num_seqs * (Phase.DECODE in phases)
-        self._heap_of[worker] = tuple(
-            (phase, self._heaps[phase].setdefault(group, _Heap())) for phase in phases if self._ranking is not None
-        )
-        self.changed(worker)
+        if self._ranking is not None:
+            group = self._grouping(worker)
+            self._heaps_of[worker] = [(phase, self._heaps[phase].setdefault(group, _Heap())) for phase in phases]
+            for phase, heap in self._heaps_of[worker]:
+                heap.add(worker, self._ranking(phase, worker))
 
     def remove(self, worker: WorkerState) -> None:
         del self._workers[worker.worker_id], self._heard[worker]
@@ -129,15 +153,15 @@ class WorkerTable:
             if worker.takes(phase):
                 self._members[phase].remove(worker)
         self.num_places -= worker.info.max_num_seqs * worker.takes(Phase.DECODE)
-        for phase, heap in self._heap_of.pop(worker):
-            del heap.ranks[worker]
-            if not heap.ranks:
-                self._heaps[phase] = {key: other for key, other in self._heaps[phase].items() if other is not heap}
+        for phase, heap in self._heaps_of.pop(worker, ()):
+            heap.remove(worker)
+            if not heap.members:
+                self._heaps[phase] = {key: other for key, other in self._heaps[phase].items() if other.members}
 
     def changed(self, worker: WorkerState) -> None:
         """To be called after any change of a worker's books. Harmless for one that is not here."""
         if self._ranking is not None:
-            for phase, heap in self._heap_of.get(worker, ()):
+            for phase, heap in self._heaps_of.get(worker, ()):
                 heap.put(worker, self._ranking(phase, worker))
 
     def heard(self, worker: WorkerState) -> None:

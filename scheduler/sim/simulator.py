@@ -98,7 +98,7 @@ class Simulator:
 
     def _arrive(self, request: SimulatedRequest) -> None:
         sizes = dict.fromkeys(worker.info.spec.block_size for worker in self.workers.values())
-        hashes = tuple(PrefixHashes(size, self._tokens_per_name, request.names) for size in sizes)
+        hashes = tuple(PrefixHashes(size, self._tokens_per_name, request.names[::-1]) for size in sizes)
         arrived = RequestArrived(request.request_id, request.num_prompt_tokens, self._max_tokens, prefixes=hashes)
         (command,) = self._controller.handle(arrived, self.time.now)
         assert isinstance(command, PlaceRequest), "the cluster has both phases, and nobody leaves"

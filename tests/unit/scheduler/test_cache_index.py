@@ -13,7 +13,7 @@ from scheduler.types import CacheDelta, PrefixHashes
 from tests.builders import make_spec, make_worker, repeatable
 from workers.cache_news import CacheNews
 
-CHAIN = PrefixHashes(4, 4, (1, 2, 3, 4, 5, 6, 7, 8))
+CHAIN = PrefixHashes(4, 4, (8, 7, 6, 5, 4, 3, 2, 1))
 
 
 def packed(*names: int) -> bytes:
@@ -29,7 +29,7 @@ def cached(index: CacheIndex, worker_id: str, prefix: PrefixHashes = CHAIN, num_
 def index() -> CacheIndex:
     index = CacheIndex()
     for worker_id, depth in (("a", 2), ("b", 5), ("c", 0)):
-        assert index.apply(worker_id, CacheDelta(0, packed(*CHAIN.hashes[:depth])))
+        assert index.apply(worker_id, CacheDelta(0, packed(*range(1, depth + 1))))
     return index
 
 
@@ -87,7 +87,7 @@ def test_a_short_prompt_sends_the_name_of_every_full_block() -> None:
     prompt = range(1, 12)
     names = HashChain(b"salt", 4).hashes(tuple(prompt))
     assert hashes_of_prompt(b"salt", 4, prompt) == PrefixHashes(
-        4, 4, tuple(int.from_bytes(name[:8], "little") for name in names)
+        4, 4, tuple(int.from_bytes(name[:8], "little") for name in reversed(names))
     )
     assert len(names) == 2
 
@@ -97,7 +97,7 @@ def test_a_long_prompt_sends_names_evenly_spread_and_not_too_many() -> None:
     sent = hashes_of_prompt(b"", 4, prompt)
     names = [int.from_bytes(name[:8], "little") for name in HashChain(b"", 4).hashes(prompt)]
     assert (sent.tokens_per_hash, len(sent.hashes)) == (16, 25)
-    assert list(sent.hashes) == names[3::4]
+    assert list(sent.hashes) == names[3::4][::-1]
     assert len(hashes_of_prompt(b"", 1, [1] * 100_000).hashes) <= MAX_HASHES
 
 

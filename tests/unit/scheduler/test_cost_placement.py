@@ -68,7 +68,7 @@ class Fleet:
         return self.policy.choose(request, NUM_OUTPUT, self.cluster, NOW)
 
     def chosen(self, num_prompt_tokens: int, names: tuple[int, ...] = ()) -> str:
-        prefixes = (PrefixHashes(4, 4, names),) if names else ()
+        prefixes = (PrefixHashes(4, 4, names[::-1]),) if names else ()
         choice = self.choose(RequestArrived("r", num_prompt_tokens, 500, prefixes=prefixes))
         prefill = f"{choice.prefill.worker_id} > " if choice.prefill else ""
         return prefill + choice.decode.worker_id
@@ -175,7 +175,7 @@ def test_the_quick_search_finds_what_the_slow_one_finds(
     for index, (role, _, (prefill_s, decodes, context), depth) in enumerate(drawn):
         fleet.burden(f"w{index}", prefill_s, 0 if role is PREFILL else decodes, context)
         fleet.has_cached(f"w{index}", names[:depth])
-    request = RequestArrived("r", num_prompt_tokens, 500, prefixes=(PrefixHashes(4, 4, names),))
+    request = RequestArrived("r", num_prompt_tokens, 500, prefixes=(PrefixHashes(4, 4, names[::-1]),))
     found = judged(fleet, predicted(fleet, request, fleet.choose(request)))
     assert found == pytest.approx(best_of_all(fleet, request))
 

@@ -304,7 +304,7 @@ def test_roles_follow_a_load_that_turns_without_refusing_a_request() -> None:
 
 def test_what_a_draining_worker_has_cached_attracts_nobody() -> None:
     packed = pack_names([bytes([index]) * 8 for index in range(1, 11)])
-    request = RequestArrived("r", 41, 5, prefixes=(PrefixHashes(4, 4, unpack_names(packed)),))
+    request = RequestArrived("r", 41, 5, prefixes=(PrefixHashes(4, 4, unpack_names(packed)[::-1]),))
     cluster = Cluster(PlacementOptions("cost"), d0=DECODE, d1=DECODE, p0=PREFILL, p1=PREFILL)
     for worker_id in ("d1", "p1"):
         cluster.handle(WorkerReported(worker_id, 1, IDLE, cache=CacheDelta(0, packed)))
