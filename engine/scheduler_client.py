@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from kvcache.errors import OverloadedError, RateLimitError, TwinpoolError, UnavailableError
@@ -60,7 +60,22 @@ class _Asked:
 
     request: RequestArrived
     placed: asyncio.Future[Placement]
+    deadline_s: float  # for its first answer
     position: int | None = None  # in its queue; None: it has not said that it waits there
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """A request that was placed, until its end."""
+
+    placement: Placement
+    num_prompt_tokens: int
+    max_tokens: int
+    is_prefilled: bool = False
+
+    def told(self) -> RequestPlaced:
+        """For a scheduler that does not know of it."""
+        return RequestPlaced(self.placement, self.num_prompt_tokens, self.max_tokens, self.is_prefilled)
 
 
 class SchedulerClient:
@@ -86,11 +101,13 @@ class SchedulerClient:
         self._name = uuid.uuid4().hex
         self._outbox: list[Event] = []
         self._asked: dict[str, _Asked] = {}
+        self._unanswered: dict[str, _Asked] = {}  # those of them, in order, of which the scheduler has said nothing
+        self._watch: asyncio.TimerHandle | None = None  # over the first of these
         self._queued: dict[str, _Asked] = {}  # those of them that wait in the scheduler's queue
         self._ask_at_s = 0.0
         self._has_events = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._live: dict[str, RequestPlaced] = {}  # by request id
+        self._live: dict[str, _Live] = {}
         self._placed_here: set[str] = set()  # of them those that the scheduler has not been told of
         self._stand_in: ClusterController | None = None
         self._seen_again_s: float | None = None  # when a scheduler that was away first answered
@@ -110,6 +127,8 @@ class SchedulerClient:
         self._tasks = [*senders, asyncio.create_task(self._refresh())]
 
     async def stop(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -129,8 +148,7 @@ class SchedulerClient:
             placement = self._place_here(request)
         if self._stand_in is not None:
             self._placed_here.add(request.request_id)
-        placed = RequestPlaced(placement, request.num_prompt_tokens, request.max_tokens, is_prefilled=False)
-        self._live[request.request_id] = placed
+        self._live[request.request_id] = _Live(placement, request.num_prompt_tokens, request.max_tokens)
         return placement
 
     def position(self, request_id: str) -> int | None:
@@ -143,7 +161,7 @@ class SchedulerClient:
         if isinstance(event, RequestEnded):
             self._live.pop(event.request_id, None)
         elif event.request_id in self._live:
-            self._live[event.request_id] = replace(self._live[event.request_id], is_prefilled=True)
+            self._live[event.request_id].is_prefilled = True
         if self._stand_in is not None:
             self._stand_in.handle(event, self._clock())
         if event.request_id not in self._placed_here:
@@ -153,13 +171,13 @@ class SchedulerClient:
 
     async def _ask(self, request: RequestArrived) -> Placement:
         """Waits for the first answer as long as a request may go without one, and for a place in the queue's time."""
-        asked = _Asked(request, asyncio.get_running_loop().create_future())
-        self._asked[request.request_id] = asked
+        loop = asyncio.get_running_loop()
+        asked = _Asked(request, loop.create_future(), loop.time() + PLACE_TIMEOUT_S)
+        self._asked[request.request_id] = self._unanswered[request.request_id] = asked
+        if self._watch is None:
+            self._watch = loop.call_at(asked.deadline_s, self._end_unanswered)
         self._put(request)
         try:
-            await asyncio.wait((asked.placed,), timeout=PLACE_TIMEOUT_S)
-            if not asked.placed.done() and asked.position is None:
-                raise _AwayError("The scheduler does not answer.")
             return await asked.placed
         except BaseException:
             self._put(RequestEnded(request.request_id))  # it may be on the scheduler's books all the same
@@ -168,7 +186,18 @@ class SchedulerClient:
             if asked.placed.done() and not asked.placed.cancelled():
                 asked.placed.exception()  # looked at, also where nobody waits for it any more
             del self._asked[request.request_id]
+            self._unanswered.pop(request.request_id, None)
             self._queued.pop(request.request_id, None)
+
+    def _end_unanswered(self) -> None:
+        """Those whose time has come; one timer for all, for there are thousands in a second."""
+        loop, self._watch = asyncio.get_running_loop(), None
+        for asked in self._unanswered.values():
+            if asked.deadline_s > loop.time():
+                self._watch = loop.call_at(asked.deadline_s, self._end_unanswered)
+                break
+            if not asked.placed.done():
+                asked.placed.set_exception(_AwayError("The scheduler does not answer."))
 
     def _place_here(self, request: RequestArrived) -> Placement:
         assert self._stand_in is not None, "somebody stands in"
@@ -182,7 +211,7 @@ class SchedulerClient:
             logger.warning("%s Requests are placed by what was last known.", reason)
             self._seen_again_s = None
             self._stand_in = ClusterController.from_snapshot(
-                self.cluster, self._live.values(), self._options, self._clock()
+                self.cluster, (live.told() for live in self._live.values()), self._options, self._clock()
             )
             self._fail([asked.request for asked in self._queued.values()], _AwayError(reason))
 
@@ -241,6 +270,7 @@ class SchedulerClient:
                 asked = self._asked.get(command.request_id)
                 if asked is not None and not asked.placed.done():
                     asked.position = command.position
+                    self._unanswered.pop(command.request_id, None)
                     if not self._queued:
                         self._has_events.set()  # whoever polls has not waited with a timeout so far
                     self._queued[command.request_id] = asked
@@ -286,8 +316,8 @@ class SchedulerClient:
             self.cluster = snapshot
             self._stand_in = None
             self._placed_here.clear()
-            for placed in self._live.values():
-                self._put(placed)
+            for live in self._live.values():
+                self._put(live.told())
 
 
 def _error_of(command: RefuseRequest) -> OverloadedError:

@@ -29,6 +29,7 @@ from scheduler.events import (
 from scheduler.pace import Pace
 from scheduler.placement import TPOT_TARGET_S, TTFT_TARGET_S, Outlook
 from scheduler.queue import Waiting, WaitingQueue
+from scheduler.tenants import DEFAULT_TENANT
 from scheduler.types import ClusterSnapshot
 from scheduler.urgency import ServiceClass, Urgency
 
@@ -71,8 +72,10 @@ class Placer(Protocol):
 class _Admitted:
     """A request that was handed on, until its end."""
 
-    arrived: RequestArrived
     command: PlaceRequest
+    tenant: str
+    service_class: ServiceClass
+    num_prompt_tokens: int
     num_output_tokens: float  # predicted, and charged
     is_prefilled: bool = False
 
@@ -200,23 +203,24 @@ class AdmissionControl:
             return command
         book_service = self._queue.charge if event.request_id in self._queue else self._queue.serve_at_once
         book_service(event.tenant, event.urgency.service_class, self._service(event))
-        self._book(_Admitted(event, command, self._expected_output(event)), now)
+        tenant, service_class = event.tenant, event.urgency.service_class
+        num_output_tokens = self._expected_output(event)
+        self._book(_Admitted(command, tenant, service_class, event.num_prompt_tokens, num_output_tokens), now)
         return command
 
     def _book_told(self, event: RequestPlaced, now: float) -> None:
         """Placed by a gateway while this scheduler was away: it holds a place, and is charged at its end."""
         request_id = event.placement.request_id
         if request_id not in self._admitted:
-            arrived = RequestArrived(request_id, event.num_prompt_tokens, event.max_tokens)
-            self._book(_Admitted(arrived, PlaceRequest(event.placement), 0.0), now)
+            command, own = PlaceRequest(event.placement), ServiceClass.INTERACTIVE
+            self._book(_Admitted(command, DEFAULT_TENANT, own, event.num_prompt_tokens, 0.0), now)
             if event.is_prefilled:
                 self._end_prefill(request_id, now)
 
     def _book(self, admitted: _Admitted, now: float) -> None:
-        arrived = admitted.arrived
-        self._admitted[arrived.request_id] = admitted
-        self._running[arrived.urgency.service_class] += 1
-        self._prompt_tokens[arrived.urgency.service_class] += arrived.num_prompt_tokens
+        self._admitted[admitted.command.placement.request_id] = admitted
+        self._running[admitted.service_class] += 1
+        self._prompt_tokens[admitted.service_class] += admitted.num_prompt_tokens
         self._prefill_pace.begin(now)
         if self._running.total() >= self._placer.num_places:
             self._place_pace.begin(now)
@@ -226,8 +230,8 @@ class AdmissionControl:
         if admitted is None or admitted.is_prefilled:
             return
         admitted.is_prefilled = True
-        num_tokens = admitted.arrived.num_prompt_tokens
-        self._prompt_tokens[admitted.arrived.urgency.service_class] -= num_tokens
+        num_tokens = admitted.num_prompt_tokens
+        self._prompt_tokens[admitted.service_class] -= num_tokens
         self._prefill_pace.done(num_tokens, now, is_over=not self._prompt_tokens.total())
 
     def _end(self, event: RequestEnded, now: float) -> None:
@@ -238,20 +242,19 @@ class AdmissionControl:
         admitted = self._admitted.pop(event.request_id, None)
         if admitted is None:
             return
-        arrived = admitted.arrived
-        service_class = arrived.urgency.service_class
+        tenant, service_class = admitted.tenant, admitted.service_class
         self._running[service_class] -= 1
         self._place_pace.done(1, now, is_over=self._running.total() < self._placer.num_places)
         wrong = event.num_delivered_tokens - admitted.num_output_tokens
-        self._queue.charge(arrived.tenant, service_class, OUTPUT_WEIGHT * wrong)
+        self._queue.charge(tenant, service_class, OUTPUT_WEIGHT * wrong)
         if event.num_output_tokens:
-            mean = self._mean_output.get(arrived.tenant, OUTPUT_TOKENS_GUESS)
-            self._mean_output[arrived.tenant] = mean + _OUTPUT_MEMORY * (event.num_output_tokens - mean)
+            mean = self._mean_output.get(tenant, OUTPUT_TOKENS_GUESS)
+            self._mean_output[tenant] = mean + _OUTPUT_MEMORY * (event.num_output_tokens - mean)
 
     def _has_waiting(self, urgency: Urgency) -> bool:
         """Whether somebody is before a newcomer of this class."""
         own = urgency.service_class
-        return any(self._queue.length_of(each) for each in ServiceClass if each.rank <= own.rank)
+        return len(self._queue) > 0 and any(self._queue.length_of(each) for each in ServiceClass if each.rank <= own.rank)
 
     def _has_room(self, event: RequestArrived, now: float) -> bool:
         if not self._placer.num_places:
