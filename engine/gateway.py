@@ -20,7 +20,7 @@ from kvcache.errors import InvariantError, MovedError, UnavailableError, WorkerL
 from scheduler.cache_index import hashes_of_prompt
 from scheduler.events import PrefillDone, RequestArrived, RequestEnded
 from scheduler.request import FinishReason, SamplingParams, TokenLogprobs, check_sequence
-from scheduler.types import ClusterSnapshot, Phase, Placement, PrefixHashes
+from scheduler.types import ClusterSnapshot, Placement, PrefixHashes
 from scheduler.urgency import Urgency
 from workers import worker_pb2 as pb
 from workers.channels import ChannelPool
@@ -78,7 +78,7 @@ class AsyncEngine:
 
     @property
     def ready(self) -> bool:
-        return all(any(worker.info.role.takes(phase) for worker in self.cluster.workers) for phase in Phase)
+        return self._scheduler.is_ready
 
     def end_requests(self) -> None:
         """Every running sequence, and every one that still comes, fails with ``UnavailableError``."""

@@ -84,7 +84,7 @@ class TextEngine(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Every phase has at least one live worker."""
+        """Whether there are workers that a request can be placed on."""
         ...
 
     @property

@@ -26,6 +26,7 @@ from scheduler.events import (
     RequestQueued,
 )
 from scheduler.placement import PlacementOptions
+from scheduler.policies import can_place
 from scheduler.types import ClusterSnapshot, Placement
 
 SNAPSHOT_INTERVAL_S = 0.5
@@ -111,6 +112,11 @@ class SchedulerClient:
         self._placed_here: set[str] = set()  # of them those that the scheduler has not been told of
         self._stand_in: ClusterController | None = None
         self._seen_again_s: float | None = None  # when a scheduler that was away first answered
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request that comes now would be placed, or wait for a place."""
+        return can_place(self.cluster, self._options)
 
     @property
     def is_scheduler_away(self) -> bool:

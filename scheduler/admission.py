@@ -254,7 +254,9 @@ class AdmissionControl:
     def _has_waiting(self, urgency: Urgency) -> bool:
         """Whether somebody is before a newcomer of this class."""
         own = urgency.service_class
-        return len(self._queue) > 0 and any(self._queue.length_of(each) for each in ServiceClass if each.rank <= own.rank)
+        return len(self._queue) > 0 and any(
+            self._queue.length_of(each) for each in ServiceClass if each.rank <= own.rank
+        )
 
     def _has_room(self, event: RequestArrived, now: float) -> bool:
         if not self._placer.num_places:

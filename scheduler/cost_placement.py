@@ -85,6 +85,8 @@ class CostPlacement:
     among those that let nobody decode too slowly; else the earliest finish.
     """
 
+    phases = (Phase.DECODE,)  # where no worker prefills, those that decode do
+
     def __init__(self, costs: CostPredictor, ttft_target_s: float, tpot_target_s: float) -> None:
         self._costs = costs
         self._ttft_target_s = ttft_target_s

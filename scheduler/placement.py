@@ -117,6 +117,11 @@ class PlacementPolicy(Protocol):
     """Chooses workers for one request after the other. It may keep a state, which only ``choose`` changes."""
 
     @property
+    def phases(self) -> Sequence[Phase]:
+        """Those for which it needs an active worker each."""
+        ...
+
+    @property
     def ranking(self) -> Ranking | None:
         """How the workers of a group are to be kept in order for it; None: it never asks for the best."""
         ...
@@ -130,7 +135,7 @@ class PlacementPolicy(Protocol):
             num_output_tokens: how long the answer is expected to be.
 
         Raises:
-            UnavailableError: no live worker takes one of the phases; names it.
+            UnavailableError: no active worker takes one of ``phases``; names it.
         """
         ...
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from kvcache.errors import ConfigError
+from scheduler.cost_model import CostModel
 from scheduler.cost_placement import CostPlacement
 from scheduler.events import RequestArrived
 from scheduler.placement import (
@@ -17,7 +18,7 @@ from scheduler.placement import (
     one_group,
     prefills_in_place,
 )
-from scheduler.types import Phase
+from scheduler.types import ClusterSnapshot, DutyState, Phase
 from scheduler.worker_state import CostPredictor, WorkerState
 from scheduler.worker_table import Rank, Ranking
 
@@ -27,6 +28,7 @@ _MASK = (1 << 64) - 1
 class _PerPhase:
     """Chooses for each phase by itself, and prefills in place on colocated workers only."""
 
+    phases = tuple(Phase)
     ranking: Ranking | None = None
     grouping = staticmethod(one_group)
 
@@ -130,6 +132,12 @@ def make_policy(options: PlacementOptions, costs: CostPredictor) -> PlacementPol
     if options.policy not in POLICIES:
         raise ConfigError(f"There is no placement policy {options.policy!r}; there are {', '.join(POLICIES)}.")
     return POLICIES[options.policy](options, costs)
+
+
+def can_place(snapshot: ClusterSnapshot, options: PlacementOptions) -> bool:
+    """Whether these workers are enough to place a request on, wherever that may be."""
+    roles = {worker.info.role for worker in snapshot.workers if worker.duty.state is DutyState.ACTIVE}
+    return all(any(role.takes(phase) for role in roles) for phase in make_policy(options, CostModel()).phases)
 
 
 def _rate(phase: Phase, worker: WorkerState) -> float:

@@ -26,9 +26,9 @@ def probes_router(serving: Serving) -> APIRouter:
 
     @router.get("/ready", response_model=None, responses={200: {"model": StatusReply}, 503: ERROR_RESPONSES[503]})
     async def ready() -> Response:
-        """Every phase has a live worker."""
+        """There are workers that a request can be placed on."""
         if not serving.engine.ready:
-            raise UnavailableError("not every phase has a live worker yet")
+            raise UnavailableError("there are no workers yet that a request can be placed on")
         return JsonReply(StatusReply("ready"))
 
     return router

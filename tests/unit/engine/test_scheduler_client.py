@@ -26,7 +26,7 @@ from scheduler.events import (
     WorkerRegistered,
 )
 from scheduler.placement import PlacementOptions
-from scheduler.types import ClusterSnapshot, Placement, WorkerAddress, WorkerInfo
+from scheduler.types import ClusterSnapshot, Placement, WorkerAddress, WorkerInfo, WorkerRole
 from tests.builders import make_worker
 
 LEAST_LOADED = PlacementOptions("least_loaded")
@@ -233,6 +233,21 @@ def test_no_answer_is_an_error_and_no_wait_for_ever(monkeypatch: pytest.MonkeyPa
             await client.place(arrival("a"))
 
     run(scenario, ScriptedScheduler())
+
+
+def test_it_is_ready_while_there_are_workers_that_the_policy_places_on() -> None:
+    async def scenario(client: SchedulerClient, scheduler: RestartableScheduler) -> None:
+        assert not client.is_ready
+        scheduler.workers = (make_worker("d", WorkerRole.DECODE),)
+        scheduler.register()
+        await until(lambda: len(client.cluster.workers) == 1)
+        assert not client.is_ready
+        scheduler.workers = (make_worker("p", WorkerRole.PREFILL),)
+        scheduler.register()
+        await until(lambda: client.is_ready)
+        await client.place(arrival("a"))
+
+    run(scenario, RestartableScheduler())
 
 
 # While the scheduler is away

@@ -12,6 +12,7 @@ from scheduler.cache_index import hashes_of_prompt, pack_names
 from scheduler.controller import ClusterController
 from scheduler.events import (
     Command,
+    DrainWorker,
     PlaceRequest,
     RefuseRequest,
     RequestArrived,
@@ -21,7 +22,7 @@ from scheduler.events import (
     WorkerReported,
 )
 from scheduler.placement import PlacementOptions
-from scheduler.policies import POLICIES
+from scheduler.policies import POLICIES, can_place
 from scheduler.types import CacheDelta, Phase, WorkerInfo, WorkerLoad, WorkerRole
 from tests.builders import BLOCK_SIZE, make_spec, make_worker
 
@@ -111,6 +112,20 @@ def test_without_a_prefill_worker_a_request_is_refused_or_prefilled_in_place(pol
         assert isinstance(command, PlaceRequest)
     else:
         assert command == RefuseRequest("r", "No prefill worker is available.")
+
+
+@EVERY_POLICY
+@pytest.mark.parametrize("is_draining", [False, True])
+@pytest.mark.parametrize("roles", [(), *((role,) for role in WorkerRole), (PREFILL, DECODE), (PREFILL, COLOCATED)])
+def test_a_snapshot_tells_whether_a_request_can_be_placed(
+    policy: str, is_draining: bool, roles: tuple[WorkerRole, ...]
+) -> None:
+    placing = Placing(policy, *(make_worker(f"w{index}", role) for index, role in enumerate(roles)))
+    if is_draining and roles:
+        placing.controller.handle(DrainWorker(f"w{len(roles) - 1}", force=True), 0.0)
+    can = can_place(placing.controller.snapshot(), PlacementOptions(policy))
+    (command,) = placing.controller.handle(RequestArrived("r", 10, 5), 0.0)
+    assert isinstance(command, PlaceRequest) is can
 
 
 @EVERY_POLICY
