@@ -6,8 +6,9 @@ peaks and the part of them that is reached::
     name: H100-SXM5-80GB
     gemm_gflop_s: 989000
     gemm_efficiency: 0.80
+    gemm_efficiency_by_rows: {128: 0.36, 512: 0.83}
     read_gb_s: 3350
-    read_efficiency: 0.82
+    read_efficiency: 0.88
     memory_bytes: 80GB
     sources: {gemm_gflop_s: data sheet, gemm_efficiency: our own benchmark}
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from kvcache.errors import ConfigError
 from scheduler.types import DeviceProfile, GemmRate
@@ -28,11 +29,12 @@ from scheduler.types import DeviceProfile, GemmRate
 SHIPPED_FILE = Path(__file__).with_name("device_profiles.yaml")
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Part = Annotated[float, Field(gt=0, le=1)]
+Rows = Annotated[int, Field(ge=1)]
 
 
 class _Rate(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    rows: Annotated[int, Field(ge=1)]
+    rows: Rows
     gflop_s: Rate
 
 
@@ -48,6 +50,11 @@ class _ProfileFile(BaseModel):
     name: Annotated[str, Field(min_length=1)]
     gemm_gflop_s: Rate
     gemm_efficiency: Part = 1.0
+    gemm_rates: tuple[_Rate, ...] = ()
+    gemm_efficiency_by_rows: dict[Rows, Part] = {}  # parts of gemm_gflop_s; instead of gemm_rates
+    prompt_attention_efficiency: Part | None = None  # of gemm_gflop_s, by the attention of prompts
+    prompt_attention_gflop_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    layer_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     read_gb_s: Rate
     read_efficiency: Part = 1.0
     attention_efficiency: Part | None = None  # of read_gb_s, by the attention of decoding sequences
@@ -56,14 +63,23 @@ class _ProfileFile(BaseModel):
     link_gb_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     price_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     num_threads: Annotated[int, Field(ge=1)] = 1
-    gemm_rates: tuple[_Rate, ...] = ()
     sources: Annotated[dict[str, str], BeforeValidator(_as_mapping)] = {}
+
+    @field_validator("gemm_efficiency_by_rows")
+    @classmethod
+    def _is_the_only_way(cls, parts: dict[int, float], others: ValidationInfo) -> dict[int, float]:
+        if others.data.get("gemm_rates"):
+            raise ValueError("gemm_rates says the same")
+        return parts
 
     def profile(self, source: str) -> DeviceProfile:
         """``source``: where numbers are from that name no source of their own."""
         attention_gb_s = self.attention_gb_s
         if self.attention_efficiency is not None:
             attention_gb_s = self.read_gb_s * self.attention_efficiency
+        prompt_attention_gflop_s = self.prompt_attention_gflop_s
+        if self.prompt_attention_efficiency is not None:
+            prompt_attention_gflop_s = self.gemm_gflop_s * self.prompt_attention_efficiency
         named = {field: self.sources.get(field, source) for field in self.model_fields_set - {"name", "sources"}}
         return DeviceProfile(
             name=self.name,
@@ -72,14 +88,19 @@ class _ProfileFile(BaseModel):
             memory_bytes=int(self.memory_bytes),
             num_threads=self.num_threads,
             price_per_hour=self.price_per_hour,
-            gemm_rates=tuple(
-                GemmRate(rate.rows, rate.gflop_s * self.gemm_efficiency)
-                for rate in sorted(self.gemm_rates, key=lambda rate: rate.rows)
-            ),
+            gemm_rates=self._gemm_rates(),
             attention_gb_s=attention_gb_s,
             link_gb_s=self.link_gb_s,
             sources=tuple(sorted(named.items())),
+            prompt_attention_gflop_s=prompt_attention_gflop_s,
+            layer_s=self.layer_s,
         )
+
+    def _gemm_rates(self) -> tuple[GemmRate, ...]:
+        """By growing rows."""
+        rates = [GemmRate(rate.rows, rate.gflop_s * self.gemm_efficiency) for rate in self.gemm_rates]
+        rates += [GemmRate(rows, self.gemm_gflop_s * part) for rows, part in self.gemm_efficiency_by_rows.items()]
+        return tuple(sorted(rates, key=lambda rate: rate.rows))
 
 
 def shipped_names() -> tuple[str, ...]:

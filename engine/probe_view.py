@@ -134,6 +134,8 @@ def _rows(profiles: Sequence[DeviceProfile]) -> list[tuple[str, list[str]]]:
         ("price per hour", [_number(device.price_per_hour, 2) for device in profiles]),
         ("read, GB/s", [_number(device.read_gb_s, 1) for device in profiles]),
         ("decode attention, GB/s", [_number(device.attention_gb_s, 1) for device in profiles]),
+        ("prompt attention, GFLOP/s", [_number(device.prompt_attention_gflop_s) for device in profiles]),
+        ("a layer's kernels, us", [_number(1e6 * device.layer_s) for device in profiles]),
         ("link, GB/s", [_number(device.link_gb_s, 1) for device in profiles]),
         ("linear layers, GFLOP/s", [_number(device.gemm_gflop_s) for device in profiles]),
     ]

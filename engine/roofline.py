@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcache.errors import ConfigError
-from scheduler.cost_model import linear_times
+from scheduler.cost_model import decode_times, pair_seconds, prefill_times
 from scheduler.types import DeviceProfile, ModelShape
 
 PREFILL_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -42,12 +42,12 @@ def roof_gflop_s(device: DeviceProfile, intensity: float) -> float:
 def prefill_points(roof: Roof) -> list[Point]:
     """One prompt without cached tokens, in one step."""
     device, shape = roof.device, roof.shape
-    linear = linear_times(device, shape.weight_bytes, shape.linear_flops)
+    linear, pair_s = prefill_times(device, shape), pair_seconds(device, shape)
     points = []
     for num_tokens in PREFILL_TOKENS:
-        attention_flops = shape.attention_flops * num_tokens * (num_tokens + 1) / 2
-        flops = shape.linear_flops * num_tokens + attention_flops
-        seconds = linear.seconds(num_tokens) + attention_flops / (device.gemm_gflop_s * 1e9)
+        num_pairs = num_tokens * (num_tokens + 1) / 2
+        flops = shape.linear_flops * num_tokens + shape.attention_flops * num_pairs
+        seconds = linear.seconds(num_tokens) + num_pairs * pair_s
         points.append(Point(num_tokens, flops / shape.weight_bytes, flops / seconds / 1e9))
     return points
 
@@ -56,7 +56,7 @@ def decode_points(roof: Roof) -> list[Point]:
     """One step of sequences with ``DECODE_CONTEXT`` tokens each."""
     device, shape = roof.device, roof.shape
     weight_bytes = shape.weight_bytes + shape.head_bytes
-    linear = linear_times(device, weight_bytes, shape.linear_flops + shape.head_flops)
+    linear = decode_times(device, shape)
     points = []
     for batch in DECODE_BATCHES:
         kv_bytes = batch * DECODE_CONTEXT * shape.kv_token_bytes

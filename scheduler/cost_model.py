@@ -19,6 +19,7 @@ from scheduler.online_fit import Coefficient, OnlineFit
 from scheduler.types import (
     DeviceProfile,
     GemmRate,
+    ModelShape,
     PredictionErrors,
     StepTimes,
     TransferTimes,
@@ -168,11 +169,9 @@ class _WorkerCosts:
         self.start_s = 0.0
         self._start_residuals: deque[float] = deque(maxlen=START_WINDOW)
         self._chunk = info.max_num_batched_tokens
-        self._prefill_linear = linear_times(device, shape.weight_bytes, shape.linear_flops)
-        self._decode_linear = linear_times(
-            device, shape.weight_bytes + shape.head_bytes, shape.linear_flops + shape.head_flops
-        )
-        self._pair_s = shape.attention_flops / (device.gemm_gflop_s * 1e9)
+        self._prefill_linear = prefill_times(device, shape)
+        self._decode_linear = decode_times(device, shape)
+        self._pair_s = pair_seconds(device, shape)
         self._kv_token_s = shape.kv_token_bytes / ((device.attention_gb_s or device.read_gb_s) * 1e9)
         self._prefill = OnlineFit((_STEP, _PART, _PART))  # steps, linear layers, attention
         self._decode = OnlineFit((_STEP, _SEQUENCE, _PART, _PART))  # steps, sequences, linear layers, attention
@@ -244,9 +243,26 @@ class LinearTimes:
         return self.at_rows[index] + self.slopes[index] * (rows - self.rows[index])
 
 
+def prefill_times(device: DeviceProfile, shape: ModelShape) -> LinearTimes:
+    """Of a prompt's tokens; the head is left out, for only the last of them needs it."""
+    return linear_times(device, shape.weight_bytes, shape.linear_flops, shape.num_layers)
+
+
+def decode_times(device: DeviceProfile, shape: ModelShape) -> LinearTimes:
+    """Of decoding sequences, a token each."""
+    weight_bytes, flops = shape.weight_bytes + shape.head_bytes, shape.linear_flops + shape.head_flops
+    return linear_times(device, weight_bytes, flops, shape.num_layers)
+
+
+def pair_seconds(device: DeviceProfile, shape: ModelShape) -> float:
+    """Of a prompt's attention: of one token with one token of its context."""
+    return shape.attention_flops / ((device.prompt_attention_gflop_s or device.gemm_gflop_s) * 1e9)
+
+
 @lru_cache(maxsize=256)  # most workers are like others, and what they share stays in the processor's cache
-def linear_times(device: DeviceProfile, weight_bytes: float, flops: float) -> LinearTimes:
-    """The longer of reading all weights and computing with every row, at the rate that the device has for so many.
+def linear_times(device: DeviceProfile, weight_bytes: float, flops: float, num_layers: int = 0) -> LinearTimes:
+    """The longer of reading all weights and computing with every row, at the rate that the device has for so many;
+    and what each layer adds.
 
     Args:
         flops: of one row.
@@ -254,7 +270,10 @@ def linear_times(device: DeviceProfile, weight_bytes: float, flops: float) -> Li
     floor_s = weight_bytes / (device.read_gb_s * 1e9)
     rates = device.gemm_rates or (GemmRate(1, device.gemm_gflop_s),)
     computed = [(float(rate.rows), rate.rows * flops / (rate.gflop_s * 1e9)) for rate in rates]
-    return _join(_rising([(0.0, floor_s), *_above(floor_s, computed)]), flops / (device.gemm_gflop_s * 1e9))
+    points = _rising([(0.0, floor_s), *_above(floor_s, computed)])
+    layers_s = num_layers * device.layer_s
+    points = [(rows, seconds + layers_s) for rows, seconds in points]
+    return _join(points, flops / (device.gemm_gflop_s * 1e9))
 
 
 def _above(floor_s: float, computed: list[tuple[float, float]]) -> Iterable[tuple[float, float]]:

@@ -57,6 +57,8 @@ class DeviceProfile:
     attention_gb_s: float = 0.0  # KV read by the attention of decoding sequences
     link_gb_s: float = 0.0  # KV payload to another worker
     sources: tuple[tuple[str, str], ...] = ()  # (field, where it is from); what is not named was measured here
+    prompt_attention_gflop_s: float = 0.0  # attention of prompts
+    layer_s: float = 0.0  # that each layer adds to a step, whatever it computes: kernels begin and end one by one
 
 
 @message

@@ -42,6 +42,15 @@ def test_a_file_says_peaks_and_the_part_of_them_that_is_reached(file: Path) -> N
     assert sources["price_per_hour"] == "our invoice" and sources["read_gb_s"] == str(file)
 
 
+def test_parts_of_the_peak_may_be_said_by_rows_and_of_the_attention_of_prompts(file: Path) -> None:
+    without_rates = GOOD.replace("gemm_rates", "gemm_efficiency_by_rows").replace("[{rows: 64, gflop_s: 900}, ", "")
+    by_rows = without_rates.replace("{rows: 1, gflop_s: 40}]", "{512: 0.5, 64: 0.25}")
+    file.write_text(by_rows + "prompt_attention_efficiency: 0.3\nlayer_s: 2.0e-5\n")
+    profile = load_profile(str(file))
+    assert profile.gemm_rates == (GemmRate(64, 250.0), GemmRate(512, 500.0))
+    assert (profile.prompt_attention_gflop_s, profile.layer_s) == (300.0, 2e-5)
+
+
 def test_what_a_probe_writes_can_be_read(file: Path) -> None:
     measured = DeviceProfile("cpu", 100.5, 20.5, 1 << 33, 2, 0.0, (GemmRate(1, 10.0),), 15.0, 0.0, ())
     file.write_bytes(orjson.dumps(measured))
@@ -60,9 +69,10 @@ def test_every_shipped_profile_can_be_read_and_names_the_source_of_each_number()
 
 
 def test_shipped_profiles_hold_what_was_measured() -> None:
-    """H100 sustains 0.80 of 989 TFLOP/s in large products and 0.81 of 3,350 GB/s in decode attention."""
+    """H100 sustains 0.80 of 989 TFLOP/s in large products and, once kernels run, 0.92 of 3,350 GB/s in attention."""
     h100 = load_profile("H100-SXM")
-    assert h100.gemm_gflop_s == pytest.approx(0.80 * 989_000) and h100.attention_gb_s == pytest.approx(0.81 * 3350)
+    assert h100.gemm_gflop_s == pytest.approx(0.80 * 989_000) and h100.attention_gb_s == pytest.approx(0.92 * 3350)
+    assert h100.gemm_rates[0] == GemmRate(64, pytest.approx(0.18 * 989_000)) and h100.layer_s == 26e-6
     assert load_profile("h20").price_per_hour == 0  # nobody names one
 
 
@@ -80,6 +90,7 @@ def test_shipped_profiles_hold_what_was_measured() -> None:
         (GOOD.replace("read_gb_s: 100", "read_gb_s: .inf"), "read_gb_s, which is inf: input should be a finite number"),
         (GOOD.replace("0.5", "1.5"), "gemm_efficiency, which is 1.5: input should be less than or equal to 1"),
         (GOOD.replace("rows: 64", "rows: 0"), "gemm_rates.0.rows, which is 0"),
+        (GOOD + "gemm_efficiency_by_rows: {8: 0.5}\n", "gemm_rates says the same"),
         (GOOD + "tflops: 3\n", "tflops, which is 3: extra inputs are not permitted"),
     ],
 )

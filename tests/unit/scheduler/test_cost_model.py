@@ -85,6 +85,18 @@ def test_a_prompt_is_computed_in_chunks_and_its_attention_grows_with_its_square(
     assert whole - 2 * half == pytest.approx(pairs * SHAPE.attention_flops / 100_000e9, rel=0.01)
 
 
+def test_each_layer_adds_what_its_kernels_take_beside_their_work() -> None:
+    device = replace(DEVICE, layer_s=1e-5)
+    assert linear_times(device, 2.0e9, 2.0e9, 16).seconds(1) == pytest.approx(2e-3 + 16e-5)
+    assert linear_times(device, 2.0e9, 2.0e9, 16).seconds(1000) == pytest.approx(1000 * 2.0e9 / 100_000e9 + 16e-5)
+
+
+def test_attention_of_prompts_may_be_slower_than_products() -> None:
+    slow = model_of(worker(device=replace(DEVICE, prompt_attention_gflop_s=25_000.0)))
+    added = slow.prefill_seconds("w", 400) - model_of(worker()).prefill_seconds("w", 400)
+    assert added == pytest.approx(400 * 401 / 2 * SHAPE.attention_flops * (1 / 25_000e9 - 1 / 100_000e9))
+
+
 def test_cached_tokens_are_not_computed_but_attended_to() -> None:
     model = model_of(worker())
     rest = model.prefill_seconds("w", 4000, num_cached_tokens=3000)
