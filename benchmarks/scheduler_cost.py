@@ -51,8 +51,13 @@ class Kind:
     output_tokens: int
 
 
-# About a third of what one core can prefill, and batches of some sequences to decode.
-MIX = (Kind(1.0, (32, 128), 32), Kind(0.3, (128, 384), 24), Kind(0.05, (800, 1200), 16))
+MIXES = {
+    # About a third of what one core can prefill, and batches of some sequences to decode.
+    "short": (Kind(1.0, (32, 128), 32), Kind(0.3, (128, 384), 24), Kind(0.05, (800, 1200), 16)),
+    # As in the part mixed of ``benchmarks.scheduler``: answers that last longer beside prompts that do.
+    "chats": (Kind(0.7, (64, 64), 64), Kind(0.12, (1500, 1500), 8)),
+}
+DEFAULT_MIX = "short"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,7 @@ class CostModelError:
     workers: dict[str, PredictionErrors]
 
 
-def plan_mix(seconds: float, seed: int, mix: Sequence[Kind] = MIX) -> list[PlannedRequest]:
+def plan_mix(seconds: float, seed: int, mix: Sequence[Kind] = MIXES[DEFAULT_MIX]) -> list[PlannedRequest]:
     """The same requests for the same seed, in the order of arrival."""
     arrivals: list[tuple[float, int, int]] = []
     for index, kind in enumerate(mix):
@@ -78,12 +83,17 @@ def plan_mix(seconds: float, seed: int, mix: Sequence[Kind] = MIX) -> list[Plann
     return [PlannedRequest(index, *arrival) for index, arrival in enumerate(sorted(arrivals))]
 
 
-def measure_cost_error(seconds: float = 75.0, seed: int = 0, serve_arguments: Sequence[str] = ()) -> CostModelError:
+def measure_cost_error(
+    seconds: float = 75.0, seed: int = 0, mix: str = DEFAULT_MIX, serve_arguments: Sequence[str] = ()
+) -> CostModelError:
     """
+    Args:
+        mix: one of ``MIXES``.
+
     Raises:
         StartupError: the cluster does not start, or does not answer every request.
     """
-    plan = plan_mix(seconds, seed)
+    plan = plan_mix(seconds, seed, MIXES[mix])
     with serving(*serve_arguments) as url:
         outcomes = asyncio.run(_send(url, plan, seed))
         failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
@@ -162,9 +172,10 @@ def _run(arguments: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.scheduler_cost", description=__doc__, allow_abbrev=False)
     parser.add_argument("--seconds", type=float, default=75.0, help="length of the load (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the load (default: %(default)s)")
+    parser.add_argument("--mix", choices=tuple(MIXES), default=DEFAULT_MIX, help="of requests (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     flags: argparse.Namespace = parser.parse_args(arguments)
-    result = measure_cost_error(flags.seconds, flags.seed)
+    result = measure_cost_error(flags.seconds, flags.seed, flags.mix)
     print(f"TTFT {result.ttft_median:.1%}, TPOT {result.tpot_median:.1%} median error, {result.requests} requests")
     for worker_id, errors in result.workers.items():
         print(f"{worker_id}: {errors}")

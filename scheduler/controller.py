@@ -37,12 +37,13 @@ from scheduler.events import (
     WorkerReported,
     WorkersExpected,
 )
+from scheduler.neighbours import Neighbours
 from scheduler.pairing import PairingRules
 from scheduler.placement import Choice, Cluster, Outlook, PlacementOptions
 from scheduler.planner import RolePlanner
 from scheduler.policies import make_policy
 from scheduler.prediction import PredictionLog, Sizes, predict
-from scheduler.types import ClusterSnapshot, Phase, Placement, PoolLoad, WorkerLoad, WorkerRole
+from scheduler.types import ClusterSnapshot, Phase, Placement, PoolLoad, StepTimes, WorkerLoad, WorkerRole
 from scheduler.worker_state import HEARTBEAT_INTERVAL_S, WorkerState, Workload
 from scheduler.worker_table import WorkerTable
 
@@ -62,6 +63,7 @@ class _Placed:
     choice: Choice
     work: Workload
     is_prefilled: bool = False
+    end_s: float = 0.0  # predicted with the first token
 
 
 class ClusterController:
@@ -92,6 +94,7 @@ class ClusterController:
         self._cache = CacheIndex()
         self._cluster = Cluster(self._workers, self._cache)
         self._pairing = PairingRules()
+        self._neighbours = Neighbours()
         self._log = PredictionLog(self._costs)
         self._placed: dict[str, _Placed] = {}
         self._mean_output_tokens = OUTPUT_TOKENS_GUESS
@@ -137,7 +140,7 @@ class ClusterController:
             case WorkerRegistered():
                 return self._register(event, now)
             case WorkerLeft():
-                return self._remove(event.worker_id, event.incarnation, "it has left")
+                return self._remove(event.worker_id, event.incarnation, "it has left", now)
             case RequestPlaced():
                 self._book_told(event, now)
             case Tick():
@@ -219,14 +222,16 @@ class ClusterController:
         num_cached_tokens = choice.num_cached_tokens
         if num_cached_tokens is None:
             num_cached_tokens = self._cluster.cached_tokens(prefills, request)
-        prefill_s = self._costs.prefill_seconds(prefills.info.worker_id, request.num_prompt_tokens, num_cached_tokens)
+        prefill_s = self._costs.prefill_seconds(
+            prefills.worker_id, request.num_prompt_tokens, num_cached_tokens, self._neighbours.beside(prefills)
+        )
         self._demand.add(request.num_prompt_tokens, num_cached_tokens, num_output_tokens, now)
         work = Workload(request.num_prompt_tokens, request.max_tokens, num_output_tokens, prefill_s)
         prefill = choice.prefill.address if choice.prefill is not None else None
         placement = Placement(request.request_id, choice.decode.address, prefill)
         if self._log.wants(now):
             sizes = Sizes(request.num_prompt_tokens, num_output_tokens, num_cached_tokens)
-            prediction = predict(self._costs, placement, sizes, prefills, choice.decode, now)
+            prediction = predict(self._costs, placement, sizes, prefill_s, prefills, choice.decode, now)
             self._log.begin(placement, prediction, now)
         self._book(request.request_id, _Placed(choice, work), now)
         return [PlaceRequest(placement)]
@@ -239,13 +244,20 @@ class ClusterController:
         choice, work = placed.choice, placed.work
         if not placed.is_prefilled:
             choice.prefills.begin_prefill(work, now)
-        choice.decode.begin_decode(work, is_prefilled=placed.is_prefilled)
+        choice.decode.begin_decode(work, now)
         choice.decode.begin_request(work.num_prompt_tokens + work.max_tokens)
+        if placed.is_prefilled:
+            self._begin_decoding(placed, now)
         if choice.prefill is not None:
             if not placed.is_prefilled:
                 choice.prefill.begin_request(work.num_prompt_tokens)
-            self._workers.changed(choice.prefill)
-        self._workers.changed(choice.decode)
+            self._changed(choice.prefill, now)
+        self._changed(choice.decode, now)
+
+    def _changed(self, worker: WorkerState, now: float) -> None:
+        """After any change of a worker's books."""
+        self._workers.changed(worker)
+        self._neighbours.changed(worker, now)
 
     def _book_told(self, event: RequestPlaced, now: float) -> None:
         """Of a worker that is not here the requests are not booked, and end with it."""
@@ -268,10 +280,22 @@ class ClusterController:
         placed.is_prefilled = True
         choice = placed.choice
         choice.prefills.end_prefill(placed.work, now)
-        choice.decode.first_token(placed.work)
+        self._begin_decoding(placed, now)
         if choice.prefill is not None:
             choice.prefill.end_request(placed.work.num_prompt_tokens)
-        self._workers.changed(choice.prefills)
+            self._neighbours.changed(choice.decode, now)
+        self._changed(choice.prefills, now)
+
+    def _begin_decoding(self, placed: _Placed, now: float) -> None:
+        decode, work = placed.choice.decode, placed.work
+        if self._workers.get(decode.worker_id) is not decode:
+            return
+        step_s = decode.step_s  # kept by a policy
+        if not step_s:
+            context_tokens = decode.decoding_context_tokens + work.context_tokens
+            step_s = self._costs.decode_step_seconds(decode.worker_id, decode.decoding_size + 1, context_tokens)
+        placed.end_s = now + (work.num_output_tokens - 1) * step_s
+        decode.first_token(work, placed.end_s)
 
     def _end_request(self, event: RequestEnded, now: float) -> None:
         self._unbook(event.request_id, now)
@@ -284,9 +308,9 @@ class ClusterController:
         if placed is None:
             return
         decode, work = placed.choice.decode, placed.work
-        decode.end_decode(work)
+        decode.end_decode(work, placed.end_s)
         decode.end_request(work.num_prompt_tokens + work.max_tokens)
-        self._workers.changed(decode)
+        self._changed(decode, now)
 
     def _register(self, event: WorkerRegistered, now: float) -> list[Command]:
         info = event.info
@@ -300,7 +324,7 @@ class ClusterController:
             self._hear(known, known.load, now)
             return []
         if known is not None:
-            self._forget(known)
+            self._forget(known, now)
         self._enter(event, now)
         return []
 
@@ -309,12 +333,14 @@ class ClusterController:
         self._costs.add(info)
         self._pairing.add(info)
         self._duties.enter(info.worker_id)
-        self._workers.add(WorkerState(info, WorkerLoad(blocks_free=info.num_blocks), now, event.duty))
+        worker = WorkerState(info, WorkerLoad(blocks_free=info.num_blocks), now, event.duty)
+        self._workers.add(worker)
+        self._neighbours.add(worker, now)
 
     def _hear(self, worker: WorkerState, load: WorkerLoad, now: float) -> None:
         worker.hear(load, now)
         self._workers.heard(worker)
-        self._workers.changed(worker)
+        self._changed(worker, now)
 
     def _report(self, event: WorkerReported, now: float) -> list[Command]:
         worker = self._workers.get(event.worker_id)
@@ -323,13 +349,18 @@ class ClusterController:
         if worker.info.incarnation > event.incarnation:
             return []
         self._hear(worker, event.load, now)
-        for steps in event.steps:
-            self._costs.observe(event.worker_id, steps)
+        if event.steps:
+            self._observe(worker, event.steps, now)
         for transfers in event.transfers:
             self._costs.observe_transfers(event.worker_id, transfers)
         if event.cache is not None and not self._cache.apply(event.worker_id, event.cache):
             return [AskForCache(event.worker_id), *self._pace(worker), *self._duties.heard(worker)]
         return [*self._pace(worker), *self._duties.heard(worker)]
+
+    def _observe(self, worker: WorkerState, steps: Iterable[StepTimes], now: float) -> None:
+        neighbours = self._neighbours.take(worker, now)
+        for each in steps:
+            self._costs.observe(worker.worker_id, each, neighbours)
 
     def _pace(self, worker: WorkerState) -> list[Command]:
         """The more workers there are the rarer each reports, for every heartbeat is a call."""
@@ -345,18 +376,19 @@ class ClusterController:
             timeout_s = max(self._heartbeat_timeout_s, _MISSED_HEARTBEATS * worker.heartbeat_s)
             if worker.last_heard_s < now - timeout_s:
                 reason = f"no heartbeat for {timeout_s:g} s"
-                commands += self._remove(worker.worker_id, worker.info.incarnation, reason)
+                commands += self._remove(worker.worker_id, worker.info.incarnation, reason, now)
         return commands
 
-    def _remove(self, worker_id: str, incarnation: int, message: str) -> list[Command]:
+    def _remove(self, worker_id: str, incarnation: int, message: str, now: float) -> list[Command]:
         worker = self._workers.get(worker_id)
         if worker is None or worker.info.incarnation != incarnation:
             return []
-        self._forget(worker)
+        self._forget(worker, now)
         return [WorkerRemoved(worker_id, message)]
 
-    def _forget(self, worker: WorkerState) -> None:
+    def _forget(self, worker: WorkerState, now: float) -> None:
         self._workers.remove(worker)
+        self._neighbours.remove(worker, now)
         self._cache.forget(worker.worker_id)
         self._costs.remove(worker.worker_id)
         self._pairing.remove(worker.info)

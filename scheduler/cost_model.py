@@ -28,7 +28,8 @@ from scheduler.types import (
 
 UNKNOWN_LINK_GB_S = 1.0  # about what gRPC moves over loopback; the first handoffs tell better
 ERROR_WINDOW = 32  # samples that an error is the median of
-START_WINDOW = 32  # first tokens whose calls are learned from
+START_WINDOW = 64  # first tokens whose calls are learned from: queues make them differ a lot
+NEIGHBOURS_MEMORY = 0.02  # what the newest steps count in how many neighbours a worker mostly has
 _SHORTEST_S = 1e-7  # clocks may say 0
 
 # Coefficients of parts that the profile gives: right to a factor of two or so, and never free.
@@ -36,6 +37,7 @@ _PART = Coefficient(prior=1.0, deviation=1.0, low=0.05, high=20.0)
 _STEP = Coefficient(prior=1e-3, deviation=3e-3, low=0.0, high=1.0)  # seconds a step takes beside the model
 _SEQUENCE = Coefficient(prior=2e-5, deviation=2e-4, low=0.0, high=0.1)  # and each sequence in it
 _HANDOFF = Coefficient(prior=2e-3, deviation=5e-3, low=0.0, high=1.0)  # and a handoff, beside its bytes
+_NEIGHBOUR = Coefficient(prior=0.0, deviation=0.3, low=0.0, high=5.0)  # of the parts: each other that computes
 _LINK = Coefficient(prior=1.0, deviation=1.0, low=0.0, high=50.0)  # a part of the bytes goes while layers compute
 
 
@@ -64,13 +66,25 @@ class CostModel:
         for worker in self._workers.values():
             worker.links.pop(worker_id, None)
 
-    def prefill_seconds(self, worker_id: str, num_tokens: int, num_cached_tokens: int = 0) -> float:
-        """To compute a prompt of ``num_tokens``, of which that many are cached there, alone on the worker."""
-        return self._workers[worker_id].prefill_seconds(num_tokens, num_cached_tokens)
+    def prefill_seconds(
+        self, worker_id: str, num_tokens: int, num_cached_tokens: int = 0, neighbours: float | None = None
+    ) -> float:
+        """To compute a prompt of ``num_tokens``, of which that many are cached there, alone on the worker.
 
-    def decode_step_seconds(self, worker_id: str, batch_size: int, context_tokens: int) -> float:
-        """One token for each of ``batch_size`` sequences, whose contexts add up to ``context_tokens``."""
-        return self._workers[worker_id].decode_step_seconds(batch_size, context_tokens)
+        Args:
+            neighbours: how many workers compute beside it on its node; None: as many as mostly.
+        """
+        return self._workers[worker_id].prefill_seconds(num_tokens, num_cached_tokens, neighbours)
+
+    def decode_step_seconds(
+        self, worker_id: str, batch_size: float, context_tokens: float, neighbours: float | None = None
+    ) -> float:
+        """One token for each of ``batch_size`` sequences, whose contexts add up to ``context_tokens``.
+
+        Args:
+            neighbours: as ``prefill_seconds``.
+        """
+        return self._workers[worker_id].decode_step_seconds(batch_size, context_tokens, neighbours)
 
     def context_token_seconds(self, worker_id: str) -> float:
         """What each token of their contexts adds to a decode step."""
@@ -86,9 +100,13 @@ class CostModel:
         handoff_s, byte_s = link.values if link is not None else (_HANDOFF.prior, _LINK.prior)
         return handoff_s + byte_s * num_tokens * sender.kv_token_bytes * _byte_seconds(sender, receiver)
 
-    def observe(self, worker_id: str, steps: StepTimes) -> None:
-        """Learns from steps that a worker has taken."""
-        self._workers[worker_id].observe(steps)
+    def observe(self, worker_id: str, steps: StepTimes, neighbours: float | None = None) -> None:
+        """Learns from steps that a worker has taken while so many others computed beside it on its node.
+
+        Args:
+            neighbours: None: not known, so as many as mostly.
+        """
+        self._workers[worker_id].observe(steps, neighbours)
 
     def observe_transfers(self, prefill_id: str, transfers: TransferTimes) -> None:
         """Learns from handoffs that a prefill worker has made. A receiver that is not known here is passed over."""
@@ -135,6 +153,8 @@ class _WorkerCosts:
     """One worker. Its coefficients lie beside the features that they multiply, ready for a prediction."""
 
     __slots__ = (
+        "_beside_decode",
+        "_beside_prefill",
         "_chunk",
         "_decode",
         "_decode_linear",
@@ -148,6 +168,7 @@ class _WorkerCosts:
         "kv_token_bytes",
         "link_gb_s",
         "links",
+        "neighbours",
         "prefill_errors",
         "start_s",
         "tpot_errors",
@@ -166,6 +187,8 @@ class _WorkerCosts:
         self.transfer_errors: deque[float] = deque(maxlen=ERROR_WINDOW)
         self.ttft_errors: deque[float] = deque(maxlen=ERROR_WINDOW)
         self.tpot_errors: deque[float] = deque(maxlen=ERROR_WINDOW)
+        self.neighbours = 0.0  # mean of what was told with steps
+        self._beside_prefill = self._beside_decode = 0.0  # what so many add to the coefficients
         self.start_s = 0.0
         self._start_residuals: deque[float] = deque(maxlen=START_WINDOW)
         self._chunk = info.max_num_batched_tokens
@@ -173,38 +196,42 @@ class _WorkerCosts:
         self._decode_linear = decode_times(device, shape)
         self._pair_s = pair_seconds(device, shape)
         self._kv_token_s = shape.kv_token_bytes / ((device.attention_gb_s or device.read_gb_s) * 1e9)
-        self._prefill = OnlineFit((_STEP, _PART, _PART))  # steps, linear layers, attention
-        self._decode = OnlineFit((_STEP, _SEQUENCE, _PART, _PART))  # steps, sequences, linear layers, attention
+        self._prefill = OnlineFit((_STEP, _PART, _PART, _NEIGHBOUR))  # steps, linear layers, attention
+        self._decode = OnlineFit((_STEP, _SEQUENCE, _PART, _PART, _NEIGHBOUR))  # and sequences
 
-    def prefill_seconds(self, num_tokens: int, num_cached_tokens: int) -> float:
+    def prefill_seconds(self, num_tokens: int, num_cached_tokens: int, neighbours: float | None) -> float:
         num_computed = max(1, num_tokens - num_cached_tokens)  # the last token is computed always, for its logits
         num_steps = -(-num_computed // self._chunk)
         linear_s = self._prefill_linear.seconds(num_computed - (num_steps - 1) * self._chunk)
         if num_steps > 1:
             linear_s += (num_steps - 1) * self._prefill_linear.seconds(self._chunk)
-        pairs = num_computed * (num_tokens - (num_computed - 1) / 2)
-        step, per_linear, per_attention = self._prefill.values
-        return step * num_steps + per_linear * linear_s + per_attention * self._pair_s * pairs
+        attention_s = self._pair_s * num_computed * (num_tokens - (num_computed - 1) / 2)
+        step, per_linear, per_attention, per_neighbour = self._prefill.values
+        beside = self._beside_prefill if neighbours is None else per_neighbour * neighbours
+        return step * num_steps + (per_linear + beside) * linear_s + (per_attention + beside) * attention_s
 
-    def decode_step_seconds(self, batch_size: int, context_tokens: int) -> float:
-        step, sequence, per_linear, per_attention = self._decode.values
-        return (
-            step
-            + sequence * batch_size
-            + per_linear * self._decode_linear.seconds(batch_size)
-            + per_attention * self._kv_token_s * context_tokens
-        )
+    def decode_step_seconds(self, batch_size: float, context_tokens: float, neighbours: float | None) -> float:
+        linear_s, attention_s = self._decode_linear.seconds(batch_size), self._kv_token_s * context_tokens
+        step, sequence, per_linear, per_attention, per_neighbour = self._decode.values
+        beside = self._beside_decode if neighbours is None else per_neighbour * neighbours
+        return step + sequence * batch_size + (per_linear + beside) * linear_s + (per_attention + beside) * attention_s
 
     def context_token_seconds(self) -> float:
-        return self._decode.values[-1] * self._kv_token_s
+        """Beside as many neighbours as mostly."""
+        return (self._decode.values[3] + self._beside_decode) * self._kv_token_s
 
-    def observe(self, steps: StepTimes) -> None:
+    def observe(self, steps: StepTimes, neighbours: float | None) -> None:
         if steps.num_steps < 1:
             return
+        if neighbours is None:
+            neighbours = self.neighbours
+        self.neighbours += NEIGHBOURS_MEMORY * (neighbours - self.neighbours)
         if steps.prompt_tokens:
-            self._observe_prefill(steps)
+            self._observe_prefill(steps, neighbours)
         else:
-            self._observe_decode(steps)
+            self._observe_decode(steps, neighbours)
+        self._beside_prefill = self._prefill.values[-1] * self.neighbours
+        self._beside_decode = self._decode.values[-1] * self.neighbours
 
     def observe_first_token(self, predicted_s: float, real_s: float) -> None:
         """The median, for what is far off is a queue that went otherwise and no call."""
@@ -212,19 +239,23 @@ class _WorkerCosts:
         self._start_residuals.append(real_s - (predicted_s - self.start_s))
         self.start_s = max(0.0, median(self._start_residuals))
 
-    def _observe_decode(self, steps: StepTimes) -> None:
+    def _observe_decode(self, steps: StepTimes, neighbours: float) -> None:
         num_steps, seconds = steps.num_steps, max(steps.seconds, _SHORTEST_S)
         linear_s = num_steps * self._decode_linear.seconds(steps.decode_tokens / num_steps)
-        features = (num_steps, steps.decode_tokens, linear_s, self._kv_token_s * steps.context_tokens)
+        attention_s = self._kv_token_s * steps.context_tokens
+        features = (num_steps, steps.decode_tokens, linear_s, attention_s, neighbours * (linear_s + attention_s))
         self.decode_errors.append(abs(self._decode.predict(features) - seconds) / seconds)
         self._decode.add(features, seconds)
 
-    def _observe_prefill(self, steps: StepTimes) -> None:
+    def _observe_prefill(self, steps: StepTimes, neighbours: float) -> None:
         """In a step of both, what decoding sequences add is taken as known: other steps show it better."""
         num_steps, seconds = steps.num_steps, max(steps.seconds, _SHORTEST_S)
         rows = (steps.prompt_tokens + steps.decode_tokens) / num_steps
-        features = (num_steps, num_steps * self._prefill_linear.seconds(rows), self._pair_s * steps.prompt_pairs)
-        _, sequence, _, per_attention = self._decode.values
+        linear_s = num_steps * self._prefill_linear.seconds(rows)
+        attention_s = self._pair_s * steps.prompt_pairs
+        features = (num_steps, linear_s, attention_s, neighbours * (linear_s + attention_s))
+        _, sequence, _, per_attention, per_neighbour = self._decode.values
+        per_attention += neighbours * per_neighbour
         known_s = sequence * steps.decode_tokens + per_attention * self._kv_token_s * steps.context_tokens
         self.prefill_errors.append(abs(self._prefill.predict(features) + known_s - seconds) / seconds)
         self._prefill.add(features, max(seconds - known_s, seconds / 2))

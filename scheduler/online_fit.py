@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
 
-MEMORY = 40  # samples that count; older ones fade. A worker gives one to three with a heartbeat
+MEMORY = 20  # samples that count; older ones fade. A worker gives one to three with a heartbeat
 NOISE = 0.1  # how far a sample is expected to be off, as a part of it
 OUTLIER = 0.25  # what is further off counts less, in proportion (Huber, 1964)
 FADING = 1 - 1 / MEMORY

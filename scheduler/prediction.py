@@ -9,6 +9,7 @@ from scheduler.cost_model import CostModel
 from scheduler.types import Placement, Prediction
 
 MAX_OPEN = 1024
+JOINING_STEPS = 0.5  # a worker takes up what is new between two steps: a handoff, and then the sequence
 FEWEST_TOKENS = 8  # of an answer that tells how long a token took: shorter ones are all beginning and end
 
 
@@ -22,6 +23,18 @@ class WorkerBooks(Protocol):
 
     @property
     def decoding_context_tokens(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int:
+        """Those that decode, and those whose prompts are still to come."""
+        ...
+
+    @property
+    def batch_context_tokens(self) -> int: ...
+
+    def others_beside(self, now: float, begin_s: float, seconds: float) -> float:
+        """How many others decode there on average beside one that does so from ``begin_s`` on, for some ``seconds``."""
+        ...
 
     def backlog_s(self, now: float) -> float:
         """Predicted seconds until a prompt placed now would be begun."""
@@ -38,19 +51,35 @@ class Sizes:
 
 
 def predict(
-    costs: CostModel, placement: Placement, sizes: Sizes, prefill: WorkerBooks, decode: WorkerBooks, now: float
+    costs: CostModel,
+    placement: Placement,
+    sizes: Sizes,
+    prefill_s: float,
+    prefill: WorkerBooks,
+    decode: WorkerBooks,
+    now: float,
 ) -> Prediction:
-    """Before the request is entered in the books. ``prefill`` is ``decode`` for a prompt in place."""
+    """Before the request is entered in the books. ``prefill`` is ``decode`` for a prompt in place.
+
+    Args:
+        prefill_s: predicted to compute its prompt.
+    """
     decode_id = placement.decode.worker_id
     prefill_id = placement.prefill.worker_id if placement.prefill is not None else decode_id
-    context = decode.decoding_context_tokens + sizes.prompt + sizes.output // 2
-    step_s = costs.decode_step_seconds(decode_id, decode.decoding_size + 1, context)
-    ttft_s = prefill.backlog_s(now) + costs.prefill_seconds(prefill_id, sizes.prompt, sizes.cached)
+    own_tokens = sizes.prompt + sizes.output // 2
+    context_tokens = decode.decoding_context_tokens + own_tokens
+    step_s = costs.decode_step_seconds(decode_id, decode.decoding_size + 1, context_tokens)
+    ttft_s = prefill.backlog_s(now) + prefill_s + costs.start_seconds(prefill_id)
     if placement.prefill is not None:
         ttft_s += costs.transfer_seconds(prefill_id, decode_id, sizes.prompt)
     if decode.decoding_size:
-        ttft_s += step_s / 2  # a worker takes up what is new between two steps
-    return Prediction(ttft_s + costs.start_seconds(prefill_id), step_s)
+        ttft_s += step_s * JOINING_STEPS
+    num_steps = max(1, sizes.output - 1)
+    others = decode.others_beside(now, now + ttft_s, num_steps * step_s)
+    mean_tokens = decode.batch_context_tokens / decode.batch_size if decode.batch_size else own_tokens
+    tpot_s = costs.decode_step_seconds(decode_id, 1 + others, own_tokens + others * mean_tokens)
+    joining = min(1.0, others) * JOINING_STEPS / num_steps
+    return Prediction(ttft_s, tpot_s * (1 + joining))
 
 
 @dataclass(slots=True)

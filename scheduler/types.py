@@ -99,6 +99,7 @@ class WorkerInfo:
     max_num_batched_tokens: int = 512  # tokens it computes in one step
     vocab_size: int = 0
     version: str = ""  # of Twinpool, on the worker's machine
+    node: str = ""  # its workers share memory and caches, and so slow each other; "": shares nothing
 
 
 @message

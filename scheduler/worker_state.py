@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import exp
 from typing import Protocol
 
 from scheduler.types import (
@@ -19,15 +20,20 @@ from scheduler.types import (
 )
 
 HEARTBEAT_INTERVAL_S = 0.5  # of a worker that was not told otherwise
+ARRIVALS_MEMORY_S = 30.0
 _PREFILL = WorkerRole.PREFILL  # members of an enumeration are slow to get
 
 
 class CostPredictor(Protocol):
     """What placing asks of ``scheduler.cost_model.CostModel``. All in seconds."""
 
-    def prefill_seconds(self, worker_id: str, num_tokens: int, num_cached_tokens: int = 0) -> float: ...
+    def prefill_seconds(
+        self, worker_id: str, num_tokens: int, num_cached_tokens: int = 0, neighbours: float | None = None
+    ) -> float: ...
 
-    def decode_step_seconds(self, worker_id: str, batch_size: int, context_tokens: int) -> float: ...
+    def decode_step_seconds(
+        self, worker_id: str, batch_size: int, context_tokens: int, neighbours: float | None = None
+    ) -> float: ...
 
     def context_token_seconds(self, worker_id: str) -> float: ...
 
@@ -72,6 +78,9 @@ class WorkerState:
     context_tokens: int = 0  # of them
     num_awaited: int = 0  # those of them whose first token is not out
     awaited_tokens: int = 0  # of their contexts
+    ends_s: float = 0.0  # when the others of them will have ended, as predicted at their first tokens, added up
+    arrivals: float = 0.0  # of sequences to decode, each counting exp(-age / ARRIVALS_MEMORY_S)
+    arrived_s: float = 0.0  # the newest of them
     # Predicted, and kept by a policy that asks for it:
     step_s: float = 0.0  # of a decode step of its batch as it is
     joined_step_s: float = 0.0  # of one with a sequence more, whose context is still to be counted
@@ -116,6 +125,11 @@ class WorkerState:
     def decoding_context_tokens(self) -> int:
         return self.batch_context_tokens - self.awaited_tokens
 
+    @property
+    def is_computing(self) -> bool:
+        """A prompt, or sequences that decode here: of those that were placed from here."""
+        return self.num_prefills > 0 or self.num_decodes > self.num_awaited
+
     def takes(self, phase: Phase) -> bool:
         return self.is_active and self.role.takes(phase)
 
@@ -144,21 +158,44 @@ class WorkerState:
         self.prefill_s = self.prefill_s - work.prefill_s if self.num_prefills else 0.0
         self.free_at_s = min(self.free_at_s, now + self.prefill_s)
 
-    def begin_decode(self, work: Workload, *, is_prefilled: bool) -> None:
+    def begin_decode(self, work: Workload, now: float) -> None:
+        """A sequence is placed here; its first token is still to come."""
         self.num_decodes += 1
         self.context_tokens += work.context_tokens
-        if not is_prefilled:
-            self.num_awaited += 1
-            self.awaited_tokens += work.context_tokens
+        self.num_awaited += 1
+        self.awaited_tokens += work.context_tokens
+        self.arrivals = self.arrivals_at(now) + 1
+        self.arrived_s = now
 
-    def first_token(self, work: Workload) -> None:
-        """Of a sequence that decodes here, or that will never be."""
+    def first_token(self, work: Workload, end_s: float) -> None:
+        """Of a sequence that decodes here until ``end_s``, or that will never be."""
         self.num_awaited -= 1
         self.awaited_tokens -= work.context_tokens
+        self.ends_s += end_s
 
-    def end_decode(self, work: Workload) -> None:
+    def end_decode(self, work: Workload, end_s: float) -> None:
+        """``end_s``: as it was said with its first token."""
         self.num_decodes -= 1
         self.context_tokens -= work.context_tokens
+        self.ends_s = self.ends_s - end_s if self.num_decodes > self.num_awaited else 0.0
+
+    def arrivals_at(self, now: float) -> float:
+        return self.arrivals * exp((self.arrived_s - now) / ARRIVALS_MEMORY_S)
+
+    def others_beside(self, now: float, begin_s: float, seconds: float) -> float:
+        """How many decode here on average beside a sequence that will do so from ``begin_s`` on, for some ``seconds``.
+
+        docs/cost_model.md has an example. Those that decode now stay until their predicted end, on average. Those whose
+        prompts are before its own come over the second half of its wait, for prompts are computed several at once.
+        Others come later, as many as come mostly, and are there for half of its time on average.
+        """
+        num_decoding = self.num_decodes - self.num_awaited
+        stay = 0.0
+        if num_decoding > 0:
+            stay = min(1.0, max(0.0, self.ends_s / num_decoding - begin_s) / seconds)
+        before = _mean_overlap((begin_s - now) / 2, seconds)
+        come = self.arrivals_at(now) / ARRIVALS_MEMORY_S * seconds / 2
+        return num_decoding * stay + self.num_awaited * before + come + self.num_foreign
 
     def begin_request(self, num_tokens: int) -> None:
         self.requests_in_flight += 1
@@ -191,3 +228,8 @@ class WorkerState:
             self.prefill_s,
             self.duty,
         )
+
+
+def _mean_overlap(spread_s: float, seconds: float) -> float:
+    """How much of the next ``seconds`` is shared with what began evenly over the time before, and lasts as long."""
+    return 1 - spread_s / (2 * seconds) if spread_s < seconds else seconds / (2 * spread_s)

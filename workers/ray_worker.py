@@ -113,6 +113,8 @@ class WorkerActor:
             ConfigError: the scheduler refuses this worker.
         """
         info = self._loaded.info(self._incarnation, self._loaded.measure())
+        if self._options.device == "cpu":  # GPUs have memory and caches of their own
+            info = replace(info, node=ray.get_runtime_context().get_node_id())
         self._membership = Membership(self._loaded, self._scheduler, self._end_when_empty)
         self._run_in_worker(self._membership.register(info))
         self._event_loop.call_soon_threadsafe(self._begin_heartbeats, self._membership)

@@ -201,6 +201,25 @@ def test_a_step_of_both_phases_teaches_prefill_what_decoding_does_not_explain() 
     )
 
 
+def test_a_neighbour_slows_all_parts_of_a_step_but_not_what_is_beside_the_model() -> None:
+    """Both phases take 1.3 times as long for what the profile says, with one other; nobody said so before."""
+    model, truth = model_of(worker()), model_of(worker())
+    slower = replace(DEVICE, read_gb_s=1000.0 / 1.3, gemm_gflop_s=100_000.0 / 1.3)
+    beside = model_of(worker(device=slower))
+    for number in range(200):
+        batch, num_tokens, others = 4 + number % 9, 100 + 40 * (number % 10), number % 3 % 2
+        of = beside if others else truth
+        step_s = of.decode_step_seconds("w", batch, 500 * batch)
+        model.observe("w", decode_steps(batch, 500 * batch, step_s), others)
+        model.observe("w", prefill_step(num_tokens, of.prefill_seconds("w", num_tokens)), others)
+    for others, of in ((0, truth), (1, beside)):
+        decode_s, prefill_s = of.decode_step_seconds("w", 8, 4000), of.prefill_seconds("w", 300)
+        assert model.decode_step_seconds("w", 8, 4000, others) == pytest.approx(decode_s, rel=0.03)
+        assert model.prefill_seconds("w", 300, 0, others) == pytest.approx(prefill_s, rel=0.03)
+    usual = model.decode_step_seconds("w", 8, 4000)
+    assert usual == pytest.approx(model.decode_step_seconds("w", 8, 4000, 1 / 3), rel=0.03)  # a third of the time
+
+
 def test_handoffs_teach_each_pair_its_own_rate() -> None:
     model = model_of(worker("p"), worker("d"), worker("e"))
     for num_tokens in (100, 2000, 500, 4000) * 20:

@@ -57,7 +57,9 @@ class Fleet:
         if prefill_s:
             worker.begin_prefill(Workload(1, 1, 1, prefill_s), NOW)
         for _ in range(decodes):
-            worker.begin_decode(Workload(context, 1, 0, 0.0), is_prefilled=True)
+            work = Workload(context, 1, 0, 0.0)
+            worker.begin_decode(work, NOW)
+            worker.first_token(work, NOW + 1)
         self.table.changed(worker)
 
     def has_cached(self, worker_id: str, names: tuple[int, ...]) -> None:

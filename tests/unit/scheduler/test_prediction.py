@@ -37,12 +37,33 @@ SIZES = Sizes(prompt=100, output=40)
 
 @dataclass
 class Books:
+    """``others``: beside a request, on average; None: those that decode now."""
+
     decoding_size: int = 0
     decoding_context_tokens: int = 0
     backlog: float = 0.0
+    others: float | None = None
+
+    @property
+    def batch_size(self) -> int:
+        return self.decoding_size
+
+    @property
+    def batch_context_tokens(self) -> int:
+        return self.decoding_context_tokens
 
     def backlog_s(self, now: float) -> float:
         return max(0.0, self.backlog - now)
+
+    def others_beside(self, now: float, begin_s: float, seconds: float) -> float:
+        assert begin_s > now and seconds > 0
+        return self.decoding_size if self.others is None else self.others
+
+
+def predicted(costs: CostModel, placement: Placement, prefill: Books, decode: Books, now: float = 0.0) -> Prediction:
+    prefill_id = placement.prefill.worker_id if placement.prefill is not None else placement.decode.worker_id
+    prefill_s = costs.prefill_seconds(prefill_id, SIZES.prompt)
+    return predict(costs, placement, SIZES, prefill_s, prefill, decode, now)
 
 
 @pytest.fixture
@@ -54,30 +75,39 @@ def costs() -> CostModel:
 
 
 def test_a_first_token_comes_after_queue_computation_and_handoff(costs: CostModel) -> None:
-    prediction = predict(costs, HANDED_OVER, SIZES, Books(backlog=7.0), Books(), now=4.0)
+    prediction = predicted(costs, HANDED_OVER, Books(backlog=7.0), Books(), now=4.0)
     assert prediction.ttft_s == 3.0 + costs.prefill_seconds("p", 100) + costs.transfer_seconds("p", "d", 100)
 
 
 def test_a_prompt_in_place_is_not_handed_over(costs: CostModel) -> None:
     books = Books()
-    assert predict(costs, IN_PLACE, SIZES, books, books, now=4.0).ttft_s == costs.prefill_seconds("d", 100)
+    assert predicted(costs, IN_PLACE, books, books, now=4.0).ttft_s == costs.prefill_seconds("d", 100)
 
 
 def test_a_busy_decode_worker_takes_a_request_up_between_two_steps(costs: CostModel) -> None:
-    idle, busy = (predict(costs, HANDED_OVER, SIZES, Books(), Books(size, 10 * size), 0.0) for size in (0, 8))
-    assert busy.ttft_s - idle.ttft_s == pytest.approx(busy.tpot_s / 2)
+    """So does its first token's handoff, and then the first step of its own."""
+    idle, busy = (predicted(costs, HANDED_OVER, Books(), Books(size, 120 * size)) for size in (0, 8))
+    step_s = costs.decode_step_seconds("d", 9, 9 * 120)
+    assert busy.ttft_s - idle.ttft_s == pytest.approx(step_s / 2)
+    assert busy.tpot_s == pytest.approx((39 + 0.5) / 39 * step_s)
 
 
-def test_tokens_take_as_long_as_a_step_of_the_batch_that_the_request_makes(costs: CostModel) -> None:
-    prediction = predict(costs, HANDED_OVER, SIZES, Books(), Books(3, 1000), 0.0)
-    assert prediction.tpot_s == costs.decode_step_seconds("d", 4, 1000 + 100 + 20)
+def test_tokens_take_as_long_as_a_step_of_the_batch_that_there_will_be_on_average(costs: CostModel) -> None:
+    """Four decode now, of 250 tokens each; 1.5 of them, or others in their place, will be there."""
+    prediction = predicted(costs, HANDED_OVER, Books(), Books(4, 1000, others=1.5))
+    step_s = costs.decode_step_seconds("d", 2.5, 100 + 20 + 1.5 * 250)
+    assert prediction.tpot_s == pytest.approx((39 + 0.5) / 39 * step_s)
+
+
+def test_alone_tokens_take_a_step_each(costs: CostModel) -> None:
+    assert predicted(costs, HANDED_OVER, Books(), Books()).tpot_s == costs.decode_step_seconds("d", 1, 120)
 
 
 def test_calls_that_no_step_explains_are_learned_from_first_tokens(costs: CostModel) -> None:
     """Each token comes 10 ms late, but for one whose queue went otherwise."""
     log = PredictionLog(costs)
     for number in range(20):
-        prediction = predict(costs, HANDED_OVER, SIZES, Books(), Books(), 0.0)
+        prediction = predicted(costs, HANDED_OVER, Books(), Books())
         parts_s = prediction.ttft_s - costs.start_seconds("p")
         log.begin(HANDED_OVER, prediction, now=0.0)
         log.first_token("r", now=parts_s + (2.0 if number == 10 else 0.01))
