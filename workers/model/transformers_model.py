@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from kvcache.errors import ModelError
 from kvcache.storage import TORCH_DTYPES, PagedStorage
@@ -85,6 +85,7 @@ def load_model(
         ModelError: the weights cannot be read or do not fit the configuration, or the model cannot be cut.
     """
     disable_progress_bar()  # several workers load at once; the launcher shows how far they are
+    set_verbosity_error()  # it reports tensors that are missing as "newly initialized"; _check_tensors refuses them
     try:
         if path.suffix == SUFFIX:
             model: nn.Module = load_gguf_model(path, TORCH_DTYPES[dtype], ATTENTION_NAME, report)
