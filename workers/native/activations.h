@@ -5,19 +5,27 @@
 
 namespace {
 
+// A value rounded to 8 bits, and how four of a row lie: where there are no products of bytes, as pairs of 16 bits.
+#if defined(__AVX512VNNI__)
+using Rounded = int8_t;
+
+inline void copy_four(const int8_t* from, Rounded* to) { std::memcpy(to, from, 4); }
+#else
+using Rounded = int16_t;
+
+inline void copy_four(const int8_t* from, Rounded* to) {
+  to[0] = from[0];
+  to[1] = from[2];
+  to[2] = from[1];
+  to[3] = from[3];
+}
+#endif
+
 // Rows of x. Those of int8 and int4 lie in tiles of kTileRows, the last one of as many as there are, so that a kernel
 // finds what it needs side by side:
 //
-//     rows8    [tile][k/4][row][4]: values 0, 1, 2, 3 as bytes where there are products of bytes, else 0, 2, 1, 3
+//     rows8    [tile][k/4][row][4], see copy_four()
 //     scales8  [tile][group][row]
-#if defined(__AVX512VNNI__)
-using Rounded = int8_t;
-constexpr int kOrderInFour[] = {0, 1, 2, 3};
-#else
-using Rounded = int16_t;
-constexpr int kOrderInFour[] = {0, 2, 1, 3};
-#endif
-
 struct Activations {
   const float* rows32 = nullptr;
   const uint16_t* rows16 = nullptr;
@@ -93,8 +101,7 @@ class Converter {
     const int64_t height = std::min<int64_t>(kTileRows, rows - tile);
     const int64_t at = tile * stride / kScaleGroup + group * height;
     Rounded* to = rows8_.get(0) + tile * stride + group * height * kScaleGroup + lane * 4;
-    for (int64_t four = 0; four < kFours; ++four)
-      for (int i = 0; i < 4; ++i) to[four * height * 4 + i] = narrow[four * 4 + kOrderInFour[i]];
+    for (int64_t four = 0; four < kFours; ++four) copy_four(narrow + four * 4, to + four * height * 4);
     const int32_t totals[2] = {total(sums[0]), total(sums[1])};
     scales_.get(0)[at + lane] = scale;
     starts_.get(0)[at + lane] = -128 * (totals[0] + totals[1]);
