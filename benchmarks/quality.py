@@ -127,18 +127,19 @@ def _cases() -> list[tuple[str, WeightFormat, str]]:
     return [*cases, (REGROUPED, WeightFormat.FLOAT32, "float32")]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _round_in_other_groups(model: Any) -> None:
     """The linear layers as int4 rounds them, with groups that begin half a group earlier; activations stay float32."""
     for linear in model.model.layers.modules():
         if isinstance(linear, torch.nn.Linear):
-            linear.weight.copy_(round_in_groups(linear.weight, GROUP // 2))
+            linear.weight = torch.nn.Parameter(round_in_groups(linear.weight, GROUP // 2), requires_grad=False)
 
 
 def round_in_groups(weight: torch.Tensor, shift: int) -> torch.Tensor:
     """To 4 bits with a bfloat16 scale and minimum per group of a row, the first of them ``shift`` values short."""
     width = weight.shape[1]
-    groups = torch.nn.functional.pad(weight, (shift, -(width + shift) % GROUP)).unflatten(1, (-1, GROUP))
+    padded = torch.nn.functional.pad(weight, (shift, -(width + shift) % GROUP), mode="replicate")
+    groups = padded.unflatten(1, (-1, GROUP))
     minimum = groups.amin(-1, keepdim=True).bfloat16().float()
     scale = ((groups.amax(-1, keepdim=True) - minimum) / 15).bfloat16().float()
     values = ((groups - minimum) / scale.clamp_min(1e-30)).round().clamp(0, 15)
