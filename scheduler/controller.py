@@ -195,8 +195,8 @@ class ClusterController:
             decodes = self._cluster.soonest(Phase.DECODE)
         except UnavailableError:
             return None
-        waits = [(worker.backlog_s(now), self._prefill_s(worker, num_prompt_tokens)) for worker in prefills]
-        backlog_s, prefill_s = min(waits, key=sum)
+        alone = [(worker, self._prefill_s(worker, num_prompt_tokens)) for worker in prefills]
+        backlog_s, prefill_s = min(((worker.backlog_s(now, own_s), own_s) for worker, own_s in alone), key=sum)
         step_s = min(self._step_s(worker, num_prompt_tokens) for worker in decodes)
         return Outlook(backlog_s, prefill_s, step_s, len(self._cluster.taking(Phase.PREFILL)))
 

@@ -148,7 +148,7 @@ class CostPlacement:
         num_cached_tokens = asked.cache.cached_tokens(info, asked.prefixes, num_tokens)
         ready_s = own_s = self._costs.prefill_seconds(worker.worker_id, num_tokens, num_cached_tokens)
         if worker.free_at_s > asked.now:
-            ready_s += worker.free_at_s - asked.now
+            ready_s += worker.backlog_s(asked.now, own_s)
         price = info.device.price_per_hour if asked.in_money else 1.0
         if worker.role is _PREFILL:
             return _Prefill(worker, num_cached_tokens, ready_s, ready_s, price, True)

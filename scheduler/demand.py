@@ -97,6 +97,7 @@ def _latency(worker: WorkerState, costs: CostPredictor, sizes: tuple[int, int], 
     """Of one more request of the mean size."""
     num_prompt_tokens, context_tokens = sizes
     if worker.info.role is WorkerRole.PREFILL:
-        return worker.backlog_s(now) + costs.prefill_seconds(worker.worker_id, num_prompt_tokens)
+        prefill_s = costs.prefill_seconds(worker.worker_id, num_prompt_tokens)
+        return worker.backlog_s(now, prefill_s) + prefill_s
     batch_size, context = worker.batch_size + 1, worker.batch_context_tokens + context_tokens
     return costs.decode_step_seconds(worker.worker_id, batch_size, context)

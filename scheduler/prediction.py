@@ -36,8 +36,8 @@ class WorkerBooks(Protocol):
         """How many others decode there on average beside one that does so from ``begin_s`` on, for some ``seconds``."""
         ...
 
-    def backlog_s(self, now: float) -> float:
-        """Predicted seconds until a prompt placed now would be begun."""
+    def backlog_s(self, now: float, prefill_s: float) -> float:
+        """Predicted seconds until a prompt placed now, which takes ``prefill_s`` itself, would be begun."""
         ...
 
 
@@ -69,7 +69,7 @@ def predict(
     own_tokens = sizes.prompt + sizes.output // 2
     context_tokens = decode.decoding_context_tokens + own_tokens
     step_s = costs.decode_step_seconds(decode_id, decode.decoding_size + 1, context_tokens)
-    ttft_s = prefill.backlog_s(now) + prefill_s + costs.start_seconds(prefill_id)
+    ttft_s = prefill.backlog_s(now, prefill_s) + prefill_s + costs.start_seconds(prefill_id)
     if placement.prefill is not None:
         ttft_s += costs.transfer_seconds(prefill_id, decode_id, sizes.prompt)
     if decode.decoding_size:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
-from math import exp
+from math import exp, frexp
 from typing import Protocol
 
 from scheduler.types import (
@@ -55,6 +56,14 @@ class Workload:
         return self.num_prompt_tokens + self.num_output_tokens // 2
 
 
+@dataclass(slots=True)
+class _Queued:
+    """Prompts of about one size that were placed on a worker and whose first token is not out."""
+
+    count: int = 0
+    seconds: float = 0.0  # predicted
+
+
 @dataclass(slots=True, eq=False)
 class WorkerState:
     """One process of one worker. Changed by its methods only; whoever calls them tells the ``WorkerTable``.
@@ -74,6 +83,7 @@ class WorkerState:
     num_prefills: int = 0  # prompts placed here whose first token is not out
     prefill_s: float = 0.0  # their predicted seconds
     free_at_s: float = 0.0
+    queued: dict[int, _Queued] = field(default_factory=dict)  # the same prompts by size: seconds to a power of two
     num_decodes: int = 0
     context_tokens: int = 0  # of them
     num_awaited: int = 0  # those of them whose first token is not out
@@ -140,9 +150,16 @@ class WorkerState:
         self.role = role
         self.info = replace(self.info, role=role)
 
-    def backlog_s(self, now: float) -> float:
-        """Predicted seconds until a prompt placed now would be begun."""
-        return max(0.0, self.free_at_s - now)
+    def backlog_s(self, now: float, prefill_s: float = math.inf) -> float:
+        """Predicted seconds until a prompt placed now, which takes ``prefill_s`` itself, would be begun.
+
+        Shorter ones go before it and longer ones behind, as in ``scheduler.batching``, to a factor of two.
+        """
+        backlog_s = self.free_at_s - now
+        if backlog_s <= 0.0:
+            return 0.0
+        size = frexp(prefill_s)[1]
+        return min(backlog_s, sum(queued.seconds for each, queued in self.queued.items() if each <= size))
 
     def begin_prefill(self, work: Workload, now: float) -> None:
         """A prompt joins the queue."""
@@ -151,12 +168,23 @@ class WorkerState:
         self.free_at_s = max(self.free_at_s, now + behind_s) + work.prefill_s
         self.num_prefills += 1
         self.prefill_s += work.prefill_s
+        size = frexp(work.prefill_s)[1]
+        if (queued := self.queued.get(size)) is None:
+            queued = self.queued[size] = _Queued()
+        queued.count += 1
+        queued.seconds += work.prefill_s
 
     def end_prefill(self, work: Workload, now: float) -> None:
         """Its first token is out, or it will never be: what is left is what was placed after it."""
         self.num_prefills -= 1
         self.prefill_s = self.prefill_s - work.prefill_s if self.num_prefills else 0.0
         self.free_at_s = min(self.free_at_s, now + self.prefill_s)
+        size = frexp(work.prefill_s)[1]
+        queued = self.queued[size]
+        queued.count -= 1
+        queued.seconds -= work.prefill_s
+        if not queued.count:
+            del self.queued[size]
 
     def begin_decode(self, work: Workload, now: float) -> None:
         """A sequence is placed here; its first token is still to come."""

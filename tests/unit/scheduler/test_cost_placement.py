@@ -20,6 +20,7 @@ from scheduler.worker_table import WorkerTable
 from tests.builders import make_spec, make_worker, repeatable
 
 PREFILL, DECODE, COLOCATED = WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.COLOCATED
+PROMPTS = 1024  # of a worker that is busy: so short that no other goes before them
 NOW = 50.0
 NUM_OUTPUT = 100
 
@@ -54,8 +55,8 @@ class Fleet:
 
     def burden(self, worker_id: str, prefill_s: float = 0.0, decodes: int = 0, context: int = 500) -> None:
         worker = self.worker(worker_id)
-        if prefill_s:
-            worker.begin_prefill(Workload(1, 1, 1, prefill_s), NOW)
+        for _ in range(PROMPTS if prefill_s else 0):
+            worker.begin_prefill(Workload(1, 1, 1, prefill_s / PROMPTS), NOW)
         for _ in range(decodes):
             work = Workload(context, 1, 0, 0.0)
             worker.begin_decode(work, NOW)
@@ -102,7 +103,7 @@ def predicted(fleet: Fleet, request: RequestArrived, choice: Choice) -> Outcome:
     prices = [each.info.device.price_per_hour if in_money else 1.0 for each in (prefill, decode)]
     cached = fleet.cluster.cached_tokens(prefill, request)
     own_s = costs.prefill_seconds(prefill.worker_id, n, cached)
-    ready_s = max(0.0, prefill.free_at_s - NOW) + own_s
+    ready_s = prefill.backlog_s(NOW, own_s) + own_s
     step_s = costs.decode_step_seconds(decode.worker_id, batch + 1, context + n + NUM_OUTPUT // 2)
     decode_s = step_s * (NUM_OUTPUT - 1)
     excess = max(
@@ -245,6 +246,17 @@ def test_a_prompt_that_waits_too_long_elsewhere_is_computed_in_place() -> None:
     assert fleet.chosen(3000) == "p > d"
     fleet.burden("p", prefill_s=20.0)
     assert fleet.chosen(3000) == "d"
+
+
+def test_a_long_prompt_that_is_computed_elsewhere_is_no_reason_to_stay_away() -> None:
+    """A shorter one goes before it, and a longer one behind."""
+    fleet = Fleet(worker("p", PREFILL, COMPUTE), worker("d", DECODE, COMPUTE), ttft_s=1.0, tpot_s=0.1)
+    fleet.burden("d", decodes=8)
+    long_s = 4 * fleet.costs.prefill_seconds("p", 3000)
+    fleet.worker("p").begin_prefill(Workload(1, 1, 1, long_s), NOW)
+    assert fleet.worker("p").backlog_s(NOW, long_s) == pytest.approx(long_s)
+    assert fleet.worker("p").backlog_s(NOW, long_s / 4) == 0.0
+    assert fleet.chosen(3000) == "p > d"
 
 
 def test_where_no_target_can_be_kept_nobody_is_held_up_and_the_earliest_finish_wins() -> None:

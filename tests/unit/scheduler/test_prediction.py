@@ -52,7 +52,8 @@ class Books:
     def batch_context_tokens(self) -> int:
         return self.decoding_context_tokens
 
-    def backlog_s(self, now: float) -> float:
+    def backlog_s(self, now: float, prefill_s: float) -> float:
+        assert prefill_s > 0
         return max(0.0, self.backlog - now)
 
     def others_beside(self, now: float, begin_s: float, seconds: float) -> float:
