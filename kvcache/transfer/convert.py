@@ -6,6 +6,7 @@ them), so ranks need no conversion here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +27,14 @@ class BlockWriter(Protocol):
         ...
 
 
+def _by_layer(where: ChunkRange, payload: bytes | memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Each layer and what the payload has of it."""
+    data = memoryview(payload)
+    num_bytes = len(data) // where.num_layers
+    for index in range(where.num_layers):
+        yield where.layer + index, data[index * num_bytes : (index + 1) * num_bytes]
+
+
 def make_writer(storage: BlockStorage, lease: BlockLease, source: KVCacheSpec) -> BlockWriter:
     """``source`` may differ from the storage's spec in block size and dtype, see ``KVCacheSpec.obstacle``."""
     if source == storage.spec:
@@ -40,7 +49,9 @@ class _AsTheyAre:
 
     def write(self, where: ChunkRange, payload: bytes | memoryview) -> None:
         start = where.first_block - self._lease.first_block
-        self._storage.write_blocks(where.layer, self._lease.block_ids[start : start + where.num_blocks], payload)
+        block_ids = self._lease.block_ids[start : start + where.num_blocks]
+        for layer, blocks in _by_layer(where, payload):
+            self._storage.write_blocks(layer, block_ids, blocks)
 
 
 class _Repacked:
@@ -63,13 +74,17 @@ class _Repacked:
         self._begun = np.zeros((source.num_layers, len(lease.block_ids)), dtype=bool)  # blocks that hold something
 
     def write(self, where: ChunkRange, payload: bytes | memoryview) -> None:
+        for layer, blocks in _by_layer(where, payload):
+            self._write_layer(layer, where, blocks)
+
+    def _write_layer(self, layer: int, where: ChunkRange, payload: memoryview) -> None:
         source = self._source
         first_token = where.first_block * source.block_size
         shape = (where.num_blocks, 2, source.num_kv_heads, source.block_size, source.row_bytes)
         rows = _by_token(np.frombuffer(payload, dtype=np.uint8).reshape(shape))
         start = max(first_token, self._first_token)
         end = min(first_token + rows.shape[2], self._lease.num_tokens)
-        self._put(where.layer, start, self._converted(rows[:, :, start - first_token : end - first_token]))
+        self._put(layer, start, self._converted(rows[:, :, start - first_token : end - first_token]))
 
     def _converted(self, rows: np.ndarray) -> np.ndarray:
         """``[2, heads, tokens, row bytes]`` of the sender as those of the receiver."""

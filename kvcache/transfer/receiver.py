@@ -65,19 +65,20 @@ class IncomingTransfer:
             raise TransferError(TransferFault.BAD_CHECKSUM, f"{where} of transfer {chunk.transfer_id}")
         start = where.first_block - self._first_block
         span = slice(start, start + where.num_blocks)
-        if self._written[where.layer, span].any():
+        cells = slice(where.layer, where.layer + where.num_layers), span
+        if self._written[cells].any():
             raise TransferError(TransferFault.REPEATED, f"{where} of transfer {chunk.transfer_id}")
         self._writer.write(where, chunk.payload)
-        self._written[where.layer, span] = True
-        self._tell_whole(span)
+        self._written[cells] = True
+        self._tell_whole(span, where.num_layers)
         self._num_chunks += 1
         self.payload_bytes += len(chunk.payload)
         leases.renew(self.lease, now)
 
-    def _tell_whole(self, written: slice) -> None:
+    def _tell_whole(self, written: slice, num_layers: int) -> None:
         """The lease hears how much of the prompt is there in all layers."""
         source = self._source
-        self._layers_written[written] += 1
+        self._layers_written[written] += num_layers
         while self._num_whole < len(self._layers_written):
             if self._layers_written[self._num_whole] < source.num_layers:
                 break
@@ -141,18 +142,20 @@ class IncomingTransfer:
 
     def _check_bounds(self, where: ChunkRange, payload_bytes: int) -> None:
         source = self._source
-        is_inside = self._first_block <= where.first_block and where.first_block + where.num_blocks <= self._end_block
-        if where.layer >= source.num_layers or where.num_blocks < 1 or not is_inside:
+        is_inside = (
+            self._first_block <= where.first_block
+            and where.first_block + where.num_blocks <= self._end_block
+            and where.layer + where.num_layers <= source.num_layers
+        )
+        if where.num_layers < 1 or where.num_blocks < 1 or not is_inside:
             raise TransferError(
                 TransferFault.OUT_OF_BOUNDS,
                 f"{where}; the transfer has {source.num_layers} layers,"
                 f" blocks {self._first_block} to {self._end_block - 1}",
             )
-        if payload_bytes != where.num_blocks * source.layer_block_bytes:
-            raise TransferError(
-                TransferFault.BAD_LENGTH,
-                f"{where} has {payload_bytes} bytes, not {where.num_blocks * source.layer_block_bytes}",
-            )
+        expected = where.num_layers * where.num_blocks * source.layer_block_bytes
+        if payload_bytes != expected:
+            raise TransferError(TransferFault.BAD_LENGTH, f"{where} has {payload_bytes} bytes, not {expected}")
 
 
 class KVReceiver:

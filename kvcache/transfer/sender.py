@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 from dataclasses import dataclass
 
 from kvcache.errors import TransferError, TransferFault
@@ -63,7 +64,8 @@ class OutgoingTransfer:
         self.block_bytes = spec.layer_block_bytes  # of one block in one layer: no payload is shorter
         self._max_chunk_bytes = max_chunk_bytes
         self._blocks_per_chunk = max(1, max_chunk_bytes // self.block_bytes)
-        self.max_payload_bytes = min(self._blocks_per_chunk, len(lease.block_ids)) * self.block_bytes
+        self._num_layer_blocks = spec.num_layers * len(lease.block_ids)
+        self.max_payload_bytes = min(self._blocks_per_chunk, self._num_layer_blocks) * self.block_bytes
         self._end_block = lease.first_block + len(lease.block_ids)
         self._ready = [lease.first_block] * spec.num_layers  # up to which block
         self._sent = [lease.first_block] * spec.num_layers
@@ -74,9 +76,9 @@ class OutgoingTransfer:
 
     def slot_bytes(self, num_slots: int) -> int:
         """Whole blocks, one at least: ``num_slots`` of them are no longer than two chunks of ``max_chunk_bytes``, and
-        none is longer than what this transfer has in a layer."""
+        none is longer than what this transfer has."""
         num_blocks = 2 * self._max_chunk_bytes // num_slots // self.block_bytes
-        return max(1, min(num_blocks, self._blocks_per_chunk, len(self.lease.block_ids))) * self.block_bytes
+        return max(1, min(num_blocks, self._blocks_per_chunk, self._num_layer_blocks)) * self.block_bytes
 
     def mark_ready(self, num_layers: int, num_blocks: int) -> None:
         """The prompt's first ``num_blocks`` blocks are complete in the first ``num_layers`` layers."""
@@ -93,6 +95,16 @@ class OutgoingTransfer:
         """Everything is computed; the commit may follow the last block."""
         self._outcome = outcome
         self.mark_ready(len(self._ready), self._end_block)
+
+    @property
+    def has_message(self) -> bool:
+        """``next_message`` would return one, or raise."""
+        return (
+            not self.lease.is_open
+            or not self._is_opened
+            or (self._outcome is not None and not self.is_finished)
+            or any(map(operator.gt, self._ready, self._sent))
+        )
 
     def next_message(self, slot: memoryview | None = None) -> Message | None:
         """The opening, a chunk of at most ``max_chunk_bytes`` (one block at least), or the commit; None: not now.
@@ -125,7 +137,8 @@ class OutgoingTransfer:
         return min(self._blocks_per_chunk, len(slot) // self.block_bytes)
 
     def _next_range(self, max_blocks: int) -> ChunkRange | None:
-        """The layer that is least far of those with something ready, the lowest of equals.
+        """Of the layer that is least far of those with something ready, the lowest of equals; if that leaves room,
+        of the layers after it that are just as far.
 
         So the prompt's first blocks are whole first on the other side, and stay there if this breaks.
         """
@@ -133,8 +146,13 @@ class OutgoingTransfer:
         if not layers:
             return None
         layer = min(layers, key=self._sent.__getitem__)
-        sent = self._sent[layer]
-        return ChunkRange(layer, sent, min(max_blocks, self._ready[layer] - sent))
+        sent, ready = self._sent[layer], self._ready[layer]
+        num_blocks = min(max_blocks, ready - sent)
+        end_layer = layer + 1
+        last_layer = min(len(self._ready), layer + max_blocks // num_blocks)
+        while end_layer < last_layer and self._sent[end_layer] == sent and self._ready[end_layer] == ready:
+            end_layer += 1
+        return ChunkRange(layer, sent, num_blocks, end_layer - layer)
 
     def _opening(self) -> pb.TransferOpen:
         return pb.TransferOpen(
@@ -157,8 +175,13 @@ class OutgoingTransfer:
     def _chunk(self, where: ChunkRange, slot: memoryview | None) -> Chunk:
         start = where.first_block - self.lease.first_block
         block_ids = self.lease.block_ids[start : start + where.num_blocks]
-        out = None if slot is None else slot[: where.num_blocks * self.block_bytes]
-        payload = self._storage.read_blocks(where.layer, block_ids, out)
-        self._sent[where.layer] += where.num_blocks
+        layer_bytes = where.num_blocks * self.block_bytes
+        if slot is None:
+            slot = memoryview(bytearray(where.num_layers * layer_bytes))
+        for index in range(where.num_layers):
+            layer = where.layer + index
+            self._storage.read_blocks(layer, block_ids, slot[index * layer_bytes : (index + 1) * layer_bytes])
+            self._sent[layer] += where.num_blocks
         self._num_chunks += 1
+        payload = slot[: where.num_layers * layer_bytes]
         return make_chunk(self.target.transfer_id, self.target.epoch, where, payload)

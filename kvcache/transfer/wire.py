@@ -22,7 +22,7 @@ from kvcache.errors import TransferError, TransferFault
 from kvcache.spec import KVCacheSpec
 from kvcache.transfer import kv_transfer_pb2 as pb
 
-MAX_CHUNK_BYTES = 1 << 20
+MAX_CHUNK_BYTES = 2 << 20  # what a chunk costs beside its bytes is as much as half a MiB of them
 MAX_BLOCK_BYTES = 15 << 20  # of one layer: a chunk of one block may be larger than MAX_CHUNK_BYTES
 MAX_MESSAGE_BYTES = 16 << 20  # the gRPC limit
 FAULT_METADATA_KEY = "twinpool-fault"
@@ -31,22 +31,24 @@ _CHUNK_TAG = 0x12  # TransferMessage.chunk, length-delimited
 _PAYLOAD_TAG = 0x3A  # KVChunk.payload, length-delimited
 _MAX_HEADER_BYTES = 1 << 10  # of a chunk that is read by hand: a transfer id and six numbers
 
-_RANGE = struct.Struct("<QIII")
+_RANGE = struct.Struct("<QIIII")
 _COMMIT = struct.Struct("<QIII")
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkRange:
-    """A range of logical blocks of one layer."""
+    """A range of logical blocks, the same in ``num_layers`` layers."""
 
-    layer: int
+    layer: int  # the first
     first_block: int
     num_blocks: int
+    num_layers: int = 1
 
 
 @dataclass(slots=True)
 class Chunk:
-    """``KVChunk`` of the .proto, with a payload that may be memory of somebody else's."""
+    """``KVChunk`` of the .proto, with a payload that may be memory of somebody else's: layer by layer, in each
+    block by block."""
 
     transfer_id: str
     epoch: int
@@ -55,10 +57,11 @@ class Chunk:
     num_blocks: int
     checksum: int
     payload: bytes | memoryview
+    num_layers: int = 1
 
     @property
     def where(self) -> ChunkRange:
-        return ChunkRange(self.layer, self.first_block, self.num_blocks)
+        return ChunkRange(self.layer, self.first_block, self.num_blocks, self.num_layers)
 
 
 Message = pb.TransferOpen | Chunk | pb.TransferCommit
@@ -69,11 +72,15 @@ def encode_message(message: Message) -> bytes:
         return pb.TransferMessage(open=message).SerializeToString()
     if isinstance(message, pb.TransferCommit):
         return pb.TransferMessage(commit=message).SerializeToString()
-    header = chunk_header(message).SerializeToString()
-    payload_length = _varint(len(message.payload))
-    length = _varint(len(header) + 1 + len(payload_length) + len(message.payload))
-    parts = (bytes((_CHUNK_TAG,)), length, header, bytes((_PAYLOAD_TAG,)), payload_length, message.payload)
-    return b"".join(parts)
+    return b"".join((encode_before_payload(message), message.payload))
+
+
+def encode_before_payload(chunk: Chunk) -> bytes:
+    """All of a chunk's message but its payload, which comes last."""
+    header = chunk_header(chunk).SerializeToString()
+    payload_length = _varint(len(chunk.payload))
+    length = _varint(len(header) + 1 + len(payload_length) + len(chunk.payload))
+    return b"".join((bytes((_CHUNK_TAG,)), length, header, bytes((_PAYLOAD_TAG,)), payload_length))
 
 
 def decode_message(data: bytes) -> Message:
@@ -109,12 +116,13 @@ def chunk_header(chunk: Chunk) -> pb.KVChunk:
         first_block=chunk.first_block,
         num_blocks=chunk.num_blocks,
         checksum=chunk.checksum,
+        num_layers=chunk.num_layers,
     )
 
 
 def chunk_from_header(header: pb.KVChunk, payload: bytes | memoryview) -> Chunk:
     numbers = (header.epoch, header.layer, header.first_block, header.num_blocks, header.checksum)
-    return Chunk(header.transfer_id, *numbers, payload)
+    return Chunk(header.transfer_id, *numbers, payload, header.num_layers)
 
 
 def _decode_chunk(data: memoryview) -> Chunk | None:
@@ -174,11 +182,11 @@ def _varint(value: int) -> bytes:
 def chunk_checksum(transfer_id: str, epoch: int, chunk: ChunkRange, payload: bytes | memoryview) -> int:
     """XXH3-64 over the header and the payload, so that a bit flipped in either is seen.
 
-    The header is the length of the transfer id (u32), the id in UTF-8, then epoch (u64), layer, first block and
-    block count (u32 each), little-endian.
+    The header is the length of the transfer id (u32), the id in UTF-8, then epoch (u64), layer, layer count, first
+    block and block count (u32 each), little-endian.
     """
     digest = _digest_of(transfer_id)
-    digest.update(_RANGE.pack(epoch, chunk.layer, chunk.first_block, chunk.num_blocks))
+    digest.update(_RANGE.pack(epoch, chunk.layer, chunk.num_layers, chunk.first_block, chunk.num_blocks))
     digest.update(payload)
     return digest.intdigest()
 
@@ -198,7 +206,9 @@ def _digest_of(transfer_id: str) -> xxhash.xxh3_64:
 def make_chunk(transfer_id: str, epoch: int, where: ChunkRange, payload: bytes | memoryview) -> Chunk:
     """Sealed with its checksum."""
     checksum = chunk_checksum(transfer_id, epoch, where, payload)
-    return Chunk(transfer_id, epoch, where.layer, where.first_block, where.num_blocks, checksum, payload)
+    return Chunk(
+        transfer_id, epoch, where.layer, where.first_block, where.num_blocks, checksum, payload, where.num_layers
+    )
 
 
 def make_commit(

@@ -15,8 +15,8 @@ from kvcache.transfer.sender import OutgoingTransfer, PrefillOutcome, TransferTa
 from kvcache.transfer.wire import Chunk, ChunkRange, Message, decode_message, encode_message, make_chunk
 from tests.builders import fill_with_noise, make_spec
 
-# Half a MiB per layer and block: with three blocks the sender cuts each layer into chunks of two and one.
-SPEC = make_spec(num_layers=2, num_kv_heads=2, head_size=256, block_size=128)
+# A MiB per layer and block: with three blocks the sender makes chunks of two blocks, and one of the two layers' third.
+SPEC = make_spec(num_layers=2, num_kv_heads=2, head_size=512, block_size=128)
 NUM_TOKENS = 2 * 128 + 5  # three blocks
 NUM_BLOCKS = 6
 LEASE_TTL_S = 10.0

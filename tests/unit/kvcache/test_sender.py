@@ -47,7 +47,8 @@ def take_all(transfer: OutgoingTransfer) -> Iterator[Message]:
 def cells(chunk: Message) -> list[tuple[int, int]]:
     if not isinstance(chunk, Chunk):
         return []
-    return [(chunk.layer, block) for block in range(chunk.first_block, chunk.first_block + chunk.num_blocks)]
+    layers = range(chunk.layer, chunk.layer + chunk.num_layers)
+    return [(layer, chunk.first_block + block) for layer in layers for block in range(chunk.num_blocks)]
 
 
 STEP = st.tuples(st.integers(0, 4), st.integers(0, 20), st.integers(0, 30))  # layers, blocks, messages taken after it
@@ -76,7 +77,7 @@ def test_a_block_that_is_not_held_leaves_once_and_only_when_it_is_computed(
             assert not isinstance(message, pb.TransferCommit)
             sent.update(cells(message))
             if isinstance(message, Chunk):
-                assert message.num_blocks == 1 or len(message.payload) <= max_chunk_bytes
+                assert message.num_layers * message.num_blocks == 1 or len(message.payload) <= max_chunk_bytes
                 assert len(message.payload) <= transfer.max_payload_bytes
 
     for num_layers, blocks, count in steps:
@@ -128,15 +129,16 @@ def test_the_commit_counts_the_chunks_that_left_in_the_end() -> None:
     transfer.complete(PrefillOutcome(FIRST_TOKEN_ID, NUM_CACHED_TOKENS))
     *late, commit = list(take_all(transfer))
     assert isinstance(commit, pb.TransferCommit)
-    assert commit.num_chunks == len(early) - 1 + len(late) == 4
+    assert commit.num_chunks == len(early) - 1 + len(late) == 2
 
 
 def test_a_full_chunk_fits_into_a_message() -> None:
     spec = make_spec(num_layers=1, num_kv_heads=8, head_size=128, block_size=16)
-    manager = KVCacheManager(spec, 10)
-    manager.extend("a", 10 * spec.block_size)
+    num_blocks = MAX_CHUNK_BYTES // spec.layer_block_bytes + 1
+    manager = KVCacheManager(spec, num_blocks)
+    manager.extend("a", num_blocks * spec.block_size)
     lease = manager.leases.open("f" * 32, "a", manager.block_table("a"), now=0.0)
-    transfer = OutgoingTransfer(PagedStorage(spec, 10), lease, TransferTarget("nowhere:1", "f" * 32, 1))
+    transfer = OutgoingTransfer(PagedStorage(spec, num_blocks), lease, TransferTarget("nowhere:1", "f" * 32, 1))
     transfer.complete(PrefillOutcome(FIRST_TOKEN_ID, NUM_CACHED_TOKENS))
     _, first, *_ = take_all(transfer)
     assert isinstance(first, Chunk)
@@ -155,9 +157,22 @@ def test_the_slots_of_a_transfer_are_no_longer_than_two_chunks(num_blocks: int, 
     assert num_slots * slot_bytes <= 2 * max_chunk_bytes
 
 
-def test_a_short_prompt_leaves_a_layer_at_once() -> None:
-    transfer = make_transfer(2, 4)
-    assert transfer.slot_bytes(3) == 4 * transfer.block_bytes
+def test_a_short_prompts_layers_share_a_chunk() -> None:
+    transfer = make_transfer(5, 4, max_chunk_bytes=8 * make_spec().layer_block_bytes)
+    transfer.complete(PrefillOutcome(FIRST_TOKEN_ID))
+    _, *chunks, _ = take_all(transfer)
+    assert [(chunk.layer, chunk.num_layers) for chunk in chunks if isinstance(chunk, Chunk)] == [(0, 2), (2, 2), (4, 1)]
+
+
+def test_layers_that_are_not_as_far_do_not_share_a_chunk() -> None:
+    transfer = make_transfer(3, 4)
+    transfer.mark_ready(1, 4)
+    transfer.mark_ready(3, 2)
+    _, *chunks = take_all(transfer)
+    assert [cells(chunk) for chunk in chunks] == [
+        [(0, 0), (0, 1), (0, 2), (0, 3)],
+        [(1, 0), (1, 1), (2, 0), (2, 1)],
+    ]
 
 
 def test_a_sender_whose_lease_has_ended_sends_no_more(handoff: Handoff) -> None:

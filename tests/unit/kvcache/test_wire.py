@@ -27,9 +27,9 @@ from kvcache.transfer.wire import (
 )
 from tests.builders import make_spec, repeatable
 
-CHUNK = ChunkRange(layer=3, first_block=5, num_blocks=2)
+CHUNK = ChunkRange(layer=3, first_block=5, num_blocks=2, num_layers=4)
 PAYLOAD = bytes(range(7, 47))
-HUGE = ChunkRange(2**32 - 1, 2**32 - 1, 2**32 - 1)
+HUGE = ChunkRange(2**32 - 1, 2**32 - 1, 2**32 - 1, 2**32 - 1)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ HUGE = ChunkRange(2**32 - 1, 2**32 - 1, 2**32 - 1)
 def test_the_checksum_is_over_header_and_payload_as_documented(
     transfer_id: str, epoch: int, chunk: ChunkRange, payload: bytes
 ) -> None:
-    numbers = [chunk.layer, chunk.first_block, chunk.num_blocks]
+    numbers = [chunk.layer, chunk.num_layers, chunk.first_block, chunk.num_blocks]
     encoded = transfer_id.encode("utf-8")
     layout = len(encoded).to_bytes(4, "little") + encoded + epoch.to_bytes(8, "little")
     layout += b"".join(number.to_bytes(4, "little") for number in numbers) + payload
@@ -71,7 +71,7 @@ def test_every_bit_of_the_payload_changes_the_checksum() -> None:
     assert len(checksums) == 1 + 8 * len(PAYLOAD)
 
 
-@pytest.mark.parametrize("field", ["layer", "first_block", "num_blocks"])
+@pytest.mark.parametrize("field", ["layer", "first_block", "num_blocks", "num_layers"])
 def test_every_bit_of_a_range_changes_the_checksum(field: str) -> None:
     before = chunk_checksum("transfer", 1, CHUNK, PAYLOAD)
     for bit in range(32):
@@ -92,7 +92,7 @@ def test_every_bit_of_the_epoch_and_of_the_transfer_id_changes_the_checksum() ->
 def test_a_chunk_message_says_what_its_checksum_covers() -> None:
     message = make_chunk("transfer", 9, CHUNK, PAYLOAD)
     assert (message.transfer_id, message.epoch, message.payload) == ("transfer", 9, PAYLOAD)
-    assert (message.layer, message.first_block, message.num_blocks) == (3, 5, 2)
+    assert message.where == CHUNK
     assert message.checksum == chunk_checksum("transfer", 9, CHUNK, PAYLOAD)
 
 
@@ -123,6 +123,7 @@ CHUNKS = st.builds(
     num_blocks=UINT32,
     checksum=UINT64,
     payload=st.binary(max_size=300),
+    num_layers=UINT32,
 )
 
 
@@ -160,7 +161,7 @@ def test_a_header_without_end_is_left_to_protobuf() -> None:
     """Taken apart by hand, it would hold the event loop up."""
     padding = b"\x18\x01" * 500_000  # field 3, again and again: the last one counts
     framed = b"\x12" + b"\xc0\x84\x3d" + padding
-    assert decode_message(framed) == Chunk("", 0, 1, 0, 0, 0, b"")
+    assert decode_message(framed) == Chunk("", 0, 1, 0, 0, 0, b"", num_layers=0)
 
 
 @pytest.mark.parametrize("message", [pb.TransferOpen(transfer_id="t", epoch=3), make_commit("t", 3, 5, 7, 11)])
