@@ -22,7 +22,8 @@ class Outlet(Protocol):
     async def slot(self) -> memoryview | None:
         """Waits until a chunk may be made. Its payload has to be put into the memory that is returned; None: anywhere.
 
-        The chunk has to be put before anything else is awaited. Returns at once when ``has_ended``.
+        Asked for when a message can be made, which has to be put before anything else is awaited. Returns at once
+        when ``has_ended``.
         """
         ...
 
@@ -59,20 +60,22 @@ async def send_kv(port: KVPort, transfer: OutgoingTransfer, stall_timeout_s: flo
     """Sends a transfer's messages as they come and waits until the other side has verified and attached them.
 
     The caller owns the source lease and may free the blocks when this returns. Waits as long as the computing
-    takes; gives up when the other side takes nothing for ``stall_timeout_s``. Returns the payload bytes.
+    takes; gives up when the other side takes nothing for ``stall_timeout_s`` (and at most an eighth of it more).
+    Returns the payload bytes.
 
     Raises:
         TransferError: refused, broken, or the lease ended; the other side will not use what it got.
     """
     try:
-        async with asyncio.timeout(stall_timeout_s):
+        async with asyncio.timeout(stall_timeout_s) as timeout:
+            patience = _Patience(timeout, stall_timeout_s)
             outlet = await port.open(transfer, transfer.changed.set)
-        try:
-            sent_bytes = await _put_all(outlet, transfer, stall_timeout_s)
-            async with asyncio.timeout(stall_timeout_s):
+            try:
+                sent_bytes = await _put_all(outlet, transfer, patience)
+                patience.renew()
                 acknowledged = await outlet.receipt()
-        finally:
-            outlet.close()
+            finally:
+                outlet.close()
     except TimeoutError:
         raise TransferError(
             TransferFault.EXPIRED,
@@ -83,20 +86,51 @@ async def send_kv(port: KVPort, transfer: OutgoingTransfer, stall_timeout_s: flo
     return sent_bytes
 
 
-async def _put_all(outlet: Outlet, transfer: OutgoingTransfer, stall_timeout_s: float) -> int:
+class _Patience:
+    """One timer for all messages of a transfer; to set one for each costs as much as to frame it."""
+
+    def __init__(self, timeout: asyncio.Timeout, stall_timeout_s: float) -> None:
+        self._timeout = timeout
+        self._stall_timeout_s = stall_timeout_s
+        self._clock = asyncio.get_running_loop().time
+        self._renew_at_s = 0.0
+
+    def renew(self) -> None:
+        """The other side has taken something."""
+        now_s = self._clock()
+        if now_s >= self._renew_at_s:
+            self._renew_at_s = now_s + self._stall_timeout_s / 8
+            self._timeout.reschedule(self._renew_at_s + self._stall_timeout_s)
+
+    def suspend(self) -> None:
+        """Until the next ``renew`` nothing is for the other side to take."""
+        self._renew_at_s = 0.0
+        self._timeout.reschedule(None)
+
+
+async def _put_all(outlet: Outlet, transfer: OutgoingTransfer, patience: _Patience) -> int:
     """Returns the payload bytes, when all was put or the other side has ended."""
     sent_bytes = 0
     while not transfer.is_finished:
-        async with asyncio.timeout(stall_timeout_s):
-            slot = await outlet.slot()
-            if outlet.has_ended:
-                break
-            message = transfer.next_message(slot)
-            if message is not None:
-                await outlet.put(message)
-        if message is None:
+        if not transfer.has_message:
+            patience.suspend()
             await transfer.changed.wait()  # set by ``on_end`` too: an early end is noticed while nothing is ready
             transfer.changed.clear()
-        elif isinstance(message, Chunk):
-            sent_bytes += len(message.payload)
+        patience.renew()
+        if not outlet.has_ended and not transfer.has_message:
+            continue
+        sent_bytes += await _put_next(outlet, transfer)
+        if outlet.has_ended:
+            break
     return sent_bytes
+
+
+async def _put_next(outlet: Outlet, transfer: OutgoingTransfer) -> int:
+    """Returns the payload bytes of the next message, of which nothing is kept here while the one after it waits."""
+    slot = await outlet.slot()
+    if outlet.has_ended:
+        return 0
+    message = transfer.next_message(slot)
+    assert message is not None, "what can be sent is only sent here"
+    await outlet.put(message)
+    return len(message.payload) if isinstance(message, Chunk) else 0

@@ -6,18 +6,18 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Coroutine, Iterator
+from contextlib import ExitStack, aclosing, contextmanager, suppress
 from typing import Any
 
 from google.protobuf.message import DecodeError
 
 from kvcache.errors import TransferError, TransferFault
 from kvcache.transfer import kv_transfer_pb2 as pb
-from kvcache.transfer.packets import MAX_PACKET_BYTES, POLL_S, PacketReader
+from kvcache.transfer.packets import MAX_PACKET_BYTES, PacketReader, Wakefulness
 from kvcache.transfer.receiver import KVReceiver
 from kvcache.transfer.shm_port import is_same_user, socket_name
-from kvcache.transfer.slot_ring import SlotRing
+from kvcache.transfer.slot_ring import MappedRings, SlotRing
 from kvcache.transfer.wire import Chunk, Message, chunk_from_header
 
 RING_TIMEOUT_S = 10.0  # from a connection to its first message
@@ -32,6 +32,8 @@ class ShmService:
         self._receiver = receiver
         self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._rings = MappedRings()
+        self._wakefulness = Wakefulness()
 
     def start(self, address: str) -> None:
         """``address``: of the worker's gRPC server, by which senders find this.
@@ -87,11 +89,12 @@ class ShmService:
 
     async def _messages(self, sender: socket.socket) -> AsyncGenerator[Message, None]:
         """Every slot is told to be free again when the next message is asked for."""
-        reader = PacketReader(sender)
-        ring: SlotRing | None = None
-        try:
-            ring = await _receive_ring(sender, reader)
-            while packet := await reader.receive(self._poll_s):
+        with ExitStack() as stack:
+            reader = PacketReader(sender)
+            stack.callback(reader.close)
+            ring = stack.enter_context(self._ring(*await _first_packet(sender, reader)))
+            while packet := await reader.receive():
+                self._wakefulness.extend()
                 message = _parse(packet)
                 match message.WhichOneof("message"):
                     case "open":
@@ -105,15 +108,19 @@ class ShmService:
                     case _:
                         raise TransferError(TransferFault.MALFORMED, "a second ring, or a message without content")
             raise TransferError(TransferFault.PEER_LOST, "the sender ended before its commit")
-        finally:
-            reader.close()
-            if ring is not None:
-                ring.close()
 
-    @property
-    def _poll_s(self) -> float:
-        """None of it while another handoff has something to do. One task accepts."""
-        return POLL_S if len(self._tasks) == 2 else 0.0
+    @contextmanager
+    def _ring(self, packet: bytes, descriptors: list[int]) -> Iterator[SlotRing]:
+        """The memory of the first packet, whose descriptors are closed in the end."""
+        try:
+            message = _parse(packet)
+            if len(descriptors) != 1 or not message.HasField("ring"):
+                raise TransferError(TransferFault.MALFORMED, "the first message is no ring with its memory")
+            with self._rings.open(descriptors[0], message.ring.slot_bytes, message.ring.num_slots) as ring:
+                yield ring
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
 
 
 def _tell_taken(sender: socket.socket, slot: int) -> None:
@@ -129,21 +136,15 @@ def _chunk_in(ring: SlotRing, told: pb.ShmChunk) -> Chunk:
     return chunk_from_header(told.chunk, ring.slots[told.slot][: told.payload_bytes])
 
 
-async def _receive_ring(sender: socket.socket, reader: PacketReader) -> SlotRing:
+async def _first_packet(sender: socket.socket, reader: PacketReader) -> tuple[bytes, list[int]]:
+    """And the file descriptors that came with it, which the caller closes."""
     try:
         async with asyncio.timeout(RING_TIMEOUT_S):
             await reader.wait()
         packet, descriptors, _, _ = socket.recv_fds(sender, MAX_PACKET_BYTES, 1)
     except (TimeoutError, OSError):
         raise TransferError(TransferFault.PEER_LOST, "the sender said nothing") from None
-    try:
-        message = _parse(packet)
-        if len(descriptors) != 1 or not message.HasField("ring"):
-            raise TransferError(TransferFault.MALFORMED, "the first message is no ring with its memory")
-        return SlotRing.open(descriptors[0], message.ring.slot_bytes, message.ring.num_slots)
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
+    return packet, descriptors
 
 
 def _parse(packet: bytes) -> pb.ShmMessage:

@@ -6,13 +6,13 @@ import fcntl
 import mmap
 import os
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from kvcache.errors import TransferError, TransferFault
 from kvcache.transfer.wire import MAX_BLOCK_BYTES
 
-NUM_SLOTS = 2  # one is filled while the other is taken
 MAX_SLOTS = 16
 
 
@@ -22,7 +22,7 @@ class SlotRing:
     _memory: mmap.mmap
 
     @classmethod
-    def create(cls, slot_bytes: int, num_slots: int = NUM_SLOTS) -> tuple[SlotRing, int]:
+    def create(cls, slot_bytes: int, num_slots: int) -> tuple[SlotRing, int]:
         """New memory, and its file descriptor, which the caller closes. The memory has no name: the last process
         that has it mapped takes it along, whichever way it ends.
 
@@ -33,7 +33,7 @@ class SlotRing:
         try:
             os.ftruncate(descriptor, num_slots * slot_bytes)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            memory = mmap.mmap(descriptor, num_slots * slot_bytes)
+            memory = _mapped(descriptor, num_slots * slot_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
         except BaseException:
             os.close(descriptor)
             raise
@@ -52,7 +52,7 @@ class SlotRing:
         problem = _problem(descriptor, slot_bytes * num_slots)
         if problem is not None:
             raise TransferError(TransferFault.INCOMPATIBLE, f"the shared memory {problem}")
-        memory = mmap.mmap(descriptor, num_slots * slot_bytes, prot=mmap.PROT_READ)
+        memory = _mapped(descriptor, num_slots * slot_bytes, mmap.PROT_READ)
         return cls(_cut(memory, slot_bytes, num_slots), memory)
 
     def close(self) -> None:
@@ -61,6 +61,52 @@ class SlotRing:
             for slot in self.slots:
                 slot.release()
             self._memory.close()
+
+
+class MappedRings:
+    """Other processes' rings, each mapped once, however many transfers come through it."""
+
+    def __init__(self) -> None:
+        self._open: dict[_Identity, _Mapped] = {}
+
+    @contextmanager
+    def open(self, descriptor: int, slot_bytes: int, num_slots: int) -> Iterator[SlotRing]:
+        """See ``SlotRing.open``; the last to leave gives the memory back. The caller may close the descriptor inside.
+
+        Raises:
+            TransferError: as ``SlotRing.open`` does.
+        """
+        status = os.fstat(descriptor)
+        identity = (status.st_dev, status.st_ino, slot_bytes, num_slots)  # no other memory's while this one is mapped
+        mapped = self._open.get(identity)
+        if mapped is None:
+            mapped = self._open[identity] = _Mapped(SlotRing.open(descriptor, slot_bytes, num_slots))
+        mapped.num_users += 1
+        try:
+            yield mapped.ring
+        finally:
+            mapped.num_users -= 1
+            if mapped.num_users == 0:
+                del self._open[identity]
+                mapped.ring.close()
+
+
+_Identity = tuple[int, int, int, int]
+
+
+@dataclass(slots=True)
+class _Mapped:
+    ring: SlotRing
+    num_users: int = 0
+
+
+def _mapped(descriptor: int, num_bytes: int, protection: int) -> mmap.mmap:
+    """In large pages where the system gives them: fresh memory costs a fault for every page on both sides."""
+    memory = mmap.mmap(descriptor, num_bytes, prot=protection)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def _cut(memory: mmap.mmap, slot_bytes: int, num_slots: int) -> tuple[memoryview, ...]:

@@ -18,8 +18,9 @@ from kvcache.transfer import shm_port, shm_service
 from kvcache.transfer.grpc_port import GrpcPort
 from kvcache.transfer.port_choice import HAS_SHM, PortName
 from kvcache.transfer.shm_port import ShmPort, socket_name
+from kvcache.transfer.slot_pool import NUM_SLOTS, SlotPool
 from kvcache.transfer.slot_ring import SlotRing
-from kvcache.transfer.wire import decode_message
+from kvcache.transfer.wire import ChunkRange, make_chunk
 from tests.cluster import LocalCluster, TinyCheckpoint, local_cluster
 from tests.integration.bad_handoffs import REFUSED, Messages, Tamper
 from tests.integration.fake_prefill import FakePrefill, Handoff, fake_prefill
@@ -302,17 +303,61 @@ def test_a_receiver_that_ends_without_a_word_is_a_lost_peer() -> None:
     async def scenario() -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        ring, descriptor = SlotRing.create(SLOT_BYTES)
-        os.close(descriptor)
+        pool = SlotPool(SLOT_BYTES)
+        pool.join()
         ended = asyncio.Event()
-        outlet = shm_port._ShmOutlet(ours, ring, ended.set, set())
-        opening = decode_message(kv_pb.TransferMessage(open={"transfer_id": "t"}).SerializeToString())
-        await outlet.put(opening)
+        outlet = shm_port._ShmOutlet(ours, pool, ended.set, lambda: None)
+        await outlet.put(kv_pb.TransferOpen(transfer_id="t"))
         theirs.close()  # with the opening unread
         await asyncio.wait_for(ended.wait(), 10)
         with pytest.raises(TransferError) as caught:
             await outlet.receipt()
         assert caught.value.fault is TransferFault.PEER_LOST
+        outlet.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_slot_that_the_receiver_may_still_read_is_nobody_elses_until_it_has_ended() -> None:
+    """What it has verified it copies afterwards: another transfer's bytes must not come in between."""
+
+    async def scenario() -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        pool = SlotPool(SLOT_BYTES)
+        pool.join()
+        gone = asyncio.Event()
+        outlet = shm_port._ShmOutlet(ours, pool, lambda: None, gone.set)
+        slot = await outlet.slot()
+        await outlet.put(make_chunk("t", 1, ChunkRange(0, 0, 1), slot[:8]))
+        sent = kv_pb.ShmMessage.FromString(theirs.recv(4096)).chunk.slot
+        outlet.close()
+        free: list[int] = []
+        for _ in range(NUM_SLOTS):
+            pool.turns.ask(free.append)
+        assert sorted((*free, sent)) == list(range(NUM_SLOTS))
+        assert theirs.recv(4096) == b""  # the receiver is told at once
+        assert not gone.is_set()
+        theirs.close()
+        await asyncio.wait_for(gone.wait(), 10)
+        assert free[-1] == sent
+        assert pool.leave()
+
+    asyncio.run(scenario())
+
+
+def test_a_receiver_that_gives_back_what_it_was_not_given_is_not_believed() -> None:
+    async def scenario() -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        pool = SlotPool(SLOT_BYTES)
+        pool.join()
+        outlet = shm_port._ShmOutlet(ours, pool, lambda: None, lambda: None)
+        theirs.send(kv_pb.ShmReply(taken={"slot": 1}).SerializeToString())
+        with pytest.raises(TransferError) as caught:
+            await asyncio.wait_for(outlet.receipt(), 10)
+        assert caught.value.fault is TransferFault.MALFORMED
+        theirs.close()
         outlet.close()
 
     asyncio.run(scenario())

@@ -10,7 +10,7 @@ import pytest
 
 from kvcache.errors import TransferError, TransferFault
 from kvcache.transfer.port_choice import HAS_SHM
-from kvcache.transfer.slot_ring import MAX_SLOTS, SlotRing
+from kvcache.transfer.slot_ring import MAX_SLOTS, MappedRings, SlotRing
 from kvcache.transfer.wire import MAX_BLOCK_BYTES
 
 pytestmark = pytest.mark.skipif(not HAS_SHM, reason="Linux only")
@@ -87,3 +87,35 @@ def test_another_size_than_was_said_is_refused(slot_bytes: int, num_slots: int) 
 def test_a_ring_of_impossible_size_is_refused(slot_bytes: int, num_slots: int) -> None:
     _, descriptor = SlotRing.create(SLOT_BYTES, 4)
     check_refused(descriptor, TransferFault.OUT_OF_BOUNDS, slot_bytes, num_slots)
+
+
+def test_a_ring_that_comes_again_is_mapped_once_and_until_the_last_has_left() -> None:
+    ours, descriptor = SlotRing.create(SLOT_BYTES, 2)
+    again = os.dup(descriptor)
+    rings = MappedRings()
+    with rings.open(descriptor, SLOT_BYTES, 2) as first:
+        os.close(descriptor)
+        with rings.open(again, SLOT_BYTES, 2) as second:
+            assert second is first
+        ours.slots[1][:4] = b"here"
+        assert first.slots[1][:4] == b"here"
+    with pytest.raises(ValueError, match="released"):
+        bytes(first.slots[0])
+    with rings.open(again, SLOT_BYTES, 2) as anew:
+        assert anew is not first
+    os.close(again)
+
+
+def test_other_memory_and_another_cut_of_the_same_are_mapped_anew() -> None:
+    rings = MappedRings()
+    descriptors = [SlotRing.create(SLOT_BYTES, 2)[1] for _ in range(2)]
+    with rings.open(descriptors[0], SLOT_BYTES, 2) as first:
+        with rings.open(descriptors[1], SLOT_BYTES, 2) as second:
+            assert second is not first
+        with rings.open(descriptors[0], 2 * SLOT_BYTES, 1) as cut:
+            assert len(cut.slots) == 1
+        for shape in ((SLOT_BYTES, 3), (SLOT_BYTES, MAX_SLOTS + 1)):
+            with pytest.raises(TransferError), rings.open(descriptors[0], *shape):
+                pass
+    for descriptor in descriptors:
+        os.close(descriptor)
