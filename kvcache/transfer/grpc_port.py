@@ -6,20 +6,24 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any, NoReturn
+from weakref import WeakValueDictionary
 
 import grpc
 
 from kvcache.errors import TransferError, TransferFault
 from kvcache.transfer import kv_transfer_pb2 as pb
+from kvcache.transfer.allocator import bytes_to_fill
 from kvcache.transfer.port import Outlet
 from kvcache.transfer.receiver import KVReceiver
 from kvcache.transfer.sender import OutgoingTransfer
+from kvcache.transfer.turns import Turns
 from kvcache.transfer.wire import (
     FAULT_METADATA_KEY,
-    MAX_CHUNK_BYTES,
     MAX_MESSAGE_BYTES,
+    Chunk,
     Message,
     decode_message,
+    encode_before_payload,
     encode_message,
 )
 
@@ -28,9 +32,15 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # What a stream may send ahead of its reader. Left to itself gRPC takes all of a handoff that nobody reads.
     ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", MAX_CHUNK_BYTES),
+    ("grpc.http2.lookahead_bytes", 1 << 20),
+    # A message comes in a few long pieces, not in frames of 16 KiB: each piece is copied twice more in Python.
+    ("grpc.http2.max_frame_size", 4 << 20),
+    ("grpc.experimental.tcp_min_read_chunk_size", 128 << 10),
+    ("grpc.experimental.tcp_read_chunk_size", 512 << 10),
+    ("grpc.experimental.tcp_max_read_chunk_size", 1 << 20),
 )
-MESSAGES_HELD = 3  # of a transfer: one that is framed, and one on its way, of which gRPC makes a copy
+MESSAGES_HELD = 2  # of a transfer: one that is made and sent, and gRPC's copy of it
+MESSAGES_TOGETHER = 4  # to one receiver: more would only be fresh memory, which costs page faults
 SERVICE = "twinpool.kv.KVTransfer"
 
 
@@ -80,7 +90,7 @@ class GrpcPort:
 
     def __init__(self, channel_to: Callable[[str], grpc.aio.Channel]) -> None:
         self._channel_to = channel_to
-        self._payload = bytearray()  # of the chunk that is being framed, of whichever transfer
+        self._turns: WeakValueDictionary[str, Turns] = WeakValueDictionary()  # by address
 
     async def open(self, transfer: OutgoingTransfer, on_end: Callable[[], None]) -> Outlet:
         """Returns at once: whether anybody is there is seen later.
@@ -91,49 +101,85 @@ class GrpcPort:
         send: grpc.aio.StreamUnaryMultiCallable[bytes, pb.TransferReceipt] = channel.stream_unary(
             f"/{SERVICE}/Send", request_serializer=None, response_deserializer=pb.TransferReceipt.FromString
         )
-        slot_bytes = transfer.slot_bytes(MESSAGES_HELD)
-        if len(self._payload) < slot_bytes:
-            self._payload = bytearray(slot_bytes)
+        turns = self._turns.setdefault(transfer.target.address, Turns(MESSAGES_TOGETHER))
         try:
-            return _GrpcOutlet(send(), memoryview(self._payload)[:slot_bytes], on_end)
+            return _GrpcOutlet(send(), transfer.slot_bytes(MESSAGES_HELD), turns, on_end)
         except grpc.aio.UsageError:
             raise TransferError(TransferFault.PEER_LOST, "the connection is closed") from None
 
 
 class _GrpcOutlet:
-    """A message is framed as soon as it is put, so all outlets share the memory for a chunk's payload."""
+    """A chunk's payload is gathered where its message wants it: behind as many bytes as the last one had before it. If
+    that turns out wrong, or the payload is shorter than the room for it, the message is put together anew."""
 
     def __init__(
-        self, call: grpc.aio.StreamUnaryCall[Any, pb.TransferReceipt], slot: memoryview, on_end: Callable[[], None]
+        self,
+        call: grpc.aio.StreamUnaryCall[Any, pb.TransferReceipt],
+        slot_bytes: int,
+        turns: Turns,
+        on_end: Callable[[], None],
     ) -> None:
+        """``turns``: of all outlets to one receiver."""
         self._call = call
-        self._slot = slot
-        self._writing: asyncio.Future[None] | None = None
-        call.add_done_callback(lambda _: on_end())
+        self._turns = turns
+        self._turn: int | None = None  # of the next chunk
+        self._is_asking = False
+        self._has_news = asyncio.Event()
+        self._slot_bytes = slot_bytes
+        self._num_before = 0
+        self._message, self._room = b"", memoryview(b"")  # of the next chunk
+        self._on_end = on_end
+        call.add_done_callback(lambda _: self._end())
+
+    def _end(self) -> None:
+        self._has_news.set()
+        self._on_end()
 
     @property
     def has_ended(self) -> bool:
         return self._call.done()
 
     async def slot(self) -> memoryview:
-        return self._slot
+        if self._turn is None:
+            self._is_asking = True
+            self._turns.ask(self._take_turn)
+        while self._turn is None and not self.has_ended:
+            self._has_news.clear()
+            await self._has_news.wait()
+        self._message, self._room = bytes_to_fill(self._num_before + self._slot_bytes)
+        return self._room[self._num_before :]
+
+    def _take_turn(self, turn: int) -> None:
+        self._turn = turn
+        self._is_asking = False
+        self._has_news.set()
 
     async def put(self, message: Message) -> None:
-        """Returns when the connection has taken the message before this one, which waits for a slow receiver.
+        """Returns when the connection has taken the message, which waits for a slow receiver.
 
-        So one chunk is gathered and framed while another is on its way.
+        The next chunk is gathered while this one leaves the connection's buffers; to gather it sooner costs a task for
+        each message and room for one more, so that messages would have to be shorter.
         """
-        data = encode_message(message)
-        await self._written()
-        self._writing = asyncio.ensure_future(self._call.write(data))
+        data = self._chunk_message(message) if isinstance(message, Chunk) else encode_message(message)
+        self._message, self._room = b"", memoryview(b"")
+        with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):  # ended already: the receipt tells why
+            await self._call.write(data)
+        self._give_turn_back()
 
-    async def _written(self) -> None:
-        if self._writing is not None:
-            with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):  # ended already: the receipt tells why
-                await self._writing
+    def _chunk_message(self, chunk: Chunk) -> bytes:
+        before = encode_before_payload(chunk)
+        if len(before) == self._num_before and len(before) + len(chunk.payload) == len(self._message):
+            self._room[: len(before)] = before
+            return self._message
+        self._num_before = len(before)
+        return before + chunk.payload
+
+    def _give_turn_back(self) -> None:
+        if self._turn is not None:
+            self._turns.give_back(self._turn)
+            self._turn = None
 
     async def receipt(self) -> int:
-        await self._written()
         try:
             if not self._call.done():
                 await self._call.done_writing()
@@ -143,5 +189,6 @@ class _GrpcOutlet:
 
     def close(self) -> None:
         self._call.cancel()
-        if self._writing is not None:
-            self._writing.cancel()
+        if self._is_asking:
+            self._turns.forget(self._take_turn)
+        self._give_turn_back()
