@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from dataclasses import dataclass
 from itertools import count
@@ -16,6 +15,7 @@ from engine.startup import prepare_ray
 from scheduler.admission import AdmissionOptions
 from scheduler.controller import HEARTBEATS_PER_S
 from scheduler.events import Event, PrefillDone, RequestArrived, RequestEnded, WorkerRegistered, WorkerReported
+from scheduler.garbage import collect_rarely
 from scheduler.placement import PlacementOptions
 from scheduler.types import PrefixHashes, WorkerLoad
 
@@ -59,7 +59,7 @@ async def _measure(
     events: list[Event] = [*map(WorkerRegistered, infos), *reports]
     await scheduler.handle(events)
     await client.start()
-    gc.freeze()  # as the gateway
+    collect_rarely()  # as the gateway
     beating = asyncio.create_task(_beat(scheduler))
     try:
         picks = rng.integers(len(conversations), size=num_placements + 10_000).tolist()

@@ -37,6 +37,7 @@ from engine.startup import StartupPlan, bind_server_socket, check_installation, 
 from kvcache.errors import ResourceError
 from kvcache.spec import KVCacheSpec
 from scheduler.admission import AdmissionOptions
+from scheduler.garbage import collect_rarely
 from scheduler.ray_actor import PolledScheduler, start_scheduler
 from scheduler.types import DeviceProfile, WorkerInfo, WorkerRole
 from workers.load_progress import LoadProgress
@@ -73,8 +74,7 @@ def serve(config: ServeConfig) -> None:
             preparing = beside.submit(_prepare_http, plan)
             running = cluster.enter_context(_running_cluster(plan, config, progress))
             serve_http = preparing.result()
-        gc.freeze()
-        gc.enable()
+        collect_rarely()
         try:
             asyncio.run(serve_http(config, plan, running, server_socket))
         finally:

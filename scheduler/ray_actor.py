@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from scheduler.admission import AdmissionControl, AdmissionOptions
 from scheduler.controller import ClusterController
 from scheduler.delivery import Delivery
 from scheduler.events import Command, Event, Tick
+from scheduler.garbage import collect_rarely
 from scheduler.placement import PlacementOptions
 from scheduler.types import ClusterSnapshot, WorkerSnapshot
 
@@ -38,7 +38,7 @@ class SchedulerActor:
         self._admission = AdmissionControl(controller, admission)
         self._delivery = Delivery(self._admission)
         self._ticked_at = 0.0
-        gc.freeze()  # a full collection with all that is imported would stand in the way for tens of milliseconds
+        collect_rarely()
 
     def handle(self, events: Sequence[Event], asker: str = "") -> list[list[Command]]:
         """The commands that follow from each event, in order, and to an asker one list more (``Delivery.handle``)."""

@@ -5,6 +5,7 @@ Everything here is a frozen dataclass with slots: it crosses processes and is co
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -287,7 +288,6 @@ class WorkerAddress:
     address: str
 
 
-@message
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where one request runs. ``prefill`` is None when the decode worker prefills in place."""
@@ -295,3 +295,12 @@ class Placement:
     request_id: str
     decode: WorkerAddress
     prefill: WorkerAddress | None
+
+    def __reduce__(self) -> tuple[Callable[..., Placement], tuple[str, ...]]:
+        """As strings only: Ray's pickler asks Python about every object that is none of its own types."""
+        both = (self.decode,) if self.prefill is None else (self.decode, self.prefill)
+        return _placement, (self.request_id, *(part for each in both for part in (each.worker_id, each.address)))
+
+
+def _placement(request_id: str, decode_id: str, decode_address: str, *prefill: str) -> Placement:
+    return Placement(request_id, WorkerAddress(decode_id, decode_address), WorkerAddress(*prefill) if prefill else None)

@@ -21,6 +21,7 @@ from tests.builders import make_worker
         PrefillDone("r"),
         RequestArrived("r", 3, 4, ("a",), "b", (PrefixHashes(16, 32, (1, 2)),)),
         PlaceRequest(Placement("r", WorkerAddress("d", "there:1"), None)),
+        PlaceRequest(Placement("r", WorkerAddress("d", "there:1"), WorkerAddress("p", "there:2"))),
         WorkerRegistered(make_worker("a"), Duty(DutyState.DRAINING, WorkerRole.DECODE)),
         WorkerReported(
             "a", 1, WorkerLoad(running=3, transfer_failures=(("late", 2),)), cache=CacheDelta(0, b"12345678")
