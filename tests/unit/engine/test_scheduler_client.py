@@ -297,6 +297,25 @@ def test_a_scheduler_that_gives_no_answer_is_waited_for_half_a_second() -> None:
     run_skipping(scenario, RestartableScheduler(make_worker("x")))
 
 
+def test_each_request_waits_half_a_second_from_when_it_was_asked_for() -> None:
+    async def scenario(client: SchedulerClient, scheduler: RestartableScheduler) -> None:
+        now = asyncio.get_running_loop().time
+
+        async def waited_s(name: str, begin_s: float) -> float:
+            await asyncio.sleep(begin_s)
+            started_s = now()
+            await client.place(arrival(name))
+            return now() - started_s
+
+        await client.place(arrival("answered"))
+        await asyncio.sleep(0.1)
+        scheduler.gate.clear()
+        waits_s = await asyncio.gather(waited_s("a", 0.0), waited_s("b", 0.3))
+        assert waits_s == pytest.approx([0.5, 0.5], abs=0.01)
+
+    run_skipping(scenario, RestartableScheduler(make_worker("x")))
+
+
 def test_a_restarted_scheduler_that_lacks_a_worker_is_asked_again_after_ten_seconds() -> None:
     async def scenario(client: SchedulerClient, scheduler: RestartableScheduler) -> None:
         now = asyncio.get_running_loop().time
