@@ -101,6 +101,7 @@ class WorkerInfo:
     vocab_size: int = 0
     version: str = ""  # of Twinpool, on the worker's machine
     node: str = ""  # its workers share memory and caches, and so slow each other; "": shares nothing
+    checkpoint: str = ""  # digest of the files there
 
 
 @message

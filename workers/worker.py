@@ -33,6 +33,7 @@ from workers.channels import SERVER_OPTIONS, ChannelPool
 from workers.decode import DecodeRole
 from workers.kv_tiers import make_tiers
 from workers.model.cuda_model import choose_cuda_model, kv_cache_bytes, largest_step, record_decode
+from workers.model.identity import checkpoint_digest
 from workers.model.runner import ModelRunner, load_step_model
 from workers.model.step_model import StepModel
 from workers.model.transformers_model import load_model
@@ -191,6 +192,7 @@ class Worker:
             options.limits.max_num_batched_tokens,
             options.vocab_size,
             metadata.version("twinpool"),
+            checkpoint_digest(Path(options.model_path)),
         )
 
     def load(self) -> WorkerLoad:

@@ -35,8 +35,9 @@ def changed(**fields: Any) -> Any:
         ({"num_key_value_heads": 4}, "num_kv_heads"),
         ({"head_dim": 32}, "head_size"),
         ({"vocab_size": 400}, "vocab_size"),
+        ({"rms_norm_eps": 1e-4}, "checkpoint"),
     ],
-    ids=["layers", "KV heads", "head size", "vocabulary"],
+    ids=["layers", "KV heads", "head size", "vocabulary", "another model of the same shape"],
 )
 def test_a_real_worker_of_another_shape_is_refused_by_the_name_of_the_field(
     checkpoint: TinyCheckpoint, tmp_path: Path, fields: dict[str, Any], named: str

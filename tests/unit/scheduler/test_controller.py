@@ -182,6 +182,7 @@ def test_a_worker_with_other_blocks_and_another_kv_dtype_is_welcome() -> None:
         ({"model": "another"}, "model"),
         ({"vocab_size": 7}, "vocab_size"),
         ({"version": "0.0.1"}, "version"),
+        ({"checkpoint": "another"}, "checkpoint"),
     ],
 )
 def test_a_worker_that_does_not_fit_the_others_is_refused_by_the_name_of_the_field(
