@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
+from pydantic import ByteSize, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -21,8 +20,10 @@ from pydantic_settings import (
 )
 
 from engine.api_key import check_api_key
+from engine.cluster_options import NODE_OPTIONS, ClusterOptions
+from engine.kv_options import KVOptions
+from engine.option import option
 from kvcache.errors import ConfigError
-from kvcache.transfer.port_choice import PortName
 from scheduler.autoscaler import PoolLimits
 from scheduler.batching import BatchLimits
 from scheduler.placement import DEFAULT_POLICY, TPOT_TARGET_S, TTFT_TARGET_S, PlacementOptions
@@ -32,57 +33,46 @@ from workers.model.checkpoint import DEFAULT_MODEL
 
 ENVIRONMENT_PREFIX = "TWINPOOL_"
 OTHER_VARIABLES = frozenset({"TWINPOOL_CACHE"})
-ADDRESS = re.compile(r"(\[[0-9A-Fa-f:]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
-AMOUNT = re.compile(r"[0-9]+(\.[0-9]{1,4})?")  # Ray counts in steps of 0.0001
 STEPS_PER_FIRST_TOKEN = 4
-RESERVED_RESOURCES = frozenset({"CPU", "GPU", "memory", "object_store_memory"})
-
-
-def _option(
-    default: Any, group: str, help_text: str, metavar: str = "N", short: str | None = None, **limits: Any
-) -> Any:
-    extra: dict[str, Any] = {"group": group, "metavar": metavar, "short": short}
-    return Field(default, description=help_text, json_schema_extra=extra, **limits)
-
 
 KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 # Options of which a pool may have its own: prefill_NAME and decode_NAME beside NAME.
 POOL_OPTIONS = ("tensor_parallel_size", "block_size", "kv_cache_dtype", "device_profile", "node_label", "resource")
-NODE_OPTIONS = ("node_label", "resource")
 # Given several times as a flag, and separated by commas in the environment.
-LIST_OPTIONS = ("api_key", *(f"{pool}{name}" for name in NODE_OPTIONS for pool in ("", "prefill_", "decode_")))
+LIST_OPTIONS = ("api_key", *NODE_OPTIONS)
+GROUPS = ("Model", "Pools", "Cluster", "KV cache and batching", "Placement", "Server")  # of the help, in order
 
 
-class ServeConfig(BaseSettings):
+class ServeConfig(ClusterOptions, KVOptions, BaseSettings):
     """Everything that `twinpool serve` can be told."""
 
     model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid", validate_default=False)
 
-    model: str = _option(DEFAULT_MODEL, "Model", "checkpoint folder, GGUF file, hub id, or the default model", "MODEL")
-    served_model_name: str | None = _option(None, "Model", "name clients use (default: MODEL)", "NAME", min_length=1)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+    model: str = option(DEFAULT_MODEL, "Model", "checkpoint folder, GGUF file, hub id, or the default model", "MODEL")
+    served_model_name: str | None = option(None, "Model", "name clients use (default: MODEL)", "NAME", min_length=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Model", "dtype of the model; auto is float32 on a CPU", "DTYPE"
     )
-    quantization: Literal["none", "int8", "int4"] = _option(
+    quantization: Literal["none", "int8", "int4"] = option(
         "none", "Model", "weights of linear layers in 8 or 4 bits, their inputs in 8 (CPU)", "METHOD"
     )
-    max_model_len: int | None = _option(None, "Model", "context length in tokens (default: the model's)", ge=2)
+    max_model_len: int | None = option(None, "Model", "context length in tokens (default: the model's)", ge=2)
 
-    prefill_workers: int | None = _option(None, "Pools", "workers that compute prompts (default: 1)", ge=0, le=256)
-    decode_workers: int | None = _option(None, "Pools", "workers that generate tokens (default: 1)", ge=0, le=256)
-    colocated: int = _option(0, "Pools", "workers that do both phases, instead of or beside two pools", ge=0, le=256)
-    min_prefill_workers: int | None = _option(
+    prefill_workers: int | None = option(None, "Pools", "workers that compute prompts (default: 1)", ge=0, le=256)
+    decode_workers: int | None = option(None, "Pools", "workers that generate tokens (default: 1)", ge=0, le=256)
+    colocated: int = option(0, "Pools", "workers that do both phases, instead of or beside two pools", ge=0, le=256)
+    min_prefill_workers: int | None = option(
         None, "Pools", "autoscaling leaves at least so many (default: --prefill-workers)", ge=1, le=256
     )
-    max_prefill_workers: int | None = _option(
+    max_prefill_workers: int | None = option(
         None, "Pools", "autoscaling: up to so many, on nodes that Ray is asked for", ge=1, le=256
     )
-    min_decode_workers: int | None = _option(None, "Pools", "the same for decode workers", ge=1, le=256)
-    max_decode_workers: int | None = _option(None, "Pools", "the same for decode workers", ge=1, le=256)
-    roles: Literal["fixed", "auto"] = _option(
+    min_decode_workers: int | None = option(None, "Pools", "the same for decode workers", ge=1, le=256)
+    max_decode_workers: int | None = option(None, "Pools", "the same for decode workers", ge=1, le=256)
+    roles: Literal["fixed", "auto"] = option(
         "fixed", "Pools", "auto: workers change between prefill and decode as the load does", "WAY"
     )
-    drain_timeout: float | None = _option(
+    drain_timeout: float | None = option(
         None,
         "Pools",
         "what still decodes on a drained worker after so long goes on at others (default: it ends where it is)",
@@ -90,78 +80,49 @@ class ServeConfig(BaseSettings):
         ge=0,
         le=86400,
     )
-    device: Literal["auto", "cpu", "cuda"] = _option(
+    device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "Pools", "what workers compute on; auto is cuda, a GPU for each, where torch finds one", "DEVICE"
     )
-    device_profile: str | None = _option(
+    device_profile: str | None = option(
         None,
         "Pools",
         "what the scheduler takes workers' devices for, instead of measuring them: a file, or a shipped name such as"
         " h100-sxm",
         "PROFILE",
     )
-    prefill_device_profile: str | None = _option(
+    prefill_device_profile: str | None = option(
         None, "Pools", "the same for prefill workers alone (default: --device-profile)", "PROFILE"
     )
-    decode_device_profile: str | None = _option(
+    decode_device_profile: str | None = option(
         None, "Pools", "the same for decode workers alone (default: --device-profile)", "PROFILE"
     )
-    threads_per_worker: int | None = _option(
+    threads_per_worker: int | None = option(
         None, "Pools", "CPU threads of each worker, shared out to its ranks (default: cores shared out)", ge=1, le=1024
     )
-    tensor_parallel_size: int = _option(
+    tensor_parallel_size: int = option(
         1, "Pools", "processes (ranks) that compute each worker's model together", short="-tp", ge=1, le=256
     )
-    prefill_tensor_parallel_size: int | None = _option(
+    prefill_tensor_parallel_size: int | None = option(
         None, "Pools", "the same for prefill workers alone (default: --tensor-parallel-size)", ge=1, le=256
     )
-    decode_tensor_parallel_size: int | None = _option(
+    decode_tensor_parallel_size: int | None = option(
         None, "Pools", "the same for decode workers alone (default: --tensor-parallel-size)", ge=1, le=256
     )
 
-    address: str | None = _option(
-        None, "Cluster", "running Ray cluster to join: auto, or HOST:PORT (default: one of its own)", "ADDRESS"
-    )
-    worker_host: str | None = _option(
-        None,
-        "Cluster",
-        "address that workers listen on (default: 127.0.0.1; in a cluster that was joined, their node's)",
-        "HOST",
-        min_length=1,
-    )
-    node_label: Annotated[tuple[str, ...], NoDecode] = _option(
-        (), "Cluster", "label that the nodes of workers must have; may be repeated", "KEY=VALUE"
-    )
-    prefill_node_label: Annotated[tuple[str, ...] | None, NoDecode] = _option(
-        None, "Cluster", "the same for prefill workers alone (default: --node-label)", "KEY=VALUE"
-    )
-    decode_node_label: Annotated[tuple[str, ...] | None, NoDecode] = _option(
-        None, "Cluster", "the same for decode workers alone (default: --node-label)", "KEY=VALUE"
-    )
-    resource: Annotated[tuple[str, ...], NoDecode] = _option(
-        (), "Cluster", "how much of one of Ray's custom resources each rank takes; may be repeated", "NAME=AMOUNT"
-    )
-    prefill_resource: Annotated[tuple[str, ...] | None, NoDecode] = _option(
-        None, "Cluster", "the same for prefill workers alone (default: --resource)", "NAME=AMOUNT"
-    )
-    decode_resource: Annotated[tuple[str, ...] | None, NoDecode] = _option(
-        None, "Cluster", "the same for decode workers alone (default: --resource)", "NAME=AMOUNT"
-    )
-
-    block_size: int = _option(16, "KV cache and batching", "tokens per KV block", ge=1, le=1024)
-    prefill_block_size: int | None = _option(
+    block_size: int = option(16, "KV cache and batching", "tokens per KV block", ge=1, le=1024)
+    prefill_block_size: int | None = option(
         None, "KV cache and batching", "the same for prefill workers alone (default: --block-size)", ge=1, le=1024
     )
-    decode_block_size: int | None = _option(
+    decode_block_size: int | None = option(
         None, "KV cache and batching", "the same for decode workers alone (default: --block-size)", ge=1, le=1024
     )
-    kv_cache_memory_bytes: ByteSize | None = _option(
+    kv_cache_memory_bytes: ByteSize | None = option(
         None,
         "KV cache and batching",
         "KV cache of each worker, e.g. 512MiB (default: 1GiB; on a GPU what --gpu-memory-utilization leaves)",
         "SIZE",
     )
-    gpu_memory_utilization: float | None = _option(
+    gpu_memory_utilization: float | None = option(
         None,
         "KV cache and batching",
         "part of its GPU's memory that a worker uses in all (default: 0.9)",
@@ -169,98 +130,58 @@ class ServeConfig(BaseSettings):
         gt=0,
         le=1,
     )
-    kv_cache_dtype: KVCacheDtype = _option(
+    kv_cache_dtype: KVCacheDtype = option(
         "auto", "KV cache and batching", "dtype of keys and values; auto is the model's", "DTYPE"
     )
-    prefill_kv_cache_dtype: KVCacheDtype | None = _option(
+    prefill_kv_cache_dtype: KVCacheDtype | None = option(
         None, "KV cache and batching", "the same for prefill workers alone (default: --kv-cache-dtype)", "DTYPE"
     )
-    decode_kv_cache_dtype: KVCacheDtype | None = _option(
+    decode_kv_cache_dtype: KVCacheDtype | None = option(
         None, "KV cache and batching", "the same for decode workers alone (default: --kv-cache-dtype)", "DTYPE"
     )
-    max_num_seqs: int = _option(64, "KV cache and batching", "sequences in a worker's batch", ge=1, le=4096)
-    max_num_batched_tokens: int = _option(
+    max_num_seqs: int = option(64, "KV cache and batching", "sequences in a worker's batch", ge=1, le=4096)
+    max_num_batched_tokens: int = option(
         512, "KV cache and batching", "tokens a worker computes in one step", ge=1, le=1 << 20
     )
-    enable_prefix_caching: bool = _option(
-        True, "KV cache and batching", "keep the KV of prompts and answers for prompts that begin the same"
-    )
-    kv_transfer_dtype: Literal["auto", "native", "int8", "fp8"] = _option(
-        "native",
-        "KV cache and batching",
-        "dtype of KV between pools; auto is int8 where the link would delay the first token, else as it is kept",
-        "DTYPE",
-    )
-    kv_host_cache_bytes: ByteSize = _option(
-        0,
-        "KV cache and batching",
-        "evicted KV that each worker that prefills keeps in the host's memory, e.g. 4GiB (default: none)",
-        "SIZE",
-    )
-    kv_file_cache_dir: str | None = _option(
-        None,
-        "KV cache and batching",
-        "folder for KV that does not fit there either; with --kv-file-cache-bytes",
-        "FOLDER",
-        min_length=1,
-    )
-    kv_file_cache_bytes: ByteSize | None = _option(
-        None, "KV cache and batching", "size of each such worker's files there, e.g. 50GiB", "SIZE"
-    )
-    kv_offer_rate: ByteSize = _option(
-        0,
-        "KV cache and batching",
-        "KV that a decode worker may send back per second for the next turn, e.g. 100MiB (default: none)",
-        "SIZE",
-    )
-
-    kv_transfer_port: PortName = _option(
-        "auto",
-        "KV cache and batching",
-        "how KV goes from worker to worker: grpc, shm (shared memory), auto (shm on one host, else grpc),"
-        " rdma (needs the extra rdma), or rdma-tcp (the same library over TCP)",
-        "PORT",
-    )
-
-    placement_policy: str = _option(
+    placement_policy: str = option(
         DEFAULT_POLICY, "Placement", f"which workers a request gets: {', '.join(POLICIES)}", "POLICY"
     )
-    ttft_target_ms: float = _option(
+    ttft_target_ms: float = option(
         1000 * TTFT_TARGET_S, "Placement", "time to the first token that the policy cost tries to keep", "MS", gt=0
     )
-    tpot_target_ms: float = _option(
+    tpot_target_ms: float = option(
         1000 * TPOT_TARGET_S,
         "Placement",
         "time per later token that the policy cost tries to keep, and lets nobody beside it miss",
         "MS",
         gt=0,
     )
-    refuse_late: bool = _option(
+    refuse_late: bool = option(
         False, "Placement", "answer 429 at once where the first token cannot come within --ttft-target-ms"
     )
-    max_queued_requests: int = _option(
+    max_queued_requests: int = option(
         1024, "Placement", "requests that may wait for a worker; beyond, somebody is refused", ge=1, le=1 << 20
     )
 
-    host: str = _option("127.0.0.1", "Server", "address to listen on", "HOST", min_length=1)
-    port: int = _option(8000, "Server", "port to listen on", "PORT", ge=1, le=65535)
-    api_key: Annotated[tuple[str, ...], NoDecode] = _option(
+    host: str = option("127.0.0.1", "Server", "address to listen on", "HOST", min_length=1)
+    port: int = option(8000, "Server", "port to listen on", "PORT", ge=1, le=65535)
+    api_key: Annotated[tuple[str, ...], NoDecode] = option(
         (), "Server", "key that requests must carry; may be repeated (environment: separated by commas)", "KEY"
     )
-    grpc_tls: bool = _option(
+    grpc_tls: bool = option(
         False, "Server", "mutual TLS between gateway and workers, with certificates made for this run"
     )
-    grpc_tls_dir: Path | None = _option(
+    grpc_tls_dir: Path | None = option(
         None, "Server", "the same with certificates of yours: a folder with ca.pem, cert.pem and key.pem", "DIR"
     )
-    admin_key: str | None = _option(
+    admin_key: str | None = option(
         None, "Server", "key of drain, role and scale (default: made anew, and found by this user's commands)", "KEY"
     )
-    tenants: Path | None = _option(None, "Server", "YAML file with tenants, their keys and limits", "FILE")
-    shutdown_timeout: float = _option(
+    tenants: Path | None = option(None, "Server", "YAML file with tenants, their keys and limits", "FILE")
+    shutdown_timeout: float = option(
         10.0, "Server", "seconds that running requests get to end after Ctrl-C", "SECONDS", ge=0, le=3600
     )
-    log_level: Literal["debug", "info", "warning", "error"] = _option("info", "Server", "how much is logged", "LEVEL")
+    log_level: Literal["debug", "info", "warning", "error"] = option("info", "Server", "how much is logged", "LEVEL")
 
     @model_validator(mode="before")
     @classmethod
@@ -296,47 +217,6 @@ class ServeConfig(BaseSettings):
         if name not in POLICIES:
             raise ValueError(f"there is no such policy; there are {', '.join(POLICIES)}")
         return name
-
-    @field_validator("address")
-    @classmethod
-    def _check_address(cls, address: str | None) -> str | None:
-        if address is not None and address != "auto" and not ADDRESS.fullmatch(address):
-            raise ValueError("it must be auto, or HOST:PORT of the cluster's head")
-        return address
-
-    @field_validator("worker_host")
-    @classmethod
-    def _check_worker_host(cls, host: str | None) -> str | None:
-        if host in ("0.0.0.0", "::"):
-            raise ValueError("workers tell each other this address, so it must be one that others can reach")
-        return host
-
-    @field_validator(*(name for name in LIST_OPTIONS if name.endswith("label")))
-    @classmethod
-    def _check_labels(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        for label in labels or ():
-            key, _, value = label.partition("=")
-            if not key or not value:
-                raise ValueError(f"{label!r} is not KEY=VALUE")
-        return labels
-
-    @field_validator(*(name for name in LIST_OPTIONS if name.endswith("resource")))
-    @classmethod
-    def _check_resources(cls, resources: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        for resource in resources or ():
-            name, _, amount = resource.partition("=")
-            if not name or not AMOUNT.fullmatch(amount) or float(amount) <= 0:
-                raise ValueError(f"{resource!r} is not NAME=AMOUNT with an amount above 0")
-            if name in RESERVED_RESOURCES:
-                raise ValueError(f"the amount of {name} is worked out from other options; this is for custom resources")
-        return resources
-
-    @model_validator(mode="after")
-    def _check_cluster(self) -> Self:
-        given = [name for name in LIST_OPTIONS if name != "api_key" and getattr(self, name)]
-        if given and self.address is None:
-            raise ValueError(f"{given[0]} chooses among the nodes of a running Ray cluster: set address too")
-        return self
 
     @model_validator(mode="after")
     def _check_pools(self) -> Self:
@@ -390,14 +270,6 @@ class ServeConfig(BaseSettings):
                     f"threads_per_worker is {self.threads_per_worker} and a {role.value} worker has {size} ranks:"
                     " each rank must get the same number of threads"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _check_tiers(self) -> Self:
-        if (self.kv_file_cache_dir is None) != (not self.kv_file_cache_bytes):
-            raise ValueError("kv_file_cache_dir and kv_file_cache_bytes need each other: where, and how much")
-        if (self.kv_host_cache_bytes or self.kv_file_cache_bytes) and not self.enable_prefix_caching:
-            raise ValueError("KV tiers keep what prefix caches evict, and enable_prefix_caching is off")
         return self
 
     @model_validator(mode="after")
@@ -616,14 +488,12 @@ def flag_of(field: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag per field, in the groups of the schema. Values stay text; the schema checks them."""
     parser.add_argument("--config", metavar="FILE", type=Path, help="YAML file with the same options as keys")
-    groups: dict[str, Any] = {}
+    groups: dict[str, Any] = {title: parser.add_argument_group(title) for title in GROUPS}
     for name, field in ServeConfig.model_fields.items():
         extra = field.json_schema_extra
         assert isinstance(extra, dict), "every option says its group"
-        title = str(extra["group"])
-        group = groups.setdefault(title, parser.add_argument_group(title)) if title not in groups else groups[title]
         short = [str(extra["short"])] if extra["short"] else []
-        _add_argument(group, name, field, str(extra["metavar"]), short)
+        _add_argument(groups[str(extra["group"])], name, field, str(extra["metavar"]), short)
 
 
 def _add_argument(group: Any, name: str, field: FieldInfo, metavar: str, short: list[str]) -> None:
