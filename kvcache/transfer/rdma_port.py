@@ -32,10 +32,10 @@ from kvcache.transfer.grpc_port import SERVICE, transfer_error_from
 from kvcache.transfer.port import Outlet
 from kvcache.transfer.registered_memory import Buffer, RegisteredMemory
 from kvcache.transfer.sender import OutgoingTransfer
-from kvcache.transfer.slot_ring import NUM_SLOTS
 from kvcache.transfer.wire import Chunk, Message, chunk_header
 
 METHOD = "SendFromMemory"
+NUM_SLOTS = 2  # one is filled while the other is taken
 Call = grpc.aio.StreamStreamCall[Any, pb.RdmaReply]
 
 
