@@ -56,7 +56,7 @@ def test_the_tokens_are_those_of_the_reference_and_the_payloads_are_read(checkpo
             prompts = [checkpoint.prompt(60 + index, seed=index) for index in range(4)]
             await asyncio.gather(*(cluster.check_greedy(prompt, NUM_TOKENS) for prompt in prompts))
             assert cluster.load("decode-0").transfers == 4
-            assert fake_of(cluster, "decode-0").reads >= 4 * checkpoint.spec.num_layers
+            assert fake_of(cluster, "decode-0").reads >= 4
             assert fake_of(cluster, "prefill-0").reads == 0
             for worker_id in cluster.workers:
                 memory = memory_of(cluster, worker_id)
