@@ -123,7 +123,6 @@ class FakeEngine:
             raise
 
 
-@dataclass(slots=True)
 class FakeNodeMarket:
     """An ``engine.autoscaling.NodeMarket`` that notes what it was told; the end is an empty list."""
 
@@ -137,6 +136,7 @@ class FakeNodeMarket:
         self.tell(())
 
 
+@dataclass(slots=True)
 class ManualClock:
     """Stands still until told."""
 
