@@ -33,7 +33,7 @@ from workers.model.checkpoint import DEFAULT_MODEL
 
 ENVIRONMENT_PREFIX = "TWINPOOL_"
 OTHER_VARIABLES = frozenset({"TWINPOOL_CACHE"})
-STEPS_PER_FIRST_TOKEN = 4
+STEPS_PER_FIRST_TOKEN = 8  # that a TTFT target should hold
 
 KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 # Options of which a pool may have its own: prefill_NAME and decode_NAME beside NAME.
@@ -322,7 +322,7 @@ class ServeConfig(ClusterOptions, KVOptions, BaseSettings):
 
     @property
     def batch_limits(self) -> BatchLimits:
-        """A first token waits for the step that runs when its prompt arrives, and for its own: both leave room."""
+        """A first token waits for the step that runs when its prompt arrives, for those before it, and its own."""
         return BatchLimits(
             self.max_num_seqs,
             self.max_num_batched_tokens,
