@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -72,6 +72,7 @@ def autoscaled_cluster(node_type: dict[str, Any]) -> Iterator[str]:
     )
     of_fake_nodes = {
         "RAY_FAKE_CLUSTER": "1",
+        "RAY_SCHEDULER_EVENTS": "0",  # else every driver prints them
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_NODE_ID,
@@ -102,15 +103,18 @@ def _is_listening(port: int) -> bool:
 
 def num_nodes(address: str) -> int:
     """Asked by another process, for Ray joins one cluster in the life of one."""
-    asking = "import ray, sys; ray.init(sys.argv[1]); print(sum(node['Alive'] for node in ray.nodes()))"
+    asking = "import ray, sys; ray.init(sys.argv[1]); print('nodes:', sum(node['Alive'] for node in ray.nodes()))"
     done = subprocess.run([sys.executable, "-c", asking, address], capture_output=True, text=True, check=False)
-    return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
+    found = re.search(r"^nodes: (\d+)$", done.stdout, re.MULTILINE)  # among lines that Ray writes
+    return int(found[1]) if found else 0
 
 
 def _end(head: psutil.Popen) -> None:
     """With all nodes: those beside the head are processes that its autoscaler has started."""
     family = [head, *head.children(recursive=True)]
-    head.send_signal(signal.SIGTERM)
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
     _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
