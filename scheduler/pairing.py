@@ -46,6 +46,11 @@ class PairingRules:
             obstacle = info.spec.obstacle(kind.spec)
             if _kind(info).exchanges_kv and kind.exchanges_kv and obstacle is not None:
                 return f"KV of {info.worker_id} and {name} cannot be exchanged: {obstacle}"
+            if kind.checkpoint != info.checkpoint:
+                return (
+                    f"the checkpoint of {info.worker_id} is {info.checkpoint or 'unknown'} and that of {name}"
+                    f" {kind.checkpoint}: configuration, vocabulary or weights differ"
+                )
         return None
 
     def add(self, info: WorkerInfo) -> None:

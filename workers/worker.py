@@ -192,7 +192,7 @@ class Worker:
             options.limits.max_num_batched_tokens,
             options.vocab_size,
             metadata.version("twinpool"),
-            checkpoint_digest(Path(options.model_path)),
+            checkpoint=checkpoint_digest(Path(options.model_path)),
         )
 
     def load(self) -> WorkerLoad:
