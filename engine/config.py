@@ -255,6 +255,8 @@ class ServeConfig(ClusterOptions, KVOptions, BaseSettings):
                     "roles is auto" if self.address is not None else "this machine has no more nodes: set address too"
                 )
                 raise ValueError(f"max_{role.value}_workers asks Ray for nodes, and {reason}")
+            if low is not None and low > high:
+                raise ValueError(f"min_{role.value}_workers is {low} and max_{role.value}_workers {high}")
             if not (low or count) <= count <= high or not count:
                 raise ValueError(
                     f"{role.value}_workers is {count}, and autoscaling would keep it from {low or count} to {high}"

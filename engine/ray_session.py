@@ -6,6 +6,7 @@ import contextlib
 import logging
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import uuid
@@ -21,6 +22,7 @@ from kvcache.errors import ResourceError
 from scheduler.room import Node
 
 OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: no token and no KV goes through it
+CONNECT_TIMEOUT_S = 5.0
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -81,6 +83,7 @@ def joined_cluster(address: str) -> Iterator[None]:
     Raises:
         ResourceError: there is none at ``address``, or it does not let us in.
     """
+    _check_reachable(address)
     try:
         ray.init(
             address=address,
@@ -95,6 +98,17 @@ def joined_cluster(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ResourceError(f"No Ray cluster can be reached at --address {address}: {error}.") from None
 
 
 def cluster_nodes() -> list[Node]:

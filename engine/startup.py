@@ -315,7 +315,7 @@ def _check_memory(
     if needed > available:
         raise ResourceError(
             f"Too little memory: {config.num_workers} workers with {_mebibytes(checkpoint.weight_bytes)} of weights"
-            f" {purpose}each need {_mebibytes(needed)}; {_mebibytes(available)} are available."
+            f" {purpose}each need {_mebibytes(needed)} in all; {_mebibytes(available)} are available."
         )
 
 

@@ -88,6 +88,12 @@ def test_a_port_in_use_is_named() -> None:
         assert_one_sentence(run("serve", "--port", str(port)), str(port), "in use")
 
 
+def test_an_address_without_a_cluster_is_named_at_once(checkpoint: Path) -> None:
+    """Ray itself would try for minutes."""
+    address = f"127.0.0.1:{free_port()}"
+    assert_one_sentence(run("serve", "--address", address), f"--address {address}", "refused")
+
+
 def test_an_architecture_that_cannot_run_is_named(tmp_path: Path, checkpoint: Path) -> None:
     sizes = {"hidden_size": 64, "n_layer": 1, "n_head": 2, "vocab_size": 128}
     config = {"architectures": ["BloomForCausalLM"], "model_type": "bloom", **sizes}

@@ -107,6 +107,10 @@ BAD = {
         {"address": "auto", "decode_workers": "1", "min_decode_workers": "2", "max_decode_workers": "4"},
         "decode_workers is 1, and autoscaling would keep it from 2 to 4",
     ),
+    "a minimum above the maximum": (
+        {"address": "auto", "decode_workers": "3", "min_decode_workers": "3", "max_decode_workers": "2"},
+        "min_decode_workers is 3 and max_decode_workers 2",
+    ),
     "of a pool that is none": (
         {"address": "auto", "colocated": "1", "max_decode_workers": "4"},
         "decode_workers is 0",
