@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from kvcache.errors import TransferFault
-from kvcache.lease import LeaseState
+from kvcache.lease import BlockLease, LeaseState
 from scheduler.types import WorkerRole
 from tests.cluster import TinyCheckpoint, greedily, local_cluster
 from tests.leaks import until
@@ -121,25 +121,53 @@ def test_a_prefill_worker_that_stops_for_less_than_a_lease_costs_nothing(checkpo
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("slow", ["prefill-0", "decode-0"])
-def test_heartbeats_keep_the_lease_of_a_handoff_while_steps_take_longer_than_it(
-    checkpoint: TinyCheckpoint, slow: str
-) -> None:
+async def outlive(lease: BlockLease) -> None:
+    """Three terms of a lease of 0.4 s, in which no chunk comes: heartbeats alone keep it."""
+    await asyncio.sleep(1.2)
+    assert lease.is_open
+    assert lease.num_verified_tokens == 0
+
+
+def test_heartbeats_keep_a_lease_while_a_step_of_the_prefill_worker_takes_longer(checkpoint: TinyCheckpoint) -> None:
     async def scenario() -> None:
         async with local_cluster(checkpoint, prefill=1, decode=1, lease_ttl_s=0.4) as cluster:
-            first = asyncio.create_task(cluster.check_greedy(checkpoint.prompt(20), NUM_TOKENS))
-            gate = cluster.hold_steps(slow, lambda plan: True)
+            gate = cluster.hold_steps("prefill-0", lambda plan: True)
+            request = asyncio.create_task(cluster.check_greedy(checkpoint.prompt(PROMPT_TOKENS), NUM_TOKENS))
             await gate.holding()
-            second = asyncio.create_task(cluster.check_greedy(checkpoint.prompt(PROMPT_TOKENS), NUM_TOKENS))
-            leases = cluster.workers["decode-0"].manager.leases
-            await until(lambda: len(leases) == 1, "the second handoff")
-            (lease,) = leases
-            await asyncio.sleep(1.2)  # three leases
-            assert lease.is_open  # held by heartbeats alone: no chunk came
-            assert lease.state is LeaseState.RESERVED
+            (lease,) = cluster.workers["decode-0"].manager.leases
+            await outlive(lease)
             gate.open()
-            await asyncio.gather(first, second)
+            await request
             assert lease.state is LeaseState.COMMITTED
+            assert cluster.failures("decode-0") == {}
+            assert len(cluster.scheduler.placements) == 1
+
+    asyncio.run(scenario())
+
+
+def test_heartbeats_keep_a_lease_while_a_step_of_the_decode_worker_takes_longer(checkpoint: TinyCheckpoint) -> None:
+    """Leases are opened between steps, so the step that is held is the first that finds one. The prefill worker is held
+    too, or all would be there at once; what it sends arrives while the step goes on."""
+
+    async def scenario() -> None:
+        async with local_cluster(checkpoint, prefill=1, decode=1, lease_ttl_s=0.4) as cluster:
+            leases = cluster.workers["decode-0"].manager.leases
+            at_first = cluster.hold_steps("decode-0", lambda plan: True)
+            first = asyncio.create_task(cluster.check_greedy(checkpoint.prompt(20), NUM_TOKENS))
+            await at_first.holding()
+            prefilling = cluster.hold_steps("prefill-0", lambda plan: True)
+            second = asyncio.create_task(cluster.check_greedy(checkpoint.prompt(PROMPT_TOKENS), NUM_TOKENS))
+            await until(lambda: cluster.load("decode-0").waiting == 1, "the second request to wait for its blocks")
+            decoding = cluster.hold_steps("decode-0", lambda plan: len(leases) > 0)
+            at_first.open()
+            await decoding.holding()
+            await prefilling.holding()
+            (lease,) = leases
+            await outlive(lease)
+            prefilling.open()
+            await until(lambda: lease.state is LeaseState.COMMITTED, "the KV to arrive during the step")
+            decoding.open()
+            await asyncio.gather(first, second)
             assert cluster.failures("decode-0") == {}
             assert len(cluster.scheduler.placements) == 2
 
