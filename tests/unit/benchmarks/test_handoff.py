@@ -9,6 +9,7 @@ from benchmarks.handoff import parse_options
 from benchmarks.handoff_memory import buffer_bytes
 from benchmarks.handoff_model import LLAMA_70B, ChunkCost, visible_ratio
 from kvcache.errors import ConfigError
+from kvcache.transfer.wire import MAX_CHUNK_BYTES
 
 FREE = ChunkCost(0.0, 0.0)
 
@@ -28,7 +29,7 @@ def test_on_a_slow_link_all_but_the_first_layers_computing_is_hidden_behind_the_
 
 
 def test_the_chunks_own_cost_is_seen_where_it_is_slower_than_the_link() -> None:
-    chunks = -(-LLAMA_70B.handoff_bytes(4096) // 80 // (1 << 20))
+    chunks = -(-LLAMA_70B.handoff_bytes(4096) // 80 // MAX_CHUNK_BYTES)
     cost = ChunkCost(per_chunk_s=1.0, message_s=5.0)
     assert visible_ratio(4096, 80.0, 400, cost) == pytest.approx((1.0 + 80 * chunks + 5.0) / 80.0)
 
