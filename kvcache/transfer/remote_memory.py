@@ -76,9 +76,9 @@ class MooncakeMemory:
             ConfigError: the library cannot be loaded.
             ResourceError: it does not start, or there is no device for the network.
         """
-        library = load_library()
-        for name, value in _ENVIRONMENT.items():
+        for name, value in _ENVIRONMENT.items():  # read when the library is loaded
             os.environ.setdefault(name, value)
+        library = load_library()
         if network == "tcp":
             os.environ["MC_FORCE_TCP"] = "1"  # or it takes RDMA where it finds a device
         self._engine = library.TransferEngine()
