@@ -19,6 +19,7 @@ from kvcache.transfer.sender import OutgoingTransfer
 from kvcache.transfer.turns import Turns
 from kvcache.transfer.wire import (
     FAULT_METADATA_KEY,
+    MAX_CHUNK_BYTES,
     MAX_MESSAGE_BYTES,
     Chunk,
     Message,
@@ -31,8 +32,9 @@ CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # What a stream may send ahead of its reader. Left to itself gRPC takes all of a handoff that nobody reads.
+    # A whole message: with less the rest of it only leaves when the reader has asked for it, and waits.
     ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", 1 << 20),
+    ("grpc.http2.lookahead_bytes", MAX_CHUNK_BYTES + (1 << 12)),
     # A message comes in a few long pieces, not in frames of 16 KiB: each piece is copied twice more in Python.
     ("grpc.http2.max_frame_size", 4 << 20),
     ("grpc.experimental.tcp_min_read_chunk_size", 128 << 10),

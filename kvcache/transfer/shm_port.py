@@ -23,6 +23,7 @@ import asyncio
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -30,7 +31,7 @@ from google.protobuf.message import DecodeError
 
 from kvcache.errors import TransferError, TransferFault
 from kvcache.transfer import kv_transfer_pb2 as pb
-from kvcache.transfer.packets import MAX_PACKET_BYTES
+from kvcache.transfer.packets import MAX_PACKET_BYTES, POLL_S
 from kvcache.transfer.port import Outlet
 from kvcache.transfer.port_choice import HAS_SHM
 from kvcache.transfer.sender import OutgoingTransfer
@@ -139,6 +140,7 @@ class _ShmOutlet:
         if self._pool.has_others:
             await asyncio.sleep(0)  # their turn
         self._ask()
+        self._poll()
         while self._slot is None and not self.has_ended:
             self._has_news.clear()
             await self._has_news.wait()
@@ -155,6 +157,14 @@ class _ShmOutlet:
         self._is_asking = False
         self._has_news.set()
 
+    def _poll(self) -> None:
+        """Looks for a free slot before ``slot`` sleeps, unless another transfer has something to do meanwhile."""
+        deadline_s = time.perf_counter() + (0.0 if self._pool.has_others else POLL_S)
+        while self._slot is None and not self.has_ended and time.perf_counter() < deadline_s:
+            os.sched_yield()  # to the receiver, where there is no core for it
+            self._read()
+            self._ask()
+
     async def put(self, message: Message) -> None:
         """A chunk's payload lies in the slot that ``slot`` gave last; other messages leave it to other transfers."""
         if self.has_ended:
@@ -165,7 +175,6 @@ class _ShmOutlet:
             packet = pb.ShmMessage(chunk=told)
             self._sent.add(self._slot)
             self._slot = None
-            self._pool.wakefulness.extend()
         elif isinstance(message, pb.TransferOpen):
             packet = pb.ShmMessage(open=message)
         else:
@@ -241,7 +250,6 @@ class _ShmOutlet:
             return
         match reply.WhichOneof("reply"):
             case "taken" if reply.taken.slot in self._sent:
-                self._pool.wakefulness.extend()
                 self._sent.discard(reply.taken.slot)
                 self._pool.turns.give_back(reply.taken.slot)
                 self._has_news.set()

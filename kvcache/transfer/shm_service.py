@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from kvcache.errors import TransferError, TransferFault
 from kvcache.transfer import kv_transfer_pb2 as pb
-from kvcache.transfer.packets import MAX_PACKET_BYTES, PacketReader, Wakefulness
+from kvcache.transfer.packets import MAX_PACKET_BYTES, POLL_S, PacketReader
 from kvcache.transfer.receiver import KVReceiver
 from kvcache.transfer.shm_port import is_same_user, socket_name
 from kvcache.transfer.slot_ring import MappedRings, SlotRing
@@ -33,7 +33,6 @@ class ShmService:
         self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._rings = MappedRings()
-        self._wakefulness = Wakefulness()
 
     def start(self, address: str) -> None:
         """``address``: of the worker's gRPC server, by which senders find this.
@@ -93,8 +92,7 @@ class ShmService:
             reader = PacketReader(sender)
             stack.callback(reader.close)
             ring = stack.enter_context(self._ring(*await _first_packet(sender, reader)))
-            while packet := await reader.receive():
-                self._wakefulness.extend()
+            while packet := await reader.receive(self._poll_s):
                 message = _parse(packet)
                 match message.WhichOneof("message"):
                     case "open":
@@ -108,6 +106,11 @@ class ShmService:
                     case _:
                         raise TransferError(TransferFault.MALFORMED, "a second ring, or a message without content")
             raise TransferError(TransferFault.PEER_LOST, "the sender ended before its commit")
+
+    @property
+    def _poll_s(self) -> float:
+        """None of it while another handoff has something to do. One task accepts."""
+        return POLL_S if len(self._tasks) == 2 else 0.0
 
     @contextmanager
     def _ring(self, packet: bytes, descriptors: list[int]) -> Iterator[SlotRing]:

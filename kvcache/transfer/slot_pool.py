@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-from kvcache.transfer.packets import Wakefulness
 from kvcache.transfer.slot_ring import SlotRing
 from kvcache.transfer.turns import Turns
 
@@ -27,7 +26,6 @@ class SlotPool:
         self._ring, self.descriptor = SlotRing.create(slot_bytes, NUM_SLOTS)
         self.slots = self._ring.slots
         self.turns = Turns(NUM_SLOTS)
-        self.wakefulness = Wakefulness()
         self._num_users = 0
 
     @property

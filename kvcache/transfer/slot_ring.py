@@ -33,7 +33,7 @@ class SlotRing:
         try:
             os.ftruncate(descriptor, num_slots * slot_bytes)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            memory = _mapped(descriptor, num_slots * slot_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
+            memory = mmap.mmap(descriptor, num_slots * slot_bytes)
         except BaseException:
             os.close(descriptor)
             raise
@@ -52,7 +52,7 @@ class SlotRing:
         problem = _problem(descriptor, slot_bytes * num_slots)
         if problem is not None:
             raise TransferError(TransferFault.INCOMPATIBLE, f"the shared memory {problem}")
-        memory = _mapped(descriptor, num_slots * slot_bytes, mmap.PROT_READ)
+        memory = mmap.mmap(descriptor, num_slots * slot_bytes, prot=mmap.PROT_READ)
         return cls(_cut(memory, slot_bytes, num_slots), memory)
 
     def close(self) -> None:
@@ -98,15 +98,6 @@ _Identity = tuple[int, int, int, int]
 class _Mapped:
     ring: SlotRing
     num_users: int = 0
-
-
-def _mapped(descriptor: int, num_bytes: int, protection: int) -> mmap.mmap:
-    """In large pages where the system gives them: fresh memory costs a fault for every page on both sides."""
-    memory = mmap.mmap(descriptor, num_bytes, prot=protection)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without large pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 def _cut(memory: mmap.mmap, slot_bytes: int, num_slots: int) -> tuple[memoryview, ...]:

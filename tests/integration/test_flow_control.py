@@ -91,11 +91,11 @@ class Ends:
 
     async def give_up(self, sending: dict[str, asyncio.Task[int]]) -> None:
         """Returns when both sides have their blocks back. The receiver reads on, and so notices."""
+        leases = list(self._manager.leases)
         for task in sending.values():
             task.cancel()
         await asyncio.gather(*sending.values(), return_exceptions=True)
         self.receiver.released.set()
-        leases = list(self._manager.leases)
         await until(lambda: all(lease.state is not LeaseState.SENDING for lease in leases), "the receiver to notice")
         for lease in leases:
             self._manager.leases.abort(lease)  # of those that were never opened
