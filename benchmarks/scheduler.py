@@ -23,11 +23,11 @@ from benchmarks.command_line import Parser, exit_status, write_json
 from benchmarks.machine import describe_machine, describe_versions
 from benchmarks.scheduler_core import CoreResult, measure_core
 from benchmarks.scheduler_live import measure_live
-from benchmarks.scheduler_mixed import OWN_SERVERS, MixedLoad, measure_mixed, targets
+from benchmarks.scheduler_mixed import OWN_SERVERS, MixedLoad, measure_capacity, measure_mixed, targets
 from kvcache.errors import ConfigError, ResourceError
 from scheduler.policies import POLICIES
 
-PARTS = ("core", "live", "cost", "mixed")
+PARTS = ("core", "live", "cost", "mixed", "capacity")
 NUM_WORKERS, NUM_IN_FLIGHT = 1000, 100_000
 FEWEST_WORKERS, MOST_WORKERS = 10, 10_000
 Report = dict[str, object]
@@ -51,13 +51,24 @@ class Settings:
         self.policy: str = args.policy
         self.rounds: int = args.rounds
         self.load: MixedLoad | None = None
-        if "mixed" in self.parts:
+        if "mixed" in self.parts or "capacity" in self.parts:
             if args.mixed_load is None:
-                raise ConfigError("--parts mixed needs --mixed-load, the script that makes the load")
+                raise ConfigError("--parts mixed and capacity need --mixed-load, the script that makes the load")
             rates = (args.chat_rate, args.long_rate, args.ttft_ms, args.tpot_ms)
             self.load = MixedLoad(args.mixed_load, args.seconds, *rates)
+        self.chat_rates = _rates(args.chat_rates)
         own = [name for name in args.own.split(",") if name]
         self.servers = targets(own, args.peer, args.port, args.ttft_ms, args.tpot_ms)
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or min(rates) <= 0 or rates != sorted(set(rates)):
+        raise ConfigError(f"--chat-rates is {text!r}; it must be growing numbers above 0, with commas between them")
+    return rates
 
 
 def _parser() -> Parser:
@@ -73,6 +84,7 @@ def _parser() -> Parser:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=120.0, help="of each run of the mixed load")
     parser.add_argument("--chat-rate", type=float, default=0.7)
+    parser.add_argument("--chat-rates", default="0.5,0.7,0.9,1.2,1.5", metavar="RATES", help="tried by capacity")
     parser.add_argument("--long-rate", type=float, default=0.12)
     parser.add_argument("--ttft-ms", type=float, default=1500.0)
     parser.add_argument("--tpot-ms", type=float, default=120.0)
@@ -127,6 +139,14 @@ def measure_mixed_part(settings: Settings) -> Report:
     return {"mixed": {"load": load | {"rounds": settings.rounds}, "servers": result}}
 
 
+def measure_capacity_part(settings: Settings) -> Report:
+    assert settings.load is not None, "checked with the command line"
+    result = measure_capacity(settings.servers, settings.load, settings.chat_rates)
+    for name, numbers in result.items():
+        print(name, numbers["highest_chat_rate"], file=sys.stderr, flush=True)
+    return {"capacity": result}
+
+
 def run(arguments: Sequence[str]) -> int:
     settings = Settings(arguments)
     measures: dict[str, Callable[[Settings], Report]] = {
@@ -134,6 +154,7 @@ def run(arguments: Sequence[str]) -> int:
         "live": measure_live_part,
         "cost": measure_cost_part,
         "mixed": measure_mixed_part,
+        "capacity": measure_capacity_part,
     }
     report: Report = {}
     for part in settings.parts:

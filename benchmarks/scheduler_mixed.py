@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +29,7 @@ Numbers = dict[str, float | None]
 _Key = TypeVar("_Key")
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 60.0
+LEAST_GOODPUT = 0.9  # of a rate that a server can take
 _OWN = (
     f"{shlex.quote(sys.executable)} -m engine.cli serve --dtype float32 --port {{port}}"
     " --ttft-target-ms {ttft_ms} --tpot-target-ms {tpot_ms}"
@@ -106,6 +107,29 @@ def measure_mixed(servers: Sequence[Target], load: MixedLoad, rounds: int) -> di
             with running(server):
                 runs[server.name].append(run_load(server.url, load, seed=number))
     return {name: {"median": medians(of_one), "rounds": of_one} for name, of_one in runs.items()}
+
+
+def measure_capacity(
+    servers: Sequence[Target], load: MixedLoad, chat_rates: Sequence[float]
+) -> dict[str, dict[str, object]]:
+    """Of each server the highest of the rates of chats, tried from the lowest up, with goodput ``LEAST_GOODPUT``.
+
+    Raises:
+        ResourceError: as ``measure_mixed``.
+    """
+    found: dict[str, dict[str, object]] = {}
+    for server in servers:
+        runs: dict[str, Numbers] = {}
+        highest: float | None = None
+        with running(server):
+            for rate in chat_rates:
+                print(f"capacity: {server.name} at {rate} chats per second", file=sys.stderr, flush=True)
+                runs[str(rate)] = numbers = run_load(server.url, replace(load, chat_rate=rate), seed=0)
+                if (numbers["goodput"] or 0.0) < LEAST_GOODPUT:
+                    break
+                highest = rate
+        found[server.name] = {"highest_chat_rate": highest, "runs": runs}
+    return found
 
 
 def medians(runs: Sequence[Mapping[_Key, float | None]]) -> dict[_Key, float | None]:

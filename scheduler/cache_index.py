@@ -15,7 +15,7 @@ from kvcache.prefix import NAME_BYTES, HashChain
 from scheduler.types import CacheDelta, PrefixHashes, WorkerInfo
 
 MAX_NAMES_PER_WORKER = 1 << 16  # a million tokens in blocks of 16; what a worker says beyond is not kept
-MAX_HASHES = 32  # of one prompt and block size
+MAX_HASHES = 16  # of one prompt and block size: what is cached is known to a sixteenth of the prompt
 MAX_HASHED_BLOCKS = 4096  # of one prompt: hashing a block takes two microseconds
 
 

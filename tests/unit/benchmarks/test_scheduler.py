@@ -10,7 +10,7 @@ import pytest
 from benchmarks import scheduler_mixed
 from benchmarks.scheduler import Settings
 from benchmarks.scheduler_core import measure_core
-from benchmarks.scheduler_mixed import MixedLoad, Target, medians, run_load, running, targets
+from benchmarks.scheduler_mixed import MixedLoad, Target, measure_capacity, medians, run_load, running, targets
 from kvcache.errors import ConfigError, ResourceError
 
 LOAD = MixedLoad(Path("load.py"), 1.0, 0.7, 0.12, 1500.0, 120.0)
@@ -27,6 +27,9 @@ LOAD = MixedLoad(Path("load.py"), 1.0, 0.7, 0.12, 1500.0, 120.0)
         (["--own", "three_pools"], "two_pools, colocated"),
         (["--peer", "vllm"], "NAME=URL"),
         (["--peer", "vllm=serve --model x"], "does not say"),
+        (["--parts", "capacity"], "need --mixed-load"),
+        (["--chat-rates", "0.5,0.2"], "growing numbers"),
+        (["--chat-rates", "fast"], "growing numbers"),
         (["--peer", "two_pools=http://there:1"], "same name"),
     ],
 )
@@ -44,6 +47,16 @@ def test_a_peer_is_a_command_with_a_port_or_a_url() -> None:
     ]
     assert [bool(target.command) for target in found] == [True, True, False]
     assert found[1].command == "serve --port 8123"
+
+
+def test_rates_grow_until_a_server_cannot_keep_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    goodput = {0.5: 1.0, 1.0: 0.93, 1.5: 0.7, 2.0: 1.0}
+    monkeypatch.setattr(
+        scheduler_mixed, "run_load", lambda _url, load, seed: {"goodput": goodput[load.chat_rate], "seed": seed}
+    )
+    found = measure_capacity([Target("a", "http://there:1")], LOAD, [0.5, 1.0, 1.5, 2.0])
+    assert found["a"]["highest_chat_rate"] == 1.0
+    assert list(found["a"]["runs"]) == ["0.5", "1.0", "1.5"]  # type: ignore[call-overload]
 
 
 def test_our_servers_are_told_the_targets_of_the_load() -> None:
