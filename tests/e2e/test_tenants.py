@@ -19,7 +19,7 @@ pytestmark = pytest.mark.e2e
 
 TENANTS = """
 few: {api_keys: [key-few], requests_per_minute: 2}
-short: {api_keys: [key-short], tokens_per_minute: 600}
+short: {api_keys: [key-short], tokens_per_minute: 520}
 single: {api_keys: [key-single], running_requests: 1}
 crowd: {api_keys: [key-crowd]}
 guest: {api_keys: [key-guest]}
@@ -68,10 +68,9 @@ def test_tokens_per_minute_are_charged_as_they_came(server: RunningServer) -> No
     (stop,) = post(server, "guest", max_tokens=1, return_token_ids=True).json()["choices"][0]["token_ids"]
     early = post(server, "short", max_tokens=500, stop_token_ids=[stop])
     assert early.json()["usage"]["completion_tokens"] == 1
-    assert int(early.headers["x-ratelimit-remaining-tokens"]) >= 590
+    assert int(early.headers["x-ratelimit-remaining-tokens"]) >= 510
     whole = post(server, "short", max_tokens=500, ignore_eos=True)
     assert whole.json()["usage"]["completion_tokens"] == 500
-    assert int(whole.headers["x-ratelimit-remaining-tokens"]) < 600 - 400
     check_refused(post(server, "short", max_tokens=500), "tokens_per_minute")
 
 
