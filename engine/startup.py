@@ -122,8 +122,7 @@ def make_plan(config: ServeConfig, path: Path, nodes: Sequence[Node] | None = No
     max_model_len = _max_model_len(config, checkpoint)
     tenants = load_tenants(config.tenants, (*config.api_key, *filter(None, (config.admin_key,))))
     check_fits(tenants, config.tenants, max_model_len)
-    if config.quantization != "none" and load_library() is None:
-        raise ConfigError(f"--quantization {config.quantization} needs the native decoder, which was not built here.")
+    _check_quantization(config, checkpoint)
     specs = {role: _spec(config, checkpoint, role) for _, role in _roles(config)}
     profiles = {role: _device_profile(config, role) for _, role in _roles(config)}
     _check_ranks(config, checkpoint)
@@ -240,6 +239,15 @@ def _check_device(config: ServeConfig, device: Device, num_gpus: int) -> None:
             f"{config.num_workers} workers need a GPU each and {num_gpus} can be used here; start fewer"
             " (--colocated 1 does both phases on one), or add --device cpu."
         )
+
+
+def _check_quantization(config: ServeConfig, checkpoint: CheckpointInfo) -> None:
+    if config.quantization == "none":
+        return
+    if load_library() is None:
+        raise ConfigError(f"--quantization {config.quantization} needs the native decoder, which was not built here.")
+    if checkpoint.dtype == "float16":
+        raise ConfigError(f"--quantization {config.quantization} goes with --dtype float32 or bfloat16, not float16.")
 
 
 def _check_ranks(config: ServeConfig, checkpoint: CheckpointInfo) -> None:

@@ -264,10 +264,11 @@ def find_difference(
     return difference if difference > allowed else None
 
 
-def _not_finite(model: torch.nn.Module) -> ModelError:
+def _not_finite(model: Any) -> ModelError:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            return ModelError(f"The model's weight {name} has values that are not finite: the checkpoint is damaged.")
+            source = Path(getattr(model.config, "name_or_path", "")).name or "the checkpoint"
+            return ModelError(f"The weight {name} in {source} has values that are not finite: it is damaged.")
     dtype = next(model.parameters()).dtype
     return ModelError(f"The model's logits are not finite in {str(dtype).removeprefix('torch.')}.")
 

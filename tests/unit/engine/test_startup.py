@@ -82,6 +82,14 @@ def test_quantization_without_a_native_build_is_refused_before_a_worker_starts(
         startup.make_plan(config, Path("model"))
 
 
+def test_quantization_of_float16_is_refused_before_a_worker_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = replace(CHECKPOINT, dtype="float16")
+    monkeypatch.setattr(startup, "describe_checkpoint", lambda *_args, **_kwargs: half)
+    config = load_config({"quantization": "int8", "dtype": "float16", "device": "cpu"})
+    with pytest.raises(ConfigError, match="^--quantization int8 goes with --dtype float32 or bfloat16, not float16"):
+        startup.make_plan(config, Path("model"))
+
+
 def test_a_model_that_a_profile_s_device_cannot_hold_is_refused_with_how_much_it_needs() -> None:
     config = load_config({"decode_device_profile": "tiny.yaml", "kv_cache_memory_bytes": "8MiB"})
     shape = replace(make_shape(make_spec()), weight_bytes=3 << 20, head_bytes=1 << 20)

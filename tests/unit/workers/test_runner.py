@@ -99,13 +99,15 @@ def test_a_checkpoint_whose_tensors_are_not_the_model_s_is_refused(
     assert not caplog.records  # transformers would say that it filled them
 
 
-def test_weights_that_are_not_finite_are_named() -> None:
+def test_weights_that_are_not_finite_are_named_and_so_is_where_they_lie(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64)).eval()
     with torch.no_grad():
         model.model.norm.weight[3] = torch.nan
-    with pytest.raises(ModelError, match=r"weight model\.norm\.weight has values that are not finite"):
-        choose_step_model(model, KVCacheSpec(1, 2, 16, 16, "float32"), 64, 1)
+    folder = tmp_path / "damaged-llama"
+    model.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"weight model\.norm\.weight in damaged-llama has values that are not finite"):
+        choose_step_model(load_model(folder, "float32"), KVCacheSpec(1, 2, 16, 16, "float32"), 64, 1)
 
 
 def test_a_checkpoint_in_shards_is_loaded_whole(tmp_path: Path) -> None:
