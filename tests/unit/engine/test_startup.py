@@ -86,7 +86,7 @@ def test_quantization_of_float16_is_refused_before_a_worker_starts(monkeypatch: 
     half = replace(CHECKPOINT, dtype="float16")
     monkeypatch.setattr(startup, "describe_checkpoint", lambda *_args, **_kwargs: half)
     config = load_config({"quantization": "int8", "dtype": "float16", "device": "cpu"})
-    with pytest.raises(ConfigError, match="^--quantization int8 goes with --dtype float32 or bfloat16, not float16"):
+    with pytest.raises(ConfigError, match=r"^--quantization int8 goes with --dtype float32 or bfloat16, not float16"):
         startup.make_plan(config, Path("model"))
 
 
