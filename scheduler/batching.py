@@ -14,7 +14,6 @@ prompt brings. So a short prompt does not wait for a long one that has begun, an
 
 from __future__ import annotations
 
-import math
 from bisect import insort
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,8 +37,9 @@ class BatchLimits:
     max_num_seqs: int = 64  # sequences that hold blocks at once
     max_num_batched_tokens: int = 512  # tokens computed in one step
     max_num_waiting: int = 1024  # beyond this, new work is refused
-    max_step_s: float = math.inf  # prompts are cut so that no step takes longer: who arrives meanwhile waits for it
-    max_pause_s: float = math.inf  # the same where others decode: they pause meanwhile
+    # Prompts are cut so that no step takes longer, for who arrives meanwhile waits for it; None: whatever it takes.
+    max_step_s: float | None = None
+    max_pause_s: float | None = None  # the same where others decode: they pause meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,7 +374,7 @@ class Batcher:
         """Prompt tokens for a step with so many decoding sequences, by its limits in tokens and in time."""
         budget = self.limits.max_num_batched_tokens - num_decoding
         longest_s = self.limits.max_pause_s if num_decoding else self.limits.max_step_s
-        if tokens_per_s is None or tokens_per_s * longest_s >= budget:
+        if tokens_per_s is None or longest_s is None or tokens_per_s * longest_s >= budget:
             return budget
         return min(budget, max(MIN_PROMPT_TOKENS, int(tokens_per_s * longest_s)))
 

@@ -38,11 +38,6 @@ class PairingRules:
                 return f"vocab_size of {info.worker_id} is {info.vocab_size} and that of {name} {kind.vocab_size}"
             if kind.version != info.version:
                 return f"version of {info.worker_id} is {info.version or 'unknown'} and that of {name} {kind.version}"
-            if kind.checkpoint != info.checkpoint:
-                return (
-                    f"the checkpoint of {info.worker_id} is {info.checkpoint or 'unknown'} and that of {name}"
-                    f" {kind.checkpoint}: configuration, vocabulary or weights differ"
-                )
             obstacle = info.spec.obstacle(kind.spec)
             if _kind(info).exchanges_kv and kind.exchanges_kv and obstacle is not None:
                 return f"KV of {info.worker_id} and {name} cannot be exchanged: {obstacle}"

@@ -36,7 +36,8 @@ def hold_prefill_0(cluster: LocalCluster, while_it: str) -> StepGate | TransferG
 def test_a_killed_prefill_worker_costs_its_requests_a_retry_and_no_token(
     checkpoint: TinyCheckpoint, while_it: str
 ) -> None:
-    prompts = [checkpoint.prompt(PROMPT_TOKENS, seed=index) for index in range(4)]
+    num_tokens = LONG_PROMPT_TOKENS if while_it == "sends" else PROMPT_TOKENS
+    prompts = [checkpoint.prompt(num_tokens, seed=index) for index in range(4)]
 
     async def scenario() -> None:
         async with local_cluster(checkpoint, prefill=2, decode=1) as cluster:
