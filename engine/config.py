@@ -25,7 +25,7 @@ from engine.kv_options import KVOptions
 from engine.option import option
 from kvcache.errors import ConfigError
 from scheduler.autoscaler import PoolLimits
-from scheduler.batching import BatchLimits
+from scheduler.batching import STEPS_PER_FIRST_TOKEN, BatchLimits
 from scheduler.placement import DEFAULT_POLICY, TPOT_TARGET_S, TTFT_TARGET_S, PlacementOptions
 from scheduler.policies import POLICIES
 from scheduler.types import WorkerRole
@@ -33,7 +33,6 @@ from workers.model.checkpoint import DEFAULT_MODEL
 
 ENVIRONMENT_PREFIX = "TWINPOOL_"
 OTHER_VARIABLES = frozenset({"TWINPOOL_CACHE"})
-STEPS_PER_FIRST_TOKEN = 8  # that a TTFT target should hold
 
 KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 # Options of which a pool may have its own: prefill_NAME and decode_NAME beside NAME.

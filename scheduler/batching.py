@@ -27,6 +27,7 @@ from scheduler.request import FinishReason, Request, RequestStatus, SamplingPara
 from scheduler.urgency import ServiceClass
 
 MAX_PROMPT_LOGITS = 128  # rows of one step: a row is as long as the vocabulary
+STEPS_PER_FIRST_TOKEN = 8  # that a TTFT target should hold where it limits steps
 PATIENCE = 4  # how many times its own work a prompt lets shorter ones go before it
 MIN_PROMPT_TOKENS = 64  # of a step, however slow: fewer cost nearly as much
 UNKNOWN_TOKEN = -1  # in a step that is planned ahead: the one before it will sample it

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvcache.errors import UnavailableError
+from scheduler.batching import STEPS_PER_FIRST_TOKEN
 from scheduler.cache_index import CacheIndex
 from scheduler.cost_model import CostModel
 from scheduler.demand import DemandMeter, candidates, pool_loads
@@ -102,6 +103,7 @@ class ClusterController:
         self._demand = DemandMeter()
         self._planner = RolePlanner()
         self._plans_roles = options.roles_follow_load
+        self._ttft_target_s = options.ttft_target_s
         self._tpot_target_s = options.tpot_target_s
         self._plan_at_s = 0.0
         self._pools: tuple[PoolLoad, ...] = ()
@@ -333,7 +335,9 @@ class ClusterController:
         self._costs.add(info)
         self._pairing.add(info)
         self._duties.enter(info.worker_id)
-        worker = WorkerState(info, WorkerLoad(blocks_free=info.num_blocks), now, event.duty)
+        longest_s = self._costs.prefill_seconds(info.worker_id, info.max_num_batched_tokens)
+        rest_s = min(longest_s, self._ttft_target_s / STEPS_PER_FIRST_TOKEN) / 2
+        worker = WorkerState(info, WorkerLoad(blocks_free=info.num_blocks), now, event.duty, rest_s)
         self._workers.add(worker)
         self._neighbours.add(worker, now)
 

@@ -77,6 +77,7 @@ class WorkerState:
     load: WorkerLoad
     last_heard_s: float
     duty: Duty = ACTIVE  # changed by ``assign``, with the role
+    rest_of_step_s: float = 0.0  # mean, of the longest step of prompts, when another prompt arrives
     requests_in_flight: int = 0
     tokens_in_flight: int = 0
     requests_placed: int = 0
@@ -153,13 +154,15 @@ class WorkerState:
     def backlog_s(self, now: float, prefill_s: float = math.inf) -> float:
         """Predicted seconds until a prompt placed now, which takes ``prefill_s`` itself, would be begun.
 
-        Shorter ones go before it and longer ones behind, as in ``scheduler.batching``, to a factor of two.
+        Shorter ones go before it and longer ones behind, as in ``scheduler.batching``, to a factor of two; of a longer
+        one it waits for the step that runs.
         """
         backlog_s = self.free_at_s - now
         if backlog_s <= 0.0:
             return 0.0
         size = frexp(prefill_s)[1]
-        return min(backlog_s, sum(queued.seconds for each, queued in self.queued.items() if each <= size))
+        ahead_s = sum(queued.seconds for each, queued in self.queued.items() if each <= size)
+        return min(backlog_s, ahead_s + self.rest_of_step_s)
 
     def begin_prefill(self, work: Workload, now: float) -> None:
         """A prompt joins the queue."""

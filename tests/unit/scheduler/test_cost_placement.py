@@ -259,6 +259,17 @@ def test_a_long_prompt_that_is_computed_elsewhere_is_no_reason_to_stay_away() ->
     assert fleet.chosen(3000) == "p > d"
 
 
+def test_a_prompt_waits_for_the_running_step_of_a_longer_one_and_for_all_of_a_shorter_one() -> None:
+    state = Fleet(worker("p", PREFILL, COMPUTE)).worker("p")
+    state.rest_of_step_s = 0.125
+    assert state.backlog_s(NOW, 0.5) == 0.0
+    state.begin_prefill(Workload(1, 1, 1, 0.0625), NOW)
+    assert state.backlog_s(NOW, 0.5) == 0.0625
+    state.begin_prefill(Workload(1, 1, 1, 8.0), NOW)
+    assert state.backlog_s(NOW, 0.5) == 0.0625 + 0.125
+    assert state.backlog_s(NOW, 8.0) == 8.0625
+
+
 def test_where_no_target_can_be_kept_nobody_is_held_up_and_the_earliest_finish_wins() -> None:
     infos = [worker("slow", PREFILL, SMALL), worker("fast", PREFILL, COMPUTE), worker("d", DECODE, BANDWIDTH)]
     assert Fleet(*infos, ttft_s=0.001, tpot_s=0.05).chosen(8000) == "fast > d"
