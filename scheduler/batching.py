@@ -101,6 +101,14 @@ class SampledToken:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # with the first token, where they were asked for
 
 
+@dataclass(slots=True)
+class _PromptBudget:
+    """Prompt tokens that a step may still take."""
+
+    left: int
+    is_of_time: bool = False  # then a prompt's end does not wait for a piece of another prompt
+
+
 class Batcher:
     """The sequences of one worker. One event loop owns it; a step may run elsewhere between plan and apply.
 
@@ -121,7 +129,6 @@ class Batcher:
         self._hashes: dict[str, HashChain] = {}  # of the sequences in _requests
         self._arrivals = count()
         self._num_computed = 0  # tokens, ever
-        self._fills_up = True  # where time limits a step, a prompt's end does not wait for a piece of another prompt
         self._in_step: frozenset[str] = frozenset()
         self._aborted_in_step: set[str] = set()
 
@@ -250,9 +257,8 @@ class Batcher:
         self._admit_over_batch()
         chunks = self._plan_decode()
         budget = self._prompt_budget(len(chunks), prompt_tokens_per_s)
-        self._fills_up = budget == self.limits.max_num_batched_tokens - len(chunks)
         for service_class in ServiceClass:
-            budget -= self._plan_prompts(chunks, budget, service_class)
+            self._plan_prompts(chunks, budget, service_class)
         plan = StepPlan(tuple(chunks)) if chunks else None
         self._in_step = _ids(plan)
         return plan
@@ -294,6 +300,7 @@ class Batcher:
             following: the step that was planned ahead, if it runs by now: its sequences keep their blocks.
         """
         self._in_step = _ids(following)
+        aborted = self._aborted_in_step - self._in_step
         outputs = []
         for chunk in plan.chunks:
             request = self._requests[chunk.request_id]
@@ -302,7 +309,7 @@ class Batcher:
                 self._finish(request, FinishReason.ABORT)
                 continue
             self._computed(request, chunk.end)
-            if chunk.request_id in self._aborted_in_step - self._in_step:
+            if chunk.request_id in aborted:
                 self._finish(request, FinishReason.ABORT)
                 continue
             request.prompt_logprobs += output.prompt_logprobs.get(chunk.request_id, ())
@@ -371,42 +378,37 @@ class Batcher:
                 chunks.append(self._chunk(request, 1))
         return chunks
 
-    def _prompt_budget(self, num_decoding: int, tokens_per_s: float | None) -> int:
-        """Prompt tokens for a step with so many decoding sequences, by its limits in tokens and in time."""
-        budget = self.limits.max_num_batched_tokens - num_decoding
+    def _prompt_budget(self, num_decoding: int, tokens_per_s: float | None) -> _PromptBudget:
+        """For a step with so many decoding sequences, by its limits in tokens and in time."""
+        most = self.limits.max_num_batched_tokens - num_decoding
         longest_s = self.limits.max_pause_s if num_decoding else self.limits.max_step_s
-        if tokens_per_s is None or longest_s is None or tokens_per_s * longest_s >= budget:
-            return budget
-        return min(budget, max(MIN_PROMPT_TOKENS, int(tokens_per_s * longest_s)))
+        if tokens_per_s is None or longest_s is None or tokens_per_s * longest_s >= most:
+            return _PromptBudget(most)
+        left = min(most, max(MIN_PROMPT_TOKENS, int(tokens_per_s * longest_s)))
+        return _PromptBudget(left, is_of_time=left < most)
 
-    def _plan_prompts(self, chunks: list[ScheduledChunk], budget: int, service_class: ServiceClass) -> int:
-        """Shares the budget among a class's prompts, those under way and those that join now, in order.
-
-        Returns the tokens used.
-        """
-        used = 0
+    def _plan_prompts(self, chunks: list[ScheduledChunk], budget: _PromptBudget, service_class: ServiceClass) -> None:
+        """Shares the budget among a class's prompts, those under way and those that join now, in order."""
         under_way = [
             running
             for running in self._running
             if running.num_uncomputed_tokens > 1 and running.urgency.service_class is service_class
         ]
         for request in under_way:
-            used += self._plan_waiting(chunks, budget - used, service_class, before=request)
-            if used < budget:
-                used += self._add_prompt_chunk(chunks, request, budget - used)
-        return used + self._plan_waiting(chunks, budget - used, service_class)
+            self._plan_waiting(chunks, budget, service_class, before=request)
+            self._add_prompt_chunk(chunks, request, budget)
+        self._plan_waiting(chunks, budget, service_class)
 
     def _plan_waiting(
         self,
         chunks: list[ScheduledChunk],
-        budget: int,
+        budget: _PromptBudget,
         service_class: ServiceClass,
         before: Request | None = None,
-    ) -> int:
+    ) -> None:
         """Lets a class's waiting sequences join, in order, while budget, blocks and places last; only those that go
         ``before`` another, if that is given."""
-        used = 0
-        while used < budget and self._waiting:
+        while budget.left > 0 and self._waiting:
             request = self._waiting[0]
             if request.remote_prefill or request.urgency.service_class is not service_class:
                 break
@@ -416,21 +418,20 @@ class Batcher:
                 break
             self._waiting.pop(0)
             self._join(request)
-            used += self._add_prompt_chunk(chunks, request, budget - used)
-        return used
+            self._add_prompt_chunk(chunks, request, budget)
 
-    def _add_prompt_chunk(self, chunks: list[ScheduledChunk], request: Request, budget: int) -> int:
+    def _add_prompt_chunk(self, chunks: list[ScheduledChunk], request: Request, budget: _PromptBudget) -> None:
         """Plans the next tokens of a prompt under both budgets, of tokens and of rows of prompt logits."""
         start = request.num_computed_tokens
-        num_tokens = min(request.num_uncomputed_tokens, budget)
-        if num_tokens < request.num_uncomputed_tokens and not self._fills_up and _has_end(chunks):
-            return 0
+        num_tokens = min(request.num_uncomputed_tokens, budget.left)
+        if num_tokens < request.num_uncomputed_tokens and budget.is_of_time and _has_end(chunks):
+            return
         room = MAX_PROMPT_LOGITS - sum(len(chunk.prompt_targets) for chunk in chunks)
         if request.wanted_prompt_logits(start, start + num_tokens) > room:
             num_tokens = max(start, len(request.prompt_logprobs)) + room - start
         if num_tokens > 0:
             chunks.append(self._chunk(request, num_tokens))
-        return num_tokens
+            budget.left -= num_tokens
 
     def _chunk(self, request: Request, num_tokens: int) -> ScheduledChunk:
         start = request.num_computed_tokens
