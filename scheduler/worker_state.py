@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from math import exp, frexp
 from typing import Protocol
@@ -151,7 +150,7 @@ class WorkerState:
         self.role = role
         self.info = replace(self.info, role=role)
 
-    def backlog_s(self, now: float, prefill_s: float = math.inf) -> float:
+    def backlog_s(self, now: float, prefill_s: float) -> float:
         """Predicted seconds until a prompt placed now, which takes ``prefill_s`` itself, would be begun.
 
         Shorter ones go before it and longer ones behind, as in ``scheduler.batching``, to a factor of two; of a longer
@@ -160,7 +159,7 @@ class WorkerState:
         backlog_s = self.free_at_s - now
         if backlog_s <= 0.0:
             return 0.0
-        size = frexp(prefill_s)[1]
+        size = _size(prefill_s)
         ahead_s = sum(queued.seconds for each, queued in self.queued.items() if each <= size)
         return min(backlog_s, ahead_s + self.rest_of_step_s)
 
@@ -171,7 +170,7 @@ class WorkerState:
         self.free_at_s = max(self.free_at_s, now + behind_s) + work.prefill_s
         self.num_prefills += 1
         self.prefill_s += work.prefill_s
-        size = frexp(work.prefill_s)[1]
+        size = _size(work.prefill_s)
         if (queued := self.queued.get(size)) is None:
             queued = self.queued[size] = _Queued()
         queued.count += 1
@@ -182,7 +181,7 @@ class WorkerState:
         self.num_prefills -= 1
         self.prefill_s = self.prefill_s - work.prefill_s if self.num_prefills else 0.0
         self.free_at_s = min(self.free_at_s, now + self.prefill_s)
-        size = frexp(work.prefill_s)[1]
+        size = _size(work.prefill_s)
         queued = self.queued[size]
         queued.count -= 1
         queued.seconds -= work.prefill_s
@@ -259,6 +258,11 @@ class WorkerState:
             self.prefill_s,
             self.duty,
         )
+
+
+def _size(prefill_s: float) -> int:
+    """Prompts of one size take as long as each other, to a factor of two."""
+    return frexp(prefill_s)[1]
 
 
 def _mean_overlap(spread_s: float, seconds: float) -> float:
