@@ -16,8 +16,8 @@ from kvcache.transfer.grpc_port import SERVICE, refuse
 from kvcache.transfer.rdma_port import METHOD
 from kvcache.transfer.receiver import KVReceiver
 from kvcache.transfer.registered_memory import RegisteredMemory
-from kvcache.transfer.slot_ring import MAX_SLOTS
-from kvcache.transfer.wire import MAX_BLOCK_BYTES, Chunk, Message, chunk_from_header
+from kvcache.transfer.slot_ring import check_inside, check_ring
+from kvcache.transfer.wire import Chunk, Message, chunk_from_header
 
 logger = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[pb.RdmaMessage, pb.RdmaReply]
@@ -83,8 +83,7 @@ class _Landing:
         Raises:
             TransferError: a ring of another shape than there may be, or no memory.
         """
-        if not (0 < ring.slot_bytes <= MAX_BLOCK_BYTES and 0 < ring.num_slots <= MAX_SLOTS):
-            raise TransferError(TransferFault.OUT_OF_BOUNDS, f"{ring.num_slots} slots of {ring.slot_bytes} bytes")
+        check_ring(ring.num_slots, ring.slot_bytes)
         self._memory = memory
         self._ring = ring
         try:
@@ -101,10 +100,7 @@ class _Landing:
             TransferError: the chunk lies outside the ring, or cannot be read.
         """
         ring, num_bytes = self._ring, told.payload_bytes
-        if told.slot >= ring.num_slots or num_bytes > ring.slot_bytes:
-            raise TransferError(
-                TransferFault.OUT_OF_BOUNDS, f"{num_bytes} bytes in slot {told.slot} of {ring.num_slots}"
-            )
+        check_inside(told, ring.num_slots, ring.slot_bytes)
         if num_bytes:
             await self._read(ring.address + told.slot * ring.slot_bytes, num_bytes)
         payload = memoryview(self._payload)[:num_bytes]

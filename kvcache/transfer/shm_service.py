@@ -17,7 +17,7 @@ from kvcache.transfer import kv_transfer_pb2 as pb
 from kvcache.transfer.packets import MAX_PACKET_BYTES, POLL_S, PacketReader
 from kvcache.transfer.receiver import KVReceiver
 from kvcache.transfer.shm_port import is_same_user, socket_name
-from kvcache.transfer.slot_ring import MappedRings, SlotRing
+from kvcache.transfer.slot_ring import MappedRings, SlotRing, check_inside
 from kvcache.transfer.wire import Chunk, Message, chunk_from_header
 
 RING_TIMEOUT_S = 10.0  # from a connection to its first message
@@ -132,10 +132,7 @@ def _tell_taken(sender: socket.socket, slot: int) -> None:
 
 
 def _chunk_in(ring: SlotRing, told: pb.ShmChunk) -> Chunk:
-    if told.slot >= len(ring.slots) or told.payload_bytes > len(ring.slots[0]):
-        raise TransferError(
-            TransferFault.OUT_OF_BOUNDS, f"{told.payload_bytes} bytes in slot {told.slot} of {len(ring.slots)}"
-        )
+    check_inside(told, len(ring.slots), len(ring.slots[0]))
     return chunk_from_header(told.chunk, ring.slots[told.slot][: told.payload_bytes])
 
 

@@ -11,9 +11,31 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from kvcache.errors import TransferError, TransferFault
+from kvcache.transfer import kv_transfer_pb2 as pb
 from kvcache.transfer.wire import MAX_BLOCK_BYTES
 
 MAX_SLOTS = 16
+
+
+def check_ring(num_slots: int, slot_bytes: int) -> None:
+    """Of a ring that another process has.
+
+    Raises:
+        TransferError: it has another shape than there may be.
+    """
+    if not (0 < slot_bytes <= MAX_BLOCK_BYTES and 0 < num_slots <= MAX_SLOTS):
+        raise TransferError(TransferFault.OUT_OF_BOUNDS, f"{num_slots} slots of {slot_bytes} bytes")
+
+
+def check_inside(told: pb.ShmChunk, num_slots: int, slot_bytes: int) -> None:
+    """
+    Raises:
+        TransferError: the chunk lies outside of a ring of this shape.
+    """
+    if told.slot >= num_slots or told.payload_bytes > slot_bytes:
+        raise TransferError(
+            TransferFault.OUT_OF_BOUNDS, f"{told.payload_bytes} bytes in slot {told.slot} of {num_slots}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +69,7 @@ class SlotRing:
             TransferError: it is not what it is said to be. Without the seals, for one, its owner could shrink it and
                 so kill whoever reads it.
         """
-        if not (0 < slot_bytes <= MAX_BLOCK_BYTES and 0 < num_slots <= MAX_SLOTS):
-            raise TransferError(TransferFault.OUT_OF_BOUNDS, f"{num_slots} slots of {slot_bytes} bytes")
+        check_ring(num_slots, slot_bytes)
         problem = _problem(descriptor, slot_bytes * num_slots)
         if problem is not None:
             raise TransferError(TransferFault.INCOMPATIBLE, f"the shared memory {problem}")
