@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from transformers import LlamaConfig, MistralConfig, Phi3Config, PreTrainedConfig, Qwen2Config, Qwen3Config
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from scheduler.batching import ScheduledChunk, StepPlan
 from scheduler.request import SamplingParams
+from tests.families import save_model
 from workers.model.step_model import StepModel
 from workers.model.transformers_model import load_model
 
@@ -61,12 +61,7 @@ CALM: dict[str, Any] = {"num_attention_heads": 4, "hidden_size": 128, "initializ
 
 
 def make_model(folder: Path, config: PreTrainedConfig) -> Any:
-    torch.manual_seed(11)
-    model = AutoModelForCausalLM.from_config(config)
-    for name, parameter in model.named_parameters():
-        if "norm" in name or "bias" in name:  # ones and zeros would hide that they are used
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    model.save_pretrained(folder)
+    save_model(folder, config)
     return load_model(folder, "float32")
 
 
