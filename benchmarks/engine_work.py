@@ -30,7 +30,7 @@ from scheduler.request import Request, SamplingParams
 from workers.model.checkpoint import CheckpointInfo
 from workers.model.fused_decoder import FusedDecoder
 from workers.model.runner import ModelRunner, choose_step_model
-from workers.model.step_model import StepInputs, StepLogits, StepModel
+from workers.model.step_model import PreparedInputs, StepLogits, StepModel
 from workers.model.transformers_model import TransformersModel, load_model
 from workers.native.library import load_library
 from workers.step_loop import StepLoop, TokenStream
@@ -149,14 +149,14 @@ class TimedRunner(ModelRunner):
         self._clock = clock
 
     def execute(
-        self, plan: StepPlan, progress: StepProgress | None = None, inputs: StepInputs | None = None
+        self, plan: StepPlan, progress: StepProgress | None = None, inputs: PreparedInputs | None = None
     ) -> StepOutput:
         with self._clock.piece("execute"):
             output = super().execute(plan, progress, inputs)
         self._clock.end_step()
         return output
 
-    def compute(self, plan: StepPlan, progress: StepProgress | None, inputs: StepInputs | None) -> StepLogits:
+    def compute(self, plan: StepPlan, progress: StepProgress | None, inputs: PreparedInputs | None) -> StepLogits:
         with self._clock.piece("logits"):
             return super().compute(plan, progress, inputs)
 

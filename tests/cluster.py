@@ -44,7 +44,7 @@ from workers.channels import ChannelPool
 from workers.model.architecture import check_architecture, load_config, read_sizes
 from workers.model.runner import ModelRunner, load_step_model
 from workers.model.sampler import sample
-from workers.model.step_model import StepInputs
+from workers.model.step_model import PreparedInputs
 from workers.parallel.leader import GroupModel, LeaderGroup
 from workers.step_progress import StepProgress
 from workers.tls import TlsFolder
@@ -144,7 +144,7 @@ class HookedRunner(ModelRunner):
     num_steps_ahead = 0  # that began before the one before them was booked
 
     def execute(
-        self, plan: StepPlan, progress: StepProgress | None = None, inputs: StepInputs | None = None
+        self, plan: StepPlan, progress: StepProgress | None = None, inputs: PreparedInputs | None = None
     ) -> StepOutput:
         self.num_steps_ahead += inputs is not None
         if self.before_step is not None:

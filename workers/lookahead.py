@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass, replace
 
 from scheduler.batching import StepOutput, StepPlan
-from workers.model.step_model import StepInputs
+from workers.model.step_model import PreparedInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +14,7 @@ class PreparedStep:
     """Its tokens are unknown until the step before it has sampled them."""
 
     plan: StepPlan
-    inputs: StepInputs
+    inputs: PreparedInputs
 
     def set_tokens(self, output: StepOutput) -> bool:
         """Fills in what the step before has sampled; False where one of those tokens ends its sequence."""

@@ -21,7 +21,7 @@ from scheduler.batching import Batcher, SampledToken, StepOutput, StepPlan
 from scheduler.request import Request
 from workers.lookahead import Lookahead, PreparedStep, with_tokens
 from workers.model.runner import ModelRunner
-from workers.model.step_model import StepInputs
+from workers.model.step_model import PreparedInputs
 from workers.rates import Rate
 from workers.step_progress import StepProgress
 from workers.step_times import StepLedger
@@ -243,7 +243,7 @@ class StepLoop:
         self,
         plan: StepPlan,
         progress: StepProgress | None,
-        inputs: StepInputs | None = None,
+        inputs: PreparedInputs | None = None,
         before: StepOutput | None = None,
     ) -> StepResult:
         """A step that raises is run again sequence by sequence, so that only the sequences that cannot be computed

@@ -216,7 +216,7 @@ def _split(linear: Any, sizes: list[int]) -> list[_Projection]:
 
 
 @dataclass(frozen=True, slots=True)
-class StepInputs:
+class NativeInputs:
     """A step as the native code takes it, and what it points into."""
 
     step: Step
@@ -296,11 +296,11 @@ class FusedDecoder:
         """Logits after any tokens of a step, counted over its chunks in order: ``[len(rows), vocabulary]``."""
         return self.run(self._inputs(plan, storage, rows), None).logits
 
-    def prepare(self, plan: StepPlan, storage: PagedStorage) -> StepInputs:
+    def prepare(self, plan: StepPlan, storage: PagedStorage) -> NativeInputs:
         """See ``PreparingModel.prepare``. Any thread may call it while a step runs."""
         return self._inputs(plan, storage, plan.logit_rows)
 
-    def run(self, inputs: StepInputs, progress: StepProgress | None) -> StepLogits:
+    def run(self, inputs: NativeInputs, progress: StepProgress | None) -> StepLogits:
         """See ``PreparingModel.run``."""
         step = inputs.step
         logits = np.empty((step.num_sampled, self.vocab_size), dtype=np.float32)
@@ -317,7 +317,7 @@ class FusedDecoder:
             raise ResourceError(f"There is no memory for a step of {step.num_rows} tokens.")
         return StepLogits(torch.from_numpy(logits), likeliest.tolist())
 
-    def _inputs(self, plan: StepPlan, storage: PagedStorage, rows: list[int]) -> StepInputs:
+    def _inputs(self, plan: StepPlan, storage: PagedStorage, rows: list[int]) -> NativeInputs:
         chunks = plan.chunks
         if max(chunk.end for chunk in chunks) > len(self._cosine):
             raise InvariantError(f"a sequence is longer than the {len(self._cosine)} tokens that were promised")
@@ -345,7 +345,7 @@ class FusedDecoder:
             cache_layers=cache_layers.ctypes.data,
             group=ctypes.pointer(self._rank.native_group) if self._rank is not None else None,
         )
-        return StepInputs(step, token_ids, (blocks, packed_sequences, sampled_rows, cache_layers, storage))
+        return NativeInputs(step, token_ids, (blocks, packed_sequences, sampled_rows, cache_layers, storage))
 
     def _set_weights(self, model: Any, spec: KVCacheSpec, drops_packed: bool, report: Callable[[float], None]) -> None:
         body = model.model

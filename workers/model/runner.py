@@ -23,7 +23,7 @@ from workers.model.fused_decoder import FusedDecoder, WeightFormat, find_misfit
 from workers.model.logprobs import token_logprobs
 from workers.model.sampler import NotFiniteError, check_finite, sample
 from workers.model.sequence_state import SequenceState
-from workers.model.step_model import PreparingModel, StepInputs, StepLogits, StepModel
+from workers.model.step_model import PreparedInputs, PreparingModel, StepLogits, StepModel
 from workers.model.transformers_model import TransformersModel, load_model
 from workers.native.library import missing_instructions
 from workers.parallel.rank import Rank
@@ -46,16 +46,16 @@ class ModelRunner:
         self._storage = storage
         self._states: dict[str, SequenceState] = {}  # of the last step; others are made again from their tokens
 
-    def prepare(self, plan: StepPlan) -> StepInputs | None:
+    def prepare(self, plan: StepPlan) -> PreparedInputs | None:
         """Makes the inputs of a step while another one runs; None where the model knows no such thing."""
-        inputs: StepInputs | None = None
+        inputs: PreparedInputs | None = None
         if isinstance(self.model, PreparingModel):
             inputs = self.model.prepare(plan, self._storage)
         return inputs
 
     @torch.inference_mode()
     def execute(
-        self, plan: StepPlan, progress: StepProgress | None = None, inputs: StepInputs | None = None
+        self, plan: StepPlan, progress: StepProgress | None = None, inputs: PreparedInputs | None = None
     ) -> StepOutput:
         """Computes the chunks of ``plan``, fills their KV, and samples where a chunk has ``sampling``.
 
@@ -71,11 +71,11 @@ class ModelRunner:
         finally:
             self._storage.synchronize()
 
-    def _execute(self, plan: StepPlan, progress: StepProgress | None, inputs: StepInputs | None) -> StepOutput:
+    def _execute(self, plan: StepPlan, progress: StepProgress | None, inputs: PreparedInputs | None) -> StepOutput:
         computed = self.compute(plan, progress, inputs)
         logits, likeliest = computed.logits, computed.likeliest
         prompts, sampled = _rows_of(plan)
-        prompt_logprobs = _prompt_logprobs(logits, prompts)
+        prompt_logprobs = _prompt_logprobs(computed, prompts)
         if prompts:
             rows = [row for row, _ in sampled]
             logits, likeliest = logits[rows], [likeliest[row] for row in rows] if likeliest is not None else None
@@ -83,7 +83,7 @@ class ModelRunner:
         tokens = self._sample(StepLogits(logits, likeliest), chunks)
         return StepOutput(tokens, _logprobs(logits, chunks, tokens), prompt_logprobs)
 
-    def compute(self, plan: StepPlan, progress: StepProgress | None, inputs: StepInputs | None) -> StepLogits:
+    def compute(self, plan: StepPlan, progress: StepProgress | None, inputs: PreparedInputs | None) -> StepLogits:
         """The model's part of ``execute``, with the logits on the host, where tokens are chosen."""
         if isinstance(self.model, PreparingModel):
             return self.model.run(inputs if inputs is not None else self.model.prepare(plan, self._storage), progress)
@@ -95,7 +95,7 @@ class ModelRunner:
         self._states = {chunks[row].request_id: state for row, state in states.items()}
         params = [chunk.sampling for chunk in chunks if chunk.sampling is not None]
         positions = [chunk.end for chunk in chunks]
-        with _naming([(chunk.request_id, chunk.end - 1) for chunk in chunks]):
+        with _naming(lambda row: (chunks[row].request_id, chunks[row].end - 1)):
             tokens = sample(computed.logits, params, positions, states, computed.likeliest) if chunks else []
         return {chunk.request_id: token for chunk, token in zip(chunks, tokens, strict=True)}
 
@@ -109,12 +109,12 @@ class ModelRunner:
 
 
 @contextmanager
-def _naming(rows: Sequence[tuple[str, int]]) -> Iterator[None]:
-    """Names the sequence and the position of logits that are not finite; ``rows`` has both of each row."""
+def _naming(name_of: Callable[[int], tuple[str, int]]) -> Iterator[None]:
+    """Names the sequence and the position of logits that are not finite; ``name_of`` a row gives both."""
     try:
         yield
     except NotFiniteError as error:
-        request_id, position = rows[error.row]
+        request_id, position = name_of(error.row)
         raise NotFiniteError(error.row, f" of request {request_id} after position {position}") from None
 
 
@@ -132,15 +132,15 @@ def _rows_of(plan: StepPlan) -> tuple[list[tuple[int, ScheduledChunk]], list[tup
 
 
 def _prompt_logprobs(
-    logits: torch.Tensor, prompts: Sequence[tuple[int, ScheduledChunk]]
+    computed: StepLogits, prompts: Sequence[tuple[int, ScheduledChunk]]
 ) -> dict[str, tuple[TokenLogprobs, ...]]:
     told = {}
     for row, chunk in prompts:
         targets = chunk.prompt_targets
-        rows = logits[row : row + len(targets)]
-        first = chunk.end - chunk.num_logits
-        with _naming([(chunk.request_id, first + index) for index in range(len(targets))]):
-            check_finite(rows)
+        span = slice(row, row + len(targets))
+        rows = computed.logits[span]
+        with _naming(lambda index, of=chunk: (of.request_id, of.end - of.num_logits + index)):  # type: ignore[misc]
+            check_finite(rows, computed.likeliest[span] if computed.likeliest is not None else None)
         told[chunk.request_id] = tuple(token_logprobs(rows, targets, [chunk.num_prompt_logprobs] * len(targets)))
     return told
 

@@ -34,7 +34,7 @@ class StepLogits:
     likeliest: list[int] | None = None  # of each row, as ``rows.likeliest``, where the model has looked for it already
 
 
-class StepInputs(Protocol):
+class PreparedInputs(Protocol):
     """A plan in the model's own form."""
 
     def set_tokens(self, token_ids: Sequence[int]) -> None:
@@ -47,7 +47,7 @@ class PreparingModel(StepModel, Protocol):
     """One whose inputs can be made while another step runs. Inputs are of the model that made them."""
 
     def prepare(self, plan: StepPlan, storage: PagedStorage) -> Any:
-        """Returns ``StepInputs``. Any thread may call it."""
+        """Returns ``PreparedInputs``. Any thread may call it."""
         ...
 
     def run(self, inputs: Any, progress: StepProgress | None) -> StepLogits:
