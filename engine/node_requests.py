@@ -90,8 +90,8 @@ class SharedNodeRequests:
 
 
 def _find_or_start() -> Any:
-    """On the caller's node, where it can: other nodes may leave."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    """On the caller's node, as the scheduler (``start_scheduler``)."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     placed: Any = ray.remote(NodeRequests).options(
         name=ACTOR_NAME, namespace=NAMESPACE, get_if_exists=True, num_cpus=0, scheduling_strategy=here
     )

@@ -156,9 +156,10 @@ def start_scheduler(
 ) -> ActorHandle:
     """Starts the actor; Ray restarts it when its process dies, and the workers register again.
 
-    On the caller's node, where it can: other nodes may leave.
+    On the caller's node, since others may leave and with this one the caller ends. A soft affinity would not do: Ray
+    places an actor that takes no resources on any node then.
     """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     placed: Any = ray.remote(SchedulerActor).options(
         name=ACTOR_NAME, num_cpus=0, max_restarts=-1, scheduling_strategy=here
     )

@@ -25,6 +25,11 @@ class Nodes:
     def address(self) -> str:
         return str(self._cluster.address)
 
+    @property
+    def head(self) -> Any:
+        """Where a server that joins has its launcher."""
+        return self._cluster.head_node
+
     def add(self, num_cpus: int = 1, *, resources: dict[str, float] | None = None, **labels: str) -> Any:
         """A node with these labels."""
         return self._cluster.add_node(

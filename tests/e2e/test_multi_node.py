@@ -49,6 +49,7 @@ def test_workers_land_on_their_nodes_and_move_with_them(nodes: Nodes, tiny: Tiny
         decodes = server.workers(WorkerRole.DECODE)
         assert node_of(prefill.info.process_id) == raylet_of(compute)
         assert {node_of(each.info.process_id) for each in decodes} == {raylet_of(each) for each in bandwidth}
+        assert [each.ppid() for each in _schedulers()] == [raylet_of(nodes.head)], "it would leave with another node"
 
         lost = next(each for each in decodes if node_of(each.info.process_id) == raylet_of(bandwidth[0]))
         with traffic(server, tiny):
