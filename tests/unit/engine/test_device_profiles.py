@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import orjson
 import pytest
+import yaml
 
 from engine.config import load_config
-from engine.device_profiles import load_profile, shipped_names
+from engine.device_profiles import SHIPPED_FILE, load_profile, shipped_names
 from engine.startup import _device_profile
 from kvcache.errors import ConfigError
 from scheduler.types import DeviceProfile, GemmRate, WorkerRole
 
+PEAKS = Path(__file__).with_name("gpu_peaks.csv")  # says where they are from
 GOOD = """
 name: ours
 gemm_gflop_s: 1000
@@ -66,6 +69,27 @@ def test_every_shipped_profile_can_be_read_and_names_the_source_of_each_number()
         known |= {key for key in ("link_gb_s", "price_per_hour") if getattr(profile, key)}
         sources = dict(profile.sources)
         assert known <= set(sources) and "the shipped profiles" not in sources.values(), name
+
+
+def peaks() -> list[dict[str, str]]:
+    with PEAKS.open(encoding="utf-8") as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+@pytest.mark.parametrize("row", peaks(), ids=lambda row: row["profile"])
+def test_a_shipped_profile_holds_the_peaks_of_its_data_sheet(row: dict[str, str]) -> None:
+    profile, peak = load_profile(row["profile"]), yaml.safe_load(SHIPPED_FILE.read_text())[row["profile"]]
+    assert profile.name == row["gpu"]
+    assert float(peak["gemm_gflop_s"]) == pytest.approx(1000 * float(row["bf16_tflop_s"]))
+    assert float(peak["read_gb_s"]) == float(row["memory_gb_s"])
+    assert profile.memory_bytes == int(row["memory_gb"]) * 10**9
+    assert profile.link_gb_s == float(row["nic_gbit_s"] or 0) / 8
+    assert profile.price_per_hour == float(row["price_per_hour"] or 0)
+    assert profile.gemm_gflop_s < float(peak["gemm_gflop_s"]) and profile.read_gb_s < float(peak["read_gb_s"])
+
+
+def test_every_shipped_profile_has_a_data_sheet() -> None:
+    assert [row["profile"] for row in peaks()] == list(shipped_names())
 
 
 def test_shipped_profiles_hold_what_was_measured() -> None:
