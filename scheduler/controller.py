@@ -352,11 +352,11 @@ class ClusterController:
             return [AskToRegister(event.worker_id)]
         if worker.info.incarnation > event.incarnation:
             return []
-        self._hear(worker, event.load, now)
         if event.steps:
             self._observe(worker, event.steps, now)
         for transfers in event.transfers:
             self._costs.observe_transfers(event.worker_id, transfers)
+        self._hear(worker, event.load, now)  # after what it tells was learned: its rank is predicted anew
         if event.cache is not None and not self._cache.apply(event.worker_id, event.cache):
             return [AskForCache(event.worker_id), *self._pace(worker), *self._duties.heard(worker)]
         return [*self._pace(worker), *self._duties.heard(worker)]

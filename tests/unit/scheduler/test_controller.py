@@ -26,7 +26,7 @@ from scheduler.events import (
     WorkerReported,
 )
 from scheduler.placement import PlacementOptions
-from scheduler.types import WorkerInfo, WorkerLoad, WorkerRole, WorkerSnapshot
+from scheduler.types import StepTimes, WorkerInfo, WorkerLoad, WorkerRole, WorkerSnapshot
 from tests.builders import make_spec, make_worker
 
 PREFILL, DECODE, COLOCATED = WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.COLOCATED
@@ -37,8 +37,8 @@ LOAD = WorkerLoad(running=3, waiting=2, blocks_free=7)
 class Cluster:
     """A controller and its clock."""
 
-    def __init__(self, *workers: WorkerInfo, expected: tuple[str, ...] = ()) -> None:
-        self.controller = ClusterController(expected, TIMEOUT_S, PlacementOptions("least_loaded"))
+    def __init__(self, *workers: WorkerInfo, expected: tuple[str, ...] = (), policy: str = "least_loaded") -> None:
+        self.controller = ClusterController(expected, TIMEOUT_S, PlacementOptions(policy))
         self.now = 100.0
         for worker in workers:
             assert self.handle(WorkerRegistered(worker)) == []
@@ -102,6 +102,17 @@ def test_a_request_prefilled_in_place_counts_until_it_ends() -> None:
     assert cluster.in_flight("c") == (1, 15)
     cluster.handle(RequestEnded("r"))
     assert cluster.in_flight("c") == (0, 0)
+
+
+def test_a_placement_knows_what_the_heartbeat_just_before_it_told() -> None:
+    """It would be the other worker's turn, but that has told that its steps take a second."""
+    cluster = Cluster(make_worker("p", PREFILL), make_worker("d0", DECODE), make_worker("d1", DECODE), policy="cost")
+    steps = StepTimes(1, prompt_tokens=0, prompt_pairs=0, decode_tokens=1, context_tokens=10, seconds=1.0)
+    assert cluster.arrive("r0").endswith("d0")
+    cluster.handle(RequestEnded("r0"))
+    cluster.now += 1.0
+    cluster.handle(WorkerReported("d1", 1, WorkerLoad(), (steps,)))
+    assert cluster.arrive("r1").endswith("d0")
 
 
 @pytest.mark.parametrize("event", [PrefillDone("r"), RequestEnded("r")])
