@@ -69,14 +69,16 @@ class _Asked:
 class _Live:
     """A request that was placed, until its end."""
 
+    request: RequestArrived
     placement: Placement
-    num_prompt_tokens: int
-    max_tokens: int
     is_prefilled: bool = False
 
     def told(self) -> RequestPlaced:
         """For a scheduler that does not know of it."""
-        return RequestPlaced(self.placement, self.num_prompt_tokens, self.max_tokens, self.is_prefilled)
+        own = self.request
+        return RequestPlaced(
+            self.placement, own.num_prompt_tokens, own.max_tokens, self.is_prefilled, own.tenant, own.urgency
+        )
 
 
 class SchedulerClient:
@@ -154,7 +156,7 @@ class SchedulerClient:
             placement = self._place_here(request)
         if self._stand_in is not None:
             self._placed_here.add(request.request_id)
-        self._live[request.request_id] = _Live(placement, request.num_prompt_tokens, request.max_tokens)
+        self._live[request.request_id] = _Live(request, placement)
         return placement
 
     def position(self, request_id: str) -> int | None:

@@ -29,7 +29,6 @@ from scheduler.events import (
 from scheduler.pace import Pace
 from scheduler.placement import TPOT_TARGET_S, TTFT_TARGET_S, Outlook
 from scheduler.queue import Waiting, WaitingQueue
-from scheduler.tenants import DEFAULT_TENANT
 from scheduler.types import ClusterSnapshot
 from scheduler.urgency import ServiceClass, Urgency
 
@@ -209,11 +208,13 @@ class AdmissionControl:
         return command
 
     def _book_told(self, event: RequestPlaced, now: float) -> None:
-        """Placed by a gateway while this scheduler was away: it holds a place, and is charged at its end."""
+        """Placed by a gateway while this scheduler was away, or before it: it holds a place, and its tenant pays."""
         request_id = event.placement.request_id
         if request_id not in self._admitted:
-            command, own = PlaceRequest(event.placement), ServiceClass.INTERACTIVE
-            self._book(_Admitted(command, DEFAULT_TENANT, own, event.num_prompt_tokens, 0.0), now)
+            command, own = PlaceRequest(event.placement), event.urgency.service_class
+            self._queue.serve_at_once(event.tenant, own, self._service(event))
+            num_output_tokens = self._expected_output(event)
+            self._book(_Admitted(command, event.tenant, own, event.num_prompt_tokens, num_output_tokens), now)
             if event.is_prefilled:
                 self._end_prefill(request_id, now)
 
@@ -300,10 +301,10 @@ class AdmissionControl:
         place_s = self._place_pace.seconds_for(num_ahead + 1) if is_full else 0.0
         return max(model_s, prefill_s, place_s)
 
-    def _expected_output(self, event: RequestArrived) -> float:
+    def _expected_output(self, event: RequestArrived | RequestPlaced) -> float:
         return min(event.max_tokens, self._mean_output.get(event.tenant, OUTPUT_TOKENS_GUESS))
 
-    def _service(self, event: RequestArrived) -> float:
+    def _service(self, event: RequestArrived | RequestPlaced) -> float:
         return event.num_prompt_tokens + OUTPUT_WEIGHT * self._expected_output(event)
 
 

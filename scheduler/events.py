@@ -110,6 +110,8 @@ class RequestPlaced:
     num_prompt_tokens: int
     max_tokens: int
     is_prefilled: bool  # its first token is out
+    tenant: str = DEFAULT_TENANT
+    urgency: Urgency = ORDINARY
 
 
 @message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import selectors
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import pytest
@@ -22,11 +23,13 @@ from scheduler.events import (
     RefuseRequest,
     RequestArrived,
     RequestEnded,
+    RequestPlaced,
     RequestQueued,
     WorkerRegistered,
 )
 from scheduler.placement import PlacementOptions
 from scheduler.types import ClusterSnapshot, Placement, WorkerAddress, WorkerInfo, WorkerRole
+from scheduler.urgency import ServiceClass, Urgency
 from tests.builders import make_worker
 
 LEAST_LOADED = PlacementOptions("least_loaded")
@@ -88,12 +91,14 @@ class RestartableScheduler:
         self.gate = asyncio.Event()
         self.gate.set()
         self._controller = ClusterController(options=LEAST_LOADED, epoch=1)
+        self.heard: list[Event] = []
         self.register()
 
     async def handle(self, events: Sequence[Event], asker: str = "") -> list[list[Command]]:
         await self.gate.wait()
         if self.is_away:
             raise UnavailableError("restarting")
+        self.heard += events
         return [self._controller.handle(event, 0.0) for event in events]
 
     async def snapshot(self) -> ClusterSnapshot:
@@ -392,6 +397,19 @@ def test_a_restart_that_nobody_saw_is_noticed_by_the_epoch() -> None:
         scheduler.register()
         await until(lambda: scheduler.in_flight() == {"x": 1})
         assert not client.is_scheduler_away
+
+    run(scenario, RestartableScheduler(make_worker("x")))
+
+
+def test_a_restarted_scheduler_is_told_whose_requests_run_and_of_which_class() -> None:
+    async def scenario(client: SchedulerClient, scheduler: RestartableScheduler) -> None:
+        flex = Urgency(ServiceClass.BATCH, priority=3)
+        await client.place(replace(arrival("a"), tenant="night", urgency=flex))
+        scheduler.restart()
+        scheduler.register()
+        await until(lambda: scheduler.in_flight() == {"x": 1})
+        (told,) = (event for event in scheduler.heard if isinstance(event, RequestPlaced))
+        assert (told.tenant, told.urgency) == ("night", flex)
 
     run(scenario, RestartableScheduler(make_worker("x")))
 

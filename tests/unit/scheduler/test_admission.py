@@ -17,6 +17,7 @@ from scheduler.events import (
     RefuseRequest,
     RequestArrived,
     RequestEnded,
+    RequestPlaced,
     RequestQueued,
     Tick,
     WorkerLeft,
@@ -24,6 +25,7 @@ from scheduler.events import (
 )
 from scheduler.pace import Pace
 from scheduler.placement import PlacementOptions
+from scheduler.types import Placement, WorkerAddress
 from scheduler.urgency import ORDINARY, ServiceClass, Urgency
 from tests.builders import make_worker
 from tests.unit.scheduler.cluster_sim import slow_worker
@@ -117,6 +119,28 @@ def test_batch_sequences_hold_no_place_against_interactive_ones() -> None:
     assert told(admission.handle(arrival("d"), 0.0)) == ["d placed"]
     assert told(admission.handle(RequestEnded("a"), 0.0)) == []
     assert told(admission.handle(RequestEnded("b"), 0.0)) == ["c placed"]
+
+
+def placed_before_a_restart(name: str, tenant: str = "default", urgency: Urgency = ORDINARY) -> RequestPlaced:
+    placement = Placement(name, WorkerAddress("w", "w.test:1"), None)
+    return RequestPlaced(placement, 16, 8, is_prefilled=True, tenant=tenant, urgency=urgency)
+
+
+def test_batch_sequences_that_a_restarted_scheduler_is_told_of_hold_no_place_against_interactive_ones() -> None:
+    admission = make_admission(num_places=2)
+    for name in "ab":
+        admission.handle(placed_before_a_restart(name, urgency=BATCH), 0.0)
+    assert told(admission.handle(arrival("c", BATCH), 0.0)) == ["c at 0"]
+    assert told(admission.handle(arrival("d"), 0.0)) == ["d placed"]
+
+
+def test_what_runs_already_when_a_scheduler_begins_is_charged_to_its_own_tenant() -> None:
+    """One that was told of waits on: the other tenant, which has had less, is next."""
+    admission = make_admission(num_places=1)
+    admission.handle(placed_before_a_restart("old", tenant="greedy"), 0.0)
+    for name, tenant in (("g", "greedy"), ("m", "modest")):
+        assert told(admission.handle(replace(arrival(name), tenant=tenant), 0.0))[0].startswith(f"{name} at")
+    assert told(admission.handle(RequestEnded("old", 5000, 5000), 1.0)) == ["m placed"]
 
 
 def test_batch_requests_wait_while_interactive_ones_do() -> None:
