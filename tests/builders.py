@@ -127,3 +127,18 @@ def make_options() -> WorkerOptions:
         dtype="float32",
         limits=BatchLimits(1, 16),
     )
+
+
+class CountedPatience:
+    """``kvcache.transfer.port.Patience`` without a timer."""
+
+    def __init__(self) -> None:
+        self.is_suspended = False
+        self.num_suspended = 0
+
+    def renew(self) -> None:
+        self.is_suspended = False
+
+    def suspend(self) -> None:
+        self.is_suspended = True
+        self.num_suspended += 1

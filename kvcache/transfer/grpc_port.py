@@ -13,7 +13,7 @@ import grpc
 from kvcache.errors import TransferError, TransferFault
 from kvcache.transfer import kv_transfer_pb2 as pb
 from kvcache.transfer.allocator import bytes_to_fill
-from kvcache.transfer.port import Outlet
+from kvcache.transfer.port import Outlet, Patience
 from kvcache.transfer.receiver import KVReceiver
 from kvcache.transfer.sender import OutgoingTransfer
 from kvcache.transfer.turns import Turns
@@ -105,19 +105,19 @@ class GrpcPort:
         )
         turns = self._turns.setdefault(transfer.target.address, Turns(MESSAGES_TOGETHER))
         try:
-            return _GrpcOutlet(send(), transfer.slot_bytes(MESSAGES_HELD), turns, on_end)
+            return _GrpcOutlet(send(), transfer, turns, on_end)
         except grpc.aio.UsageError:
             raise TransferError(TransferFault.PEER_LOST, "the connection is closed") from None
 
 
 class _GrpcOutlet:
     """A chunk's payload is gathered where its message wants it: behind as many bytes as the last one had before it. If
-    that turns out wrong, or the payload is shorter than the room for it, the message is put together anew."""
+    that turns out wrong the message is put together anew."""
 
     def __init__(
         self,
         call: grpc.aio.StreamUnaryCall[Any, pb.TransferReceipt],
-        slot_bytes: int,
+        transfer: OutgoingTransfer,
         turns: Turns,
         on_end: Callable[[], None],
     ) -> None:
@@ -127,7 +127,8 @@ class _GrpcOutlet:
         self._turn: int | None = None  # of the next chunk
         self._is_asking = False
         self._has_news = asyncio.Event()
-        self._slot_bytes = slot_bytes
+        self._transfer = transfer
+        self._room_bytes = transfer.slot_bytes(MESSAGES_HELD)
         self._num_before = 0
         self._message, self._room = b"", memoryview(b"")  # of the next chunk
         self._on_end = on_end
@@ -141,14 +142,17 @@ class _GrpcOutlet:
     def has_ended(self) -> bool:
         return self._call.done()
 
-    async def slot(self) -> memoryview:
+    async def slot(self, patience: Patience) -> memoryview:
         if self._turn is None:
             self._is_asking = True
             self._turns.ask(self._take_turn)
         while self._turn is None and not self.has_ended:
+            patience.suspend()
             self._has_news.clear()
             await self._has_news.wait()
-        self._message, self._room = bytes_to_fill(self._num_before + self._slot_bytes)
+            patience.renew()
+        payload_bytes = self._transfer.next_payload_bytes(self._room_bytes)
+        self._message, self._room = bytes_to_fill(self._num_before + (payload_bytes or self._room_bytes))
         return self._room[self._num_before :]
 
     def _take_turn(self, turn: int) -> None:

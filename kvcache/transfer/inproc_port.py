@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 
 from kvcache.errors import TransferError, TransferFault
-from kvcache.transfer.port import Outlet
+from kvcache.transfer.port import Outlet, Patience
 from kvcache.transfer.receiver import KVReceiver
 from kvcache.transfer.sender import OutgoingTransfer
 from kvcache.transfer.wire import Message
@@ -38,7 +38,7 @@ class _InProcessOutlet:
     def has_ended(self) -> bool:
         return self._receiving.done()
 
-    async def slot(self) -> None:
+    async def slot(self, patience: Patience) -> None:
         """Anywhere will do."""
 
     async def put(self, message: Message) -> None:

@@ -11,6 +11,18 @@ from kvcache.transfer.sender import OutgoingTransfer
 from kvcache.transfer.wire import Chunk, Message
 
 
+class Patience(Protocol):
+    """With a receiver that takes nothing of a handoff."""
+
+    def renew(self) -> None:
+        """It has taken something, or could not have until now."""
+        ...
+
+    def suspend(self) -> None:
+        """Until the next ``renew`` nothing is for it to take."""
+        ...
+
+
 class Outlet(Protocol):
     """One handoff's way to its receiver, from its opening to its receipt. Used by one task."""
 
@@ -19,11 +31,12 @@ class Outlet(Protocol):
         """The other side has ended the handoff, well or not; ``receipt`` tells how."""
         ...
 
-    async def slot(self) -> memoryview | None:
+    async def slot(self, patience: Patience) -> memoryview | None:
         """Waits until a chunk may be made. Its payload has to be put into the memory that is returned; None: anywhere.
 
         Asked for when a message can be made, which has to be put before anything else is awaited. Returns at once
-        when ``has_ended``.
+        when ``has_ended``. While others' handoffs are before this one ``patience`` is suspended: that is not this
+        receiver's fault.
         """
         ...
 
@@ -60,7 +73,8 @@ async def send_kv(port: KVPort, transfer: OutgoingTransfer, stall_timeout_s: flo
     """Sends a transfer's messages as they come and waits until the other side has verified and attached them.
 
     The caller owns the source lease and may free the blocks when this returns. Waits as long as the computing
-    takes; gives up when the other side takes nothing for ``stall_timeout_s`` (and at most an eighth of it more).
+    takes, and as others' handoffs go before this one; gives up when the other side takes nothing for
+    ``stall_timeout_s`` (and at most an eighth of it more).
     Returns the payload bytes.
 
     Raises:
@@ -68,7 +82,7 @@ async def send_kv(port: KVPort, transfer: OutgoingTransfer, stall_timeout_s: flo
     """
     try:
         async with asyncio.timeout(stall_timeout_s) as timeout:
-            patience = _Patience(timeout, stall_timeout_s)
+            patience = _Timer(timeout, stall_timeout_s)
             outlet = await port.open(transfer, transfer.changed.set)
             try:
                 sent_bytes = await _put_all(outlet, transfer, patience)
@@ -86,8 +100,8 @@ async def send_kv(port: KVPort, transfer: OutgoingTransfer, stall_timeout_s: flo
     return sent_bytes
 
 
-class _Patience:
-    """One timer for all messages of a transfer; to set one for each costs as much as to frame it."""
+class _Timer:
+    """``Patience`` with one timer for all messages of a transfer; to set one for each costs as much as to frame it."""
 
     def __init__(self, timeout: asyncio.Timeout, stall_timeout_s: float) -> None:
         self._timeout = timeout
@@ -96,19 +110,17 @@ class _Patience:
         self._renew_at_s = 0.0
 
     def renew(self) -> None:
-        """The other side has taken something."""
         now_s = self._clock()
         if now_s >= self._renew_at_s:
             self._renew_at_s = now_s + self._stall_timeout_s / 8
             self._timeout.reschedule(self._renew_at_s + self._stall_timeout_s)
 
     def suspend(self) -> None:
-        """Until the next ``renew`` nothing is for the other side to take."""
         self._renew_at_s = 0.0
         self._timeout.reschedule(None)
 
 
-async def _put_all(outlet: Outlet, transfer: OutgoingTransfer, patience: _Patience) -> int:
+async def _put_all(outlet: Outlet, transfer: OutgoingTransfer, patience: Patience) -> int:
     """Returns the payload bytes, when all was put or the other side has ended."""
     sent_bytes = 0
     while not transfer.is_finished:
@@ -119,15 +131,15 @@ async def _put_all(outlet: Outlet, transfer: OutgoingTransfer, patience: _Patien
         patience.renew()
         if not outlet.has_ended and not transfer.has_message:
             continue
-        sent_bytes += await _put_next(outlet, transfer)
+        sent_bytes += await _put_next(outlet, transfer, patience)
         if outlet.has_ended:
             break
     return sent_bytes
 
 
-async def _put_next(outlet: Outlet, transfer: OutgoingTransfer) -> int:
+async def _put_next(outlet: Outlet, transfer: OutgoingTransfer, patience: Patience) -> int:
     """Returns the payload bytes of the next message, of which nothing is kept here while the one after it waits."""
-    slot = await outlet.slot()
+    slot = await outlet.slot(patience)
     if outlet.has_ended:
         return 0
     message = transfer.next_message(slot)

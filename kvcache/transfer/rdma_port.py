@@ -29,7 +29,7 @@ import grpc
 from kvcache.errors import ResourceError, TransferError, TransferFault
 from kvcache.transfer import kv_transfer_pb2 as pb
 from kvcache.transfer.grpc_port import SERVICE, transfer_error_from
-from kvcache.transfer.port import Outlet
+from kvcache.transfer.port import Outlet, Patience
 from kvcache.transfer.registered_memory import Buffer, RegisteredMemory
 from kvcache.transfer.sender import OutgoingTransfer
 from kvcache.transfer.wire import Chunk, Message, chunk_header
@@ -88,7 +88,7 @@ class _RdmaOutlet:
     def has_ended(self) -> bool:
         return self._outcome.done()
 
-    async def slot(self) -> memoryview:
+    async def slot(self, patience: Patience) -> memoryview:
         while not self._free and not self.has_ended:
             self._has_news.clear()
             await self._has_news.wait()

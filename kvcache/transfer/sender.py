@@ -80,6 +80,11 @@ class OutgoingTransfer:
         num_blocks = 2 * self._max_chunk_bytes // num_slots // self.block_bytes
         return max(1, min(num_blocks, self._blocks_per_chunk, self._num_layer_blocks)) * self.block_bytes
 
+    def next_payload_bytes(self, room_bytes: int) -> int:
+        """Of the chunk that ``next_message`` would make now with room for one block at least; 0: that is no chunk."""
+        where = self._next_range(self._blocks_in(room_bytes)) if self._is_opened else None
+        return 0 if where is None else where.num_layers * where.num_blocks * self.block_bytes
+
     def mark_ready(self, num_layers: int, num_blocks: int) -> None:
         """The prompt's first ``num_blocks`` blocks are complete in the first ``num_layers`` layers."""
         for layer in range(num_layers):
@@ -125,7 +130,7 @@ class OutgoingTransfer:
         if not self._is_opened:
             self._is_opened = True
             return self._opening()
-        where = self._next_range(self._blocks_per_chunk if slot is None else self._blocks_in(slot))
+        where = self._next_range(self._blocks_per_chunk if slot is None else self._blocks_in(len(slot)))
         if where is not None:
             return self._chunk(where, slot)
         if self._outcome is None or self.is_finished:
@@ -133,8 +138,8 @@ class OutgoingTransfer:
         self.is_finished = True
         return self._commit(self._outcome)
 
-    def _blocks_in(self, slot: memoryview) -> int:
-        return min(self._blocks_per_chunk, len(slot) // self.block_bytes)
+    def _blocks_in(self, room_bytes: int) -> int:
+        return min(self._blocks_per_chunk, room_bytes // self.block_bytes)
 
     def _next_range(self, max_blocks: int) -> ChunkRange | None:
         """Of the layer that is least far of those with something ready, the lowest of equals; if that leaves room,

@@ -32,7 +32,7 @@ from google.protobuf.message import DecodeError
 from kvcache.errors import TransferError, TransferFault
 from kvcache.transfer import kv_transfer_pb2 as pb
 from kvcache.transfer.packets import MAX_PACKET_BYTES, POLL_S
-from kvcache.transfer.port import Outlet
+from kvcache.transfer.port import Outlet, Patience
 from kvcache.transfer.port_choice import HAS_SHM
 from kvcache.transfer.sender import OutgoingTransfer
 from kvcache.transfer.slot_pool import SLOTS_PER_TRANSFER, SlotPool
@@ -136,14 +136,17 @@ class _ShmOutlet:
     def has_ended(self) -> bool:
         return self._outcome.done()
 
-    async def slot(self) -> memoryview:
+    async def slot(self, patience: Patience) -> memoryview:
         if self._pool.has_others:
             await asyncio.sleep(0)  # their turn
         self._ask()
         self._poll()
         while self._slot is None and not self.has_ended:
+            if self._is_asking:
+                patience.suspend()
             self._has_news.clear()
             await self._has_news.wait()
+            patience.renew()
             self._ask()
         return self._pool.slots[self._slot or 0]
 

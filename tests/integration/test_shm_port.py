@@ -21,6 +21,7 @@ from kvcache.transfer.shm_port import ShmPort, socket_name
 from kvcache.transfer.slot_pool import NUM_SLOTS, SlotPool
 from kvcache.transfer.slot_ring import SlotRing
 from kvcache.transfer.wire import ChunkRange, make_chunk
+from tests.builders import CountedPatience
 from tests.cluster import LocalCluster, TinyCheckpoint, local_cluster
 from tests.integration.bad_handoffs import REFUSED, Messages, Tamper
 from tests.integration.fake_prefill import FakePrefill, Handoff, fake_prefill
@@ -328,7 +329,7 @@ def test_a_slot_that_the_receiver_may_still_read_is_nobody_elses_until_it_has_en
         pool.join()
         gone = asyncio.Event()
         outlet = shm_port._ShmOutlet(ours, pool, lambda: None, gone.set)
-        slot = await outlet.slot()
+        slot = await outlet.slot(CountedPatience())
         await outlet.put(make_chunk("t", 1, ChunkRange(0, 0, 1), slot[:8]))
         sent = kv_pb.ShmMessage.FromString(theirs.recv(4096)).chunk.slot
         outlet.close()

@@ -157,6 +157,19 @@ def test_the_slots_of_a_transfer_are_no_longer_than_two_chunks(num_blocks: int, 
     assert num_slots * slot_bytes <= 2 * max_chunk_bytes
 
 
+@pytest.mark.parametrize("room_blocks", [1, 3, 8, 100])
+def test_what_the_next_chunk_fills_is_known_before_it_is_made(room_blocks: int) -> None:
+    transfer = make_transfer(3, 5, max_chunk_bytes=8 * make_spec().layer_block_bytes)
+    room = memoryview(bytearray(room_blocks * transfer.block_bytes))
+    assert transfer.next_payload_bytes(len(room)) == 0  # the opening
+    transfer.mark_ready(2, 3)
+    while (expected := transfer.next_payload_bytes(len(room))) or not transfer.is_finished:
+        message = transfer.next_message(room)
+        assert (len(message.payload) if isinstance(message, Chunk) else 0) == expected
+        if not transfer.has_message:
+            transfer.complete(PrefillOutcome(FIRST_TOKEN_ID))
+
+
 def test_a_short_prompts_layers_share_a_chunk() -> None:
     transfer = make_transfer(5, 4, max_chunk_bytes=8 * make_spec().layer_block_bytes)
     transfer.complete(PrefillOutcome(FIRST_TOKEN_ID))
