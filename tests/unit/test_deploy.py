@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,8 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ByteSize, TypeAdapter
 
 from engine.cli import _parser
+from engine.cluster_room import check_room, room_in_cluster
+from engine.config import ServeConfig, load_config
+from kvcache.errors import ResourceError
+from scheduler.room import Node
+from scheduler.types import WorkerRole
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
@@ -38,6 +45,10 @@ GROUP_FIELDS = {
 AUTOSCALER_FIELDS = {"resources", "image", "imagePullPolicy", "env", "envFrom", "idleTimeoutSeconds", "upscalingMode"}
 JOB_FIELDS = {"entrypoint", "clusterSelector", "rayClusterSpec", "submissionMode", "shutdownAfterJobFinishes"}
 RAY_START_PARAMS = {"num-cpus", "dashboard-host", "labels", "resources"}
+POOLS = (WorkerRole.PREFILL, WorkerRole.DECODE)
+BYTES = TypeAdapter(ByteSize)
+RAY_PART = 0.7  # of a pod's memory: Ray's default leaves three tenths to its object store
+WORKER_BYTES = 8 << 30  # a model in a prefill pod, with its cache
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +66,29 @@ def pods(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return [each["template"]["spec"] for each in (head, *groups(manifest))]
 
 
-def serve_options(manifest: dict[str, Any]) -> dict[str, Any]:
+def serve_options(manifest: dict[str, Any]) -> ServeConfig:
     program, *arguments = shlex.split(manifest["RayJob"]["spec"]["entrypoint"])
     assert program == "twinpool"
-    return vars(_parser().parse_args(arguments))
+    options = vars(_parser().parse_args(arguments))
+    return load_config({name: value for name, value in options.items() if name in ServeConfig.model_fields})
+
+
+def groups_of(manifest: dict[str, Any], role: WorkerRole) -> list[dict[str, Any]]:
+    return [each for each in groups(manifest) if labels(each)["twinpool-role"] == role.value]
+
+
+def labels(group: dict[str, Any]) -> dict[str, str]:
+    return dict(label.split("=") for label in group["rayStartParams"]["labels"].split(","))
+
+
+def nodes_of(group: dict[str, Any], count: int) -> list[Node]:
+    """What Ray makes of so many pods: as much memory as it leaves to workers beside its object store."""
+    (container,) = group["template"]["spec"]["containers"]
+    requests = container["resources"]["requests"]
+    quoted: str = yaml.safe_load(group["rayStartParams"]["resources"])  # once more, for the shell of the pod
+    resources = {"CPU": float(requests["cpu"]), "memory": RAY_PART * BYTES.validate_python(requests["memory"] + "B")}
+    names = [f"{group['groupName']}-{number}" for number in range(count)]
+    return [Node(name, name, resources | json.loads(quoted), labels(group)) for name in names]
 
 
 def test_every_field_is_one_of_kuberay_s(manifest: dict[str, Any]) -> None:
@@ -75,23 +105,39 @@ def test_every_field_is_one_of_kuberay_s(manifest: dict[str, Any]) -> None:
     assert all(isinstance(value, str) for each in started for value in each.values())
 
 
-def test_the_server_asks_for_what_its_groups_offer(manifest: dict[str, Any]) -> None:
-    """Every label and every resource of the command line is one that a group of that role has."""
+def test_each_role_has_groups_for_several_devices(manifest: dict[str, Any]) -> None:
+    """A group's pods go to nodes of its device and say so to Ray; each name is the role's and the device's."""
+    for role in POOLS:
+        devices = [labels(group)["twinpool-device"] for group in groups_of(manifest, role)]
+        assert len(set(devices)) == len(devices) >= 2
+        for group, device in zip(groups_of(manifest, role), devices, strict=True):
+            assert group["groupName"] == f"{role.value}-{device}"
+            assert group["template"]["spec"]["nodeSelector"] == {"twinpool-device": device}
+    assert len(groups(manifest)) == sum(len(groups_of(manifest, role)) for role in POOLS)
+
+
+@pytest.mark.parametrize("replicas", ["replicas", "maxReplicas"])
+def test_the_groups_have_room_for_the_servers_workers_and_for_no_more(manifest: dict[str, Any], replicas: str) -> None:
+    """At the start and fully grown: every worker finds a pod, and a pod that is missing would be missed."""
     options = serve_options(manifest)
-    for role in ("prefill", "decode"):
-        (group,) = [each for each in groups(manifest) if each["groupName"].startswith(role)]
-        offered = group["rayStartParams"]
-        assert set(options[f"{role}_node_label"]) <= set(offered["labels"].split(","))
-        for resource in options[f"{role}_resource"]:
-            name, _, amount = resource.partition("=")
-            assert f'\\"{name}\\": {amount}' in offered["resources"]
-        assert int(options[f"{role}_workers"]) == group["replicas"]
-        assert int(options["threads_per_worker"]) <= int(_container(group)["resources"]["requests"]["cpu"])
+    if replicas == "maxReplicas":
+        grown = {f"{role.value}_workers": getattr(options, f"max_{role.value}_workers") for role in POOLS}
+        options = options.model_copy(update=grown)
+    assert all(options.num_workers_of(role) for role in POOLS)
+    nodes = [node for group in groups(manifest) for node in nodes_of(group, group[replicas])]
+    rooms = {role: room_in_cluster(options, role, "cpu", nodes, WORKER_BYTES) for role in POOLS}
+    check_room(options, nodes, rooms)
+    for node in nodes:
+        with pytest.raises(ResourceError, match="The cluster cannot hold the workers"):
+            check_room(options, [each for each in nodes if each is not node], rooms)
 
 
-def _container(group: dict[str, Any]) -> dict[str, Any]:
-    (container,) = group["template"]["spec"]["containers"]
-    return dict(container)
+def test_ray_may_grow_the_groups_because_the_server_asks_for_more(manifest: dict[str, Any]) -> None:
+    options = serve_options(manifest)
+    assert manifest["RayCluster"]["spec"]["enableInTreeAutoscaling"] is True
+    for role in POOLS:
+        assert getattr(options, f"max_{role.value}_workers") > options.num_workers_of(role)
+        assert sum(group["minReplicas"] for group in groups_of(manifest, role)) <= options.num_workers_of(role)
 
 
 def test_the_job_runs_in_this_cluster_and_the_service_leads_to_it(manifest: dict[str, Any]) -> None:
@@ -101,8 +147,8 @@ def test_the_job_runs_in_this_cluster_and_the_service_leads_to_it(manifest: dict
     assert selector.items() <= manifest["Service"]["spec"]["selector"].items()
     assert manifest["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == selector
     (port,) = manifest["Service"]["spec"]["ports"]
-    assert port["targetPort"] == int(serve_options(manifest)["port"])
-    assert serve_options(manifest)["address"] == "auto"
+    assert port["targetPort"] == serve_options(manifest).port
+    assert serve_options(manifest).address == "auto"
 
 
 def test_no_pod_runs_as_root_and_no_secret_is_written_down(manifest: dict[str, Any]) -> None:
