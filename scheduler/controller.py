@@ -192,25 +192,27 @@ class ClusterController:
 
     def outlook(self, num_prompt_tokens: int, now: float) -> Outlook | None:
         """What one more request would meet; None where no worker takes a phase."""
-        try:
-            prefills = self._cluster.soonest(Phase.PREFILL)
-            decodes = self._cluster.soonest(Phase.DECODE)
-        except UnavailableError:
+        decodes = self._workers.best(Phase.DECODE)
+        prefills, prefilling = self._workers.best(Phase.PREFILL), Phase.PREFILL
+        in_place = not prefills and Phase.PREFILL not in self._policy.phases
+        if in_place:
+            prefills, prefilling = decodes, Phase.DECODE
+        if not prefills or not decodes:
             return None
         alone = [(worker, self._prefill_s(worker, num_prompt_tokens)) for worker in prefills]
         backlog_s, prefill_s = min(((worker.backlog_s(now, own_s), own_s) for worker, own_s in alone), key=sum)
-        step_s = min(self._step_s(worker, num_prompt_tokens) for worker in decodes)
-        return Outlook(backlog_s, prefill_s, step_s, len(self._cluster.taking(Phase.PREFILL)))
+        step_s = min(self._step_s(worker, num_prompt_tokens, in_place=in_place) for worker in decodes)
+        return Outlook(backlog_s, prefill_s, step_s, len(self._workers.taking(prefilling)))
 
     def _prefill_s(self, worker: WorkerState, num_tokens: int) -> float:
         return self._costs.prefill_seconds(worker.worker_id, num_tokens)
 
-    def _step_s(self, worker: WorkerState, num_prompt_tokens: int) -> float:
+    def _step_s(self, worker: WorkerState, num_prompt_tokens: int, *, in_place: bool) -> float:
         """With a chunk of the prompt in it, where one worker does both phases."""
         step_s = self._costs.decode_step_seconds(
             worker.worker_id, worker.batch_size + 1, worker.batch_context_tokens + num_prompt_tokens
         )
-        if worker.info.role is WorkerRole.COLOCATED:
+        if in_place or worker.info.role is WorkerRole.COLOCATED:
             step_s += self._prefill_s(worker, min(num_prompt_tokens, worker.info.max_num_batched_tokens))
         return step_s
 

@@ -32,18 +32,22 @@ class PlacementOptions:
     move_after_s: float | None = None  # of every drain that says nothing else; see ``Duty``
 
 
-@dataclass(slots=True)
 class Choice:
-    """Where a request shall run. ``prefill`` is None for prefill in place, on the decode worker. Do not change it."""
+    """Where a request shall run. ``prefill`` is None for prefill in place, on the decode worker. Do not change it.
 
-    decode: WorkerState
-    prefill: WorkerState | None = None
-    num_cached_tokens: int | None = None  # of the prompt, where it is computed; None: the policy did not look
+    Args:
+        num_cached_tokens: of the prompt, where it is computed; None: the policy did not look.
+    """
 
-    @property
-    def prefills(self) -> WorkerState:
-        """The worker that computes the prompt."""
-        return self.prefill or self.decode
+    __slots__ = ("decode", "num_cached_tokens", "prefill", "prefills")
+
+    def __init__(
+        self, decode: WorkerState, prefill: WorkerState | None = None, num_cached_tokens: int | None = None
+    ) -> None:
+        self.decode = decode
+        self.prefill = prefill
+        self.num_cached_tokens = num_cached_tokens
+        self.prefills = prefill or decode  # the worker that computes the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,7 @@ class Cluster:
         return worker if worker is not None and worker.takes(Phase.DECODE) else None
 
     def best(self, phase: Phase, avoid: Collection[str]) -> list[WorkerState]:
-        """The best worker of each group by the policy's ranking, at least one. For policies that have one.
+        """The best worker of each group by the policy's ranking, at least one.
 
         Raises:
             UnavailableError: as ``taking``.
@@ -80,19 +84,12 @@ class Cluster:
             raise _unavailable(phase)
         return workers
 
-    def soonest(self, phase: Phase) -> Sequence[WorkerState]:
-        """The best of each group, or all workers of the phase where the policy ranks none.
-
-        Raises:
-            UnavailableError: as ``taking``.
-        """
-        return self.workers.best(phase) or self.taking(phase)
-
     def holders(self, request: RequestArrived, limit: int) -> list[WorkerState]:
         """Active workers that have most of the prompt cached, up to ``limit`` for each block size."""
-        ids = [worker_id for prefix in request.prefixes for worker_id in self.cache.deepest(prefix, limit)]
-        found = [self.workers.get(worker_id) for worker_id in ids if worker_id not in request.avoid]
-        return [worker for worker in found if worker is not None and worker.is_active]
+        ids: list[str] = []
+        for prefix in request.prefixes:
+            ids += self.cache.deepest(prefix, limit)
+        return self.workers.active(ids, request.avoid)
 
     def cached_tokens(self, worker: WorkerState, request: RequestArrived) -> int:
         """Tokens of the prompt that need not be computed there, or not be sent there."""
@@ -122,8 +119,8 @@ class PlacementPolicy(Protocol):
         ...
 
     @property
-    def ranking(self) -> Ranking | None:
-        """How the workers of a group are to be kept in order for it; None: it never asks for the best."""
+    def ranking(self) -> Ranking:
+        """How the workers of a group are to be kept in order: for it, and for what admission asks of the soonest."""
         ...
 
     @property

@@ -20,16 +20,27 @@ from scheduler.placement import (
 )
 from scheduler.types import ClusterSnapshot, DutyState, Phase
 from scheduler.worker_state import CostPredictor, WorkerState
-from scheduler.worker_table import Rank, Ranking
+from scheduler.worker_table import Rank
 
 _MASK = (1 << 64) - 1
+
+
+def _rate(phase: Phase, worker: WorkerState) -> float:
+    device = worker.info.device
+    return device.gemm_gflop_s if phase is Phase.PREFILL else device.read_gb_s
+
+
+def _load(phase: Phase, worker: WorkerState) -> Rank:
+    # Equal load, as in an idle cluster: the one that got fewer requests so far, so that work goes round.
+    load = worker.tokens_in_flight / _rate(phase, worker)
+    return (load, worker.requests_in_flight, worker.requests_placed, worker.info.worker_id)
 
 
 class _PerPhase:
     """Chooses for each phase by itself, and prefills in place on colocated workers only."""
 
     phases = tuple(Phase)
-    ranking: Ranking | None = None
+    ranking = staticmethod(_load)
     grouping = staticmethod(one_group)
 
     def choose(self, request: RequestArrived, num_output_tokens: int, cluster: Cluster, now: float) -> Choice:
@@ -91,9 +102,6 @@ class LeastLoaded(_PerPhase):
     reads for decode.
     """
 
-    def __init__(self) -> None:
-        self.ranking = _load
-
     def pick(self, phase: Phase, request: RequestArrived, cluster: Cluster) -> WorkerState:
         return cluster.best(phase, request.avoid)[0]
 
@@ -138,17 +146,6 @@ def can_place(snapshot: ClusterSnapshot, options: PlacementOptions) -> bool:
     """Whether these workers are enough to place a request on, wherever that may be."""
     roles = {worker.info.role for worker in snapshot.workers if worker.duty.state is DutyState.ACTIVE}
     return all(any(role.takes(phase) for role in roles) for phase in make_policy(options, CostModel()).phases)
-
-
-def _rate(phase: Phase, worker: WorkerState) -> float:
-    device = worker.info.device
-    return device.gemm_gflop_s if phase is Phase.PREFILL else device.read_gb_s
-
-
-def _load(phase: Phase, worker: WorkerState) -> Rank:
-    # Equal load, as in an idle cluster: the one that got fewer requests so far, so that work goes round.
-    load = worker.tokens_in_flight / _rate(phase, worker)
-    return (load, worker.requests_in_flight, worker.requests_placed, worker.info.worker_id)
 
 
 def _from(workers: Sequence[WorkerState], start: int, avoid: Collection[str]) -> int:

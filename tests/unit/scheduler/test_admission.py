@@ -25,7 +25,7 @@ from scheduler.events import (
 )
 from scheduler.pace import Pace
 from scheduler.placement import PlacementOptions
-from scheduler.types import Placement, WorkerAddress
+from scheduler.types import Placement, WorkerAddress, WorkerRole
 from scheduler.urgency import ORDINARY, ServiceClass, Urgency
 from tests.builders import make_worker
 from tests.unit.scheduler.cluster_sim import slow_worker
@@ -160,6 +160,36 @@ def test_batch_work_keeps_out_where_chats_would_miss_their_pace() -> None:
         admission.handle(PrefillDone("chat"), 5.0)
         assert told(admission.handle(arrival("batch", BATCH), 5.0)) == [expected]
         assert told(admission.handle(RequestEnded("chat"), 9.0)) == ["batch placed"][: expected != "batch placed"]
+
+
+def decode_workers_only(options: AdmissionOptions) -> AdmissionControl:
+    """Two, after all prefill workers have died: they prefill in place."""
+    admission = AdmissionControl(ClusterController(options=PlacementOptions("cost")), options)
+    for name in ("d0", "d1"):
+        slow = replace(slow_worker(), worker_id=name, role=WorkerRole.DECODE, max_num_seqs=64, address=f"{name}.test:1")
+        admission.handle(WorkerRegistered(slow), 0.0)
+    return admission
+
+
+def test_batch_prompts_are_handed_on_a_few_at_a_time_where_decode_workers_prefill() -> None:
+    """One takes about 0.13 s; half a second of them on each of both."""
+    admission = decode_workers_only(PATIENT)
+    words = [told(admission.handle(arrival(f"b{index}", BATCH, prompt=64), 0.0))[0] for index in range(30)]
+    assert 4 <= sum(word.endswith("placed") for word in words) <= 12
+
+
+def test_what_would_be_late_is_refused_where_decode_workers_prefill() -> None:
+    admission = decode_workers_only(LATE)
+    words = [told(admission.handle(arrival(f"r{index}", prompt=256), 0.0))[0] for index in range(30)]
+    assert words[0] == "r0 placed" and words[-1] == f"r29 {Refusal.TTFT_TARGET.value}"
+
+
+def test_prompts_in_place_keep_batch_work_out_where_chats_would_miss_their_pace() -> None:
+    for target_s, expected in ((0.05, "batch at 0"), (0.5, "batch placed")):
+        admission = decode_workers_only(AdmissionOptions(tpot_target_s=target_s))
+        admission.handle(arrival("chat"), 0.0)
+        admission.handle(PrefillDone("chat"), 5.0)
+        assert told(admission.handle(arrival("batch", BATCH), 5.0)) == [expected]
 
 
 def test_batch_prompts_are_handed_on_a_few_at_a_time() -> None:
