@@ -25,6 +25,7 @@ from scheduler.urgency import Urgency
 from workers import worker_pb2 as pb
 from workers.channels import ChannelPool
 from workers.messages import error_from_rpc, logprobs_from_wire, sampling_to_wire, urgency_to_wire
+from workers.stages import Stage, seconds_by_stage
 from workers.tls import TlsFolder
 
 # A sequence that has failed on this many is given up. Where one handoff in twenty fails, 200 sequences all complete but
@@ -51,14 +52,16 @@ class AsyncEngine:
         tls: TlsFolder | None = None,
         on_placed: Callable[[float], None] = lambda _seconds: None,
         on_placed_again: Callable[[Interruption], None] = lambda _reason: None,
+        on_stages: Callable[[dict[Stage, float]], None] = lambda _seconds: None,
     ) -> None:
         """``on_placed`` hears how many seconds each sequence has waited for its workers, ``on_placed_again`` why one is
-        to go on elsewhere."""
+        to go on elsewhere, ``on_stages`` how many it spent in each stage on the workers where it has ended."""
         self._model = model
         self._tokenizer = tokenizer
         self._scheduler = scheduler
         self._on_placed = on_placed
         self._on_placed_again = on_placed_again
+        self._on_stages = on_stages
         self._tickets = Tickets()
         self._channels = ChannelPool(tls)
         self._calls: set[grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.TokenEvent]] = set()
@@ -224,6 +227,8 @@ class AsyncEngine:
                     raise InvariantError(f"token {num_tokens} was expected and token {event.first_index} came")
                 num_tokens += len(event.token_ids)
                 prompt_logprobs += map(logprobs_from_wire, event.prompt_logprobs)
+                if event.finish_reason:
+                    self._on_stages(seconds_by_stage(event.stages))
                 if event.token_ids:
                     yield _checked(event, sampling, len(request.prompt_token_ids), prompt_logprobs)
                 if event.finish_reason:

@@ -58,7 +58,13 @@ async def _serve(
     model = _served_model(config, plan)
     metrics = Metrics(model.names[0], lambda: client.cluster)
     engine = AsyncEngine(
-        model, tokenizer, client, plan.gateway_tls, metrics.observe_queue_time, metrics.observe_migration
+        model,
+        tokenizer,
+        client,
+        plan.gateway_tls,
+        metrics.observe_queue_time,
+        metrics.observe_migration,
+        metrics.observe_stages,
     )
     operator = Operator(scheduler, running.fleet, lambda: client.cluster, plan.worker_bytes)
     app = create_app(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -21,6 +21,7 @@ from engine.outputs import Interruption
 from engine.tenant_metrics import TenantMetrics
 from scheduler.request import FinishReason
 from scheduler.types import ClusterSnapshot
+from workers.stages import Stage
 
 STANDARD_PREFIX = "vllm:"
 
@@ -85,6 +86,19 @@ class Metrics:
         self._queue_time = self._histogram(
             "request_queue_time_seconds", "From asking for a worker to having one.", _REQUEST_BOUNDS
         )
+        self._prefill_time = self._histogram(
+            "request_prefill_time_seconds", "From the first step of a prompt to its first token.", _REQUEST_BOUNDS
+        )
+        self._decode_time = self._histogram(
+            "request_decode_time_seconds", "From the first token to the last, on the worker.", _REQUEST_BOUNDS
+        )
+        self._stages = Histogram(
+            f"{PREFIX}request_stage_seconds",
+            "How long sequences were in each stage on their workers.",
+            ("model_name", "stage"),
+            buckets=_FIRST_TOKEN_BOUNDS,
+            registry=None,
+        )
         self.of_tenants = TenantMetrics(model_name)
         self._registry = CollectorRegistry(auto_describe=False)
         self._migrations = Counter(
@@ -93,7 +107,7 @@ class Metrics:
             ("model_name", "reason"),
             registry=None,
         )
-        only_ours = (self.of_tenants, self._migrations)
+        only_ours = (self.of_tenants, self._migrations, self._stages)
         self._registry.register(_BothNames(self._own, ClusterMetrics(model_name, cluster), only_ours))
 
     def recorder(self, num_prompt_tokens: int, started_s: float) -> RequestRecorder:
@@ -120,6 +134,15 @@ class Metrics:
 
     def observe_migration(self, reason: Interruption) -> None:
         self._migrations.labels(self._model_name, reason.value).inc()
+
+    def observe_stages(self, seconds: Mapping[Stage, float]) -> None:
+        """Of a sequence that has ended, as its workers say."""
+        for stage, spent_s in seconds.items():
+            self._stages.labels(self._model_name, stage.value).observe(spent_s)
+        if Stage.PREFILL in seconds:
+            self._prefill_time.observe(seconds[Stage.PREFILL] + seconds.get(Stage.TRANSFER, 0.0))
+        if Stage.DECODE in seconds:
+            self._decode_time.observe(seconds[Stage.FIRST_DECODE] + seconds[Stage.DECODE])
 
     def observe_end(self, reason: str) -> None:
         """``reason`` is one of ``FINISHED_REASONS``."""

@@ -19,6 +19,7 @@ from scheduler.request import Request, TokenLogprobs
 from workers import worker_pb2 as pb
 from workers.channels import Peer
 from workers.messages import error_from_rpc, logprobs_from_wire, sampling_to_wire, urgency_to_wire
+from workers.stages import StageClock
 from workers.step_loop import StepLoop
 
 logger = logging.getLogger(__name__)
@@ -81,14 +82,19 @@ class DecodeRole:
         self._request_ids: set[str] = set()  # of all sequences here
         self._prefill_addresses: dict[str, str] = {}
         self._prefill_logprobs: dict[str, _PrefillLogprobs] = {}  # until the first token was handed out
+        self._stages: dict[str, StageClock] = {}  # of those that are to be prefilled elsewhere
         self._handoffs: dict[str, _Handoff] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # the event loop itself holds its tasks only weakly
         self._failures = failures
         self.on_turn_end: Callable[[Request, str], None] | None = None  # hears who prefilled what has ended well
         loop.on_reserved = self._start_handoff
 
-    async def generate(self, request: Request, prefill_address: str) -> AsyncGenerator[SampledToken, None]:
+    async def generate(
+        self, request: Request, prefill_address: str, stages: StageClock
+    ) -> AsyncGenerator[SampledToken, None]:
         """Streams the sequence's tokens. Closing the iterator aborts it here and on the prefill worker.
+
+        ``stages`` hears how far it is.
 
         Raises:
             RequestError, OverloadedError: not accepted here.
@@ -106,8 +112,10 @@ class DecodeRole:
         if request.remote_prefill:
             self._prefill_addresses[request_id] = prefill_address
             self._prefill_logprobs[request_id] = _PrefillLogprobs()
+            self._stages[request_id] = stages
         try:
             async for output in stream:
+                stages.token(self._clock(), stream.begun_s)
                 awaited = self._prefill_logprobs.pop(request_id, None)
                 if output.finish_reason is not None and prefill_address and self.on_turn_end is not None:
                     self.on_turn_end(request, prefill_address)
@@ -116,6 +124,7 @@ class DecodeRole:
             self._request_ids.discard(request_id)
             self._prefill_addresses.pop(request_id, None)
             self._prefill_logprobs.pop(request_id, None)
+            self._stages.pop(request_id, None)
             self._end_handoff(request_id)
             self._loop.release(request_id)
 
@@ -134,6 +143,7 @@ class DecodeRole:
 
     def _start_handoff(self, request: Request) -> None:
         lease = self._loop.batcher.lease_for_arrival(request.request_id, uuid.uuid4().hex, self._clock())
+        self._stages[request.request_id].reserve(self._clock())
         task = asyncio.create_task(self._hand_off(request, lease))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -181,13 +191,15 @@ class DecodeRole:
         peer = self._peer_at(self._prefill_addresses[request.request_id])
         call = peer.worker.Prefill(self._prefill_request(request, lease))
         leases = self._loop.batcher.manager.leases
-        logprobs = self._prefill_logprobs[request.request_id]
+        logprobs, stages = self._prefill_logprobs[request.request_id], self._stages[request.request_id]
         try:
             while True:
                 message = await self._read_before_expiry(call, lease)
                 if not isinstance(message, pb.PrefillProgress):  # the end of the stream
                     return
                 logprobs.take(message)
+                if message.HasField("seconds"):
+                    stages.take_prompt(message.seconds)
                 if lease.is_open:
                     leases.renew(lease, self._clock())
         except grpc.aio.AioRpcError as error:

@@ -122,12 +122,14 @@ class PrefillRole:
         self, request: Request, target: TransferTarget, outbox: asyncio.Queue[pb.PrefillProgress | None]
     ) -> None:
         await self._loop.prepare(request)
+        arrived_s = self._clock()
         stream = self._loop.submit(request)
         self._targets[request.request_id] = target
         try:
             async for first in stream:
                 for message in _logprobs_messages(first):
                     outbox.put_nowait(message)
+                outbox.put_nowait(_prompt_seconds(request, arrived_s, stream.begun_s or arrived_s, self._clock()))
                 sending = self._sendings[request.request_id]
                 sending.transfer.complete(PrefillOutcome(first.token_id, request.num_cached_tokens))
                 started_s, bytes_left = self._clock(), sending.transfer.num_bytes_left
@@ -194,6 +196,11 @@ class PrefillRole:
             logger.error("Sending the KV of request %s failed unexpectedly.", request_id, exc_info=error)
             error = TwinpoolError(f"{type(error).__name__} while the KV was sent")
         self._loop.fail(request_id, error)
+
+
+def _prompt_seconds(request: Request, arrived_s: float, begun_s: float, now: float) -> pb.PrefillProgress:
+    seconds = pb.PromptSeconds(queue=begun_s - arrived_s, compute=now - begun_s)
+    return pb.PrefillProgress(num_computed_tokens=request.num_computed_tokens, seconds=seconds)
 
 
 def _logprobs_messages(first: SampledToken) -> Iterator[pb.PrefillProgress]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from workers.decode import DecodeRole
 from workers.messages import abort_rpc, logprobs_to_wire, prompt_logprobs_to_wire, sampling_from_wire, urgency_from_wire
 from workers.offers import OfferTaker
 from workers.prefill import PrefillRole
+from workers.stages import StageClock
 
 MAX_ID_LENGTH = 128
 
@@ -44,12 +46,13 @@ class WorkerService(pb_grpc.WorkerServicer):
         try:
             sequence = self._sequence(request)
             sequence.remote_prefill = bool(request.prefill_address)
-            async with aclosing(self._decode.generate(sequence, request.prefill_address)) as outputs:
+            stages = StageClock(time.monotonic())
+            async with aclosing(self._decode.generate(sequence, request.prefill_address, stages)) as outputs:
                 index = 0
                 async for output in outputs:
                     for told in prompt_logprobs_to_wire(output.prompt_logprobs):
                         await context.write(pb.TokenEvent(first_index=index, prompt_logprobs=told))
-                    await context.write(_token_event(index, output))
+                    await context.write(_token_event(index, output, stages))
                     index += 1
         except TwinpoolError as error:
             await abort_rpc(context, error)
@@ -103,13 +106,14 @@ class WorkerService(pb_grpc.WorkerServicer):
         )
 
 
-def _token_event(index: int, output: SampledToken) -> pb.TokenEvent:
+def _token_event(index: int, output: SampledToken, stages: StageClock) -> pb.TokenEvent:
     return pb.TokenEvent(
         first_index=index,
         token_ids=[output.token_id],
         finish_reason=output.finish_reason or "",
         num_cached_tokens=output.request.num_cached_tokens if index == 0 else 0,
         logprobs=[logprobs_to_wire(output.logprobs)] if output.logprobs is not None else (),
+        stages=stages.seconds() if output.finish_reason is not None else None,
     )
 
 

@@ -46,6 +46,7 @@ class TokenStream:
     """The tokens of one sequence as they come. Read by one task."""
 
     request: Request
+    begun_s: float | None = None  # monotonic: when the first step with this sequence began
     _events: asyncio.Queue[SampledToken | TwinpoolError] = field(default_factory=asyncio.Queue)
 
     def put(self, event: SampledToken | TwinpoolError) -> None:
@@ -100,6 +101,7 @@ class StepLoop:
         self.on_reserved: Callable[[Request], None] | None = None  # the decode role starts handoffs here
         self._runner = runner
         self._streams: dict[str, TokenStream] = {}
+        self._unbegun: dict[str, TokenStream] = {}  # those of them of which no step had anything yet
         self._work = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model-step")
         self._progress = StepProgress(self._tell_layers)
@@ -119,13 +121,14 @@ class StepLoop:
         """
         self.batcher.add(request)
         stream = TokenStream(request)
-        self._streams[request.request_id] = stream
+        self._streams[request.request_id] = self._unbegun[request.request_id] = stream
         self.wake()
         return stream
 
     def release(self, request_id: str) -> None:
         """Ends a sequence if it has not ended, and forgets its stream."""
         self._streams.pop(request_id, None)
+        self._unbegun.pop(request_id, None)
         changes = self.batcher.find(request_id) is not None or self.batcher.num_waiting > 0
         self.batcher.abort(request_id)
         if changes:
@@ -168,6 +171,11 @@ class StepLoop:
             else:
                 await self._compute(plan, started_s)
 
+    def _note_begun(self, plan: StepPlan, now: float) -> None:
+        for chunk in plan.chunks if self._unbegun else ():
+            if (stream := self._unbegun.pop(chunk.request_id, None)) is not None:
+                stream.begun_s = now
+
     def _note_times(self, plan: StepPlan, seconds: float) -> None:
         self.times.add(plan.chunks, seconds)
         num_prompt_tokens = sum(chunk.num_prompt_tokens for chunk in plan.chunks)
@@ -181,6 +189,7 @@ class StepLoop:
 
     async def _compute(self, plan: StepPlan, started_s: float) -> None:
         """One step, and those that follow it without a pause."""
+        self._note_begun(plan, started_s)
         listens = self.kv_listener is not None and self.kv_listener.begin_step(plan)
         self._progress.begin()
         loop = asyncio.get_running_loop()

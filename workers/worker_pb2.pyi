@@ -95,20 +95,38 @@ class GenerateRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., prefill_address: _Optional[str] = ..., cache_salt: _Optional[bytes] = ..., num_delivered_tokens: _Optional[int] = ..., urgency: _Optional[_Union[Urgency, _Mapping]] = ...) -> None: ...
 
 class TokenEvent(_message.Message):
-    __slots__ = ("first_index", "token_ids", "finish_reason", "num_cached_tokens", "logprobs", "prompt_logprobs")
+    __slots__ = ("first_index", "token_ids", "finish_reason", "num_cached_tokens", "logprobs", "prompt_logprobs", "stages")
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
     first_index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     finish_reason: str
     num_cached_tokens: int
     logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
-    def __init__(self, first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., num_cached_tokens: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ...) -> None: ...
+    stages: StageSeconds
+    def __init__(self, first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., num_cached_tokens: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., stages: _Optional[_Union[StageSeconds, _Mapping]] = ...) -> None: ...
+
+class StageSeconds(_message.Message):
+    __slots__ = ("queue_decode", "queue_prefill", "prefill", "transfer", "first_decode", "decode")
+    QUEUE_DECODE_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_PREFILL_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    FIRST_DECODE_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    queue_decode: float
+    queue_prefill: float
+    prefill: float
+    transfer: float
+    first_decode: float
+    decode: float
+    def __init__(self, queue_decode: _Optional[float] = ..., queue_prefill: _Optional[float] = ..., prefill: _Optional[float] = ..., transfer: _Optional[float] = ..., first_decode: _Optional[float] = ..., decode: _Optional[float] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
     __slots__ = ("request_id", "prompt_token_ids", "sampling", "target_address", "transfer_id", "epoch", "num_held_tokens", "cache_salt", "num_delivered_tokens", "urgency")
@@ -135,14 +153,24 @@ class PrefillRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., target_address: _Optional[str] = ..., transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_held_tokens: _Optional[int] = ..., cache_salt: _Optional[bytes] = ..., num_delivered_tokens: _Optional[int] = ..., urgency: _Optional[_Union[Urgency, _Mapping]] = ...) -> None: ...
 
 class PrefillProgress(_message.Message):
-    __slots__ = ("num_computed_tokens", "prompt_logprobs", "first_token_logprobs")
+    __slots__ = ("num_computed_tokens", "prompt_logprobs", "first_token_logprobs", "seconds")
     NUM_COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
     num_computed_tokens: int
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[TokenLogprobs]
     first_token_logprobs: TokenLogprobs
-    def __init__(self, num_computed_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., first_token_logprobs: _Optional[_Union[TokenLogprobs, _Mapping]] = ...) -> None: ...
+    seconds: PromptSeconds
+    def __init__(self, num_computed_tokens: _Optional[int] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., first_token_logprobs: _Optional[_Union[TokenLogprobs, _Mapping]] = ..., seconds: _Optional[_Union[PromptSeconds, _Mapping]] = ...) -> None: ...
+
+class PromptSeconds(_message.Message):
+    __slots__ = ("queue", "compute")
+    QUEUE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_FIELD_NUMBER: _ClassVar[int]
+    queue: float
+    compute: float
+    def __init__(self, queue: _Optional[float] = ..., compute: _Optional[float] = ...) -> None: ...
 
 class OfferRequest(_message.Message):
     __slots__ = ("token_ids", "cache_salt", "dtype")

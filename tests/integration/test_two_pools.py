@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
@@ -13,6 +14,7 @@ from scheduler.batching import StepPlan
 from scheduler.request import FinishReason, SamplingParams
 from tests.cluster import LocalCluster, TinyCheckpoint, greedily, local_cluster
 from tests.leaks import until
+from workers.stages import Stage
 
 pytestmark = pytest.mark.integration
 
@@ -187,3 +189,21 @@ def test_a_stop_string_cuts_the_text_and_ends_the_sequence_on_the_workers(checkp
             assert cluster.load("decode-0").generation_tokens < long
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("pools", [{"prefill": 1, "decode": 1}, {"colocated": 1}])
+def test_the_stages_of_a_sequence_are_told_at_its_end(checkpoint: TinyCheckpoint, pools: dict[str, int]) -> None:
+    told: list[dict[Stage, float]] = []
+
+    async def scenario() -> None:
+        async with local_cluster(checkpoint, **pools) as cluster:
+            cluster.engine._on_stages = told.append
+            began_s = time.perf_counter()
+            await cluster.check_greedy(checkpoint.prompt(200), NUM_TOKENS)
+            assert sum(told[0].values()) <= time.perf_counter() - began_s
+
+    asyncio.run(scenario())
+    (stages,) = told
+    in_place = {Stage.QUEUE_PREFILL, Stage.PREFILL, Stage.FIRST_DECODE, Stage.DECODE}
+    assert set(stages) == (in_place if "colocated" in pools else set(Stage))
+    assert all(seconds > 0 for stage, seconds in stages.items() if stage is not Stage.TRANSFER)

@@ -24,6 +24,7 @@ from scheduler.types import (
 from tests.builders import make_shape
 from tests.fakes import FakeEngine, ManualClock, Script
 from tests.unit.engine.calls import COMPLETIONS, call
+from workers.stages import Stage
 
 
 def worker(worker_id: str, role: WorkerRole, load: WorkerLoad, incarnation: int = 1) -> WorkerSnapshot:
@@ -176,3 +177,22 @@ def test_restarts_are_counted_by_how_often_a_worker_was_started(board: Board) ->
         assert board.value("twinpool_worker_restarts_total", worker="decode-0") == incarnation - 1
     board.cluster = ClusterSnapshot()
     assert board.value("twinpool_worker_restarts_total", worker="decode-0") == 4
+
+
+def test_stages_are_told_one_by_one_and_as_vllm_cuts_them(board: Board) -> None:
+    handed_over = {
+        Stage.QUEUE_DECODE: 0.5,
+        Stage.QUEUE_PREFILL: 1.0,
+        Stage.PREFILL: 2.0,
+        Stage.TRANSFER: 0.25,
+        Stage.FIRST_DECODE: 0.125,
+        Stage.DECODE: 4.0,
+    }
+    board.metrics.observe_stages(handed_over)
+    board.metrics.observe_stages({Stage.QUEUE_PREFILL: 1.0, Stage.PREFILL: 3.0})  # one token, in place
+    for stage, seconds in (handed_over | {Stage.QUEUE_PREFILL: 2.0, Stage.PREFILL: 5.0}).items():
+        assert board.value("twinpool_request_stage_seconds_sum", stage=stage.value) == seconds
+    for prefill, decode in zip(both("request_prefill_time_seconds"), both("request_decode_time_seconds"), strict=True):
+        assert board.value(f"{prefill}_sum") == 2.25 + 3.0
+        assert board.value(f"{decode}_sum") == 4.125
+        assert board.value(f"{decode}_count") == 1
