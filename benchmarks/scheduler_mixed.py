@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import orjson
+from prometheus_client.parser import text_string_to_metric_families
 
 from kvcache.errors import ConfigError, ResourceError
 
@@ -29,6 +30,7 @@ Numbers = dict[str, float | None]
 _Key = TypeVar("_Key")
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 60.0
+STAGES = "twinpool_request_stage_seconds"
 LEAST_GOODPUT = 0.9  # of a rate that a server can take
 _OWN = (
     f"{shlex.quote(sys.executable)} -m engine.cli serve --dtype float32 --port {{port}}"
@@ -105,7 +107,8 @@ def measure_mixed(servers: Sequence[Target], load: MixedLoad, rounds: int) -> di
         for server in servers:
             print(f"mixed, round {number + 1} of {rounds}: {server.name}", file=sys.stderr, flush=True)
             with running(server):
-                runs[server.name].append(run_load(server.url, load, seed=number))
+                numbers = run_load(server.url, load, seed=number)
+                runs[server.name].append(numbers | stage_times(_page(f"{server.url}/metrics")))
     return {name: {"median": medians(of_one), "rounds": of_one} for name, of_one in runs.items()}
 
 
@@ -153,6 +156,35 @@ def run_load(url: str, load: MixedLoad, seed: int) -> Numbers:
     return numbers
 
 
+def stage_times(exposition: str) -> Numbers:
+    """How long requests were in each stage: median and 95th percentile in milliseconds, between the histogram's bounds
+    in proportion, as Prometheus does it. Empty for a server that tells nothing of stages.
+    """
+    counts: dict[str, list[tuple[float, float]]] = {}
+    for family in text_string_to_metric_families(exposition):
+        for sample in family.samples:
+            if sample.name == f"{STAGES}_bucket":
+                of_stage = counts.setdefault(sample.labels["stage"], [])
+                of_stage.append((float(sample.labels["le"]), sample.value))
+    quantiles = (("p50", 0.5), ("p95", 0.95))
+    return {
+        f"stage_{stage}_{name}": round(1000 * _quantile(buckets, share), 1)
+        for stage, buckets in counts.items()
+        for name, share in quantiles
+    }
+
+
+def _quantile(buckets: Sequence[tuple[float, float]], share: float) -> float:
+    """Of (bound, observations up to it), the last of them without end."""
+    rank = share * buckets[-1][1]
+    below_s, below = 0.0, 0.0
+    for bound_s, count in buckets[:-1]:
+        if count >= rank:
+            return below_s + (bound_s - below_s) * (rank - below) / (count - below) if count > below else bound_s
+        below_s, below = bound_s, count
+    return below_s
+
+
 @contextlib.contextmanager
 def running(server: Target) -> Iterator[None]:
     """Starts the server, unless it runs already, and ends all its processes afterwards."""
@@ -180,11 +212,16 @@ def _wait_until_ready(server: Target, process: subprocess.Popen[bytes], output: 
 
 
 def _answers(url: str) -> bool:
+    return bool(_page(f"{url}/v1/models"))
+
+
+def _page(url: str) -> str:
+    """Empty where there is none."""
     try:
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=2) as response:
-            return bool(response.status == 200)
+        with urllib.request.urlopen(url, timeout=10) as response:
+            return bytes(response.read()).decode()
     except (urllib.error.URLError, OSError):
-        return False
+        return ""
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -10,8 +10,20 @@ import pytest
 from benchmarks import scheduler_mixed
 from benchmarks.scheduler import Settings
 from benchmarks.scheduler_core import measure_core
-from benchmarks.scheduler_mixed import MixedLoad, Target, measure_capacity, medians, run_load, running, targets
+from benchmarks.scheduler_mixed import (
+    MixedLoad,
+    Target,
+    measure_capacity,
+    medians,
+    run_load,
+    running,
+    stage_times,
+    targets,
+)
+from engine.metrics import Metrics
 from kvcache.errors import ConfigError, ResourceError
+from scheduler.types import ClusterSnapshot
+from workers.stages import Stage
 
 LOAD = MixedLoad(Path("load.py"), 1.0, 0.7, 0.12, 1500.0, 120.0)
 
@@ -90,3 +102,16 @@ def test_a_server_that_ends_at_once_is_an_error_with_its_words(monkeypatch: pyte
     command = f"{sys.executable} -c \"raise SystemExit('no memory')\""
     with pytest.raises(ResourceError, match="no memory"), running(Target("x", "http://127.0.0.1:1", command)):
         pass
+
+
+def test_stage_times_are_quantiles_of_the_servers_histograms() -> None:
+    metrics = Metrics("tiny", ClusterSnapshot)
+    for seconds in (0.03, 0.03, 0.03, 0.09):
+        metrics.observe_stages({Stage.TRANSFER: seconds})
+    told = stage_times(metrics.exposition().decode())
+    # Of four, the second lies two thirds into 20 to 40 ms, which holds three; 95 % are four fifths into 80 to 100 ms.
+    assert told == {"stage_transfer_p50": pytest.approx(33.3), "stage_transfer_p95": pytest.approx(96.0)}
+
+
+def test_a_server_that_tells_no_stages_has_none() -> None:
+    assert stage_times("vllm:num_requests_running 1.0\n") == stage_times("") == {}
