@@ -44,9 +44,7 @@ class Flip:
 
 def busyness(workers: Sequence[Candidate], demand: Demand) -> float:
     """How busy the busier phase is: 1 means that work comes as fast as it can be done."""
-    prefill = sum(worker.prefill_tokens_s for worker in workers if worker.role is WorkerRole.PREFILL)
-    decode = sum(worker.decode_tokens_s for worker in workers if worker.role is WorkerRole.DECODE)
-    return max(_part(demand.prefill_tokens_s, prefill), _part(demand.decode_tokens_s, decode))
+    return _busier(demand, *_rates(workers))
 
 
 def best_split(workers: Sequence[Candidate], demand: Demand) -> dict[str, WorkerRole]:
@@ -60,12 +58,13 @@ def best_split(workers: Sequence[Candidate], demand: Demand) -> dict[str, Worker
         return {worker.worker_id: worker.role for worker in workers}
     ordered = sorted(workers, key=lambda each: (-each.prefill_tokens_s / each.decode_tokens_s, _rank(each)))
     prefill, decode = 0.0, sum(worker.decode_tokens_s for worker in ordered)
+    num_changes = sum(worker.role is WorkerRole.PREFILL for worker in ordered)
     best_cut, best = 0, (float("inf"), 0)
     for cut, worker in enumerate(ordered[:-1], start=1):
         prefill += worker.prefill_tokens_s
         decode -= worker.decode_tokens_s
-        load = max(_part(demand.prefill_tokens_s, prefill), _part(demand.decode_tokens_s, decode))
-        found = (load, _num_changes(ordered, cut))
+        num_changes += -1 if worker.role is WorkerRole.PREFILL else 1
+        found = (_busier(demand, prefill, decode), num_changes)
         if found < best:
             best_cut, best = cut, found
     return {worker.worker_id: _role_of(index, best_cut) for index, worker in enumerate(ordered)}
@@ -100,28 +99,38 @@ class RolePlanner:
 
     def _best_flip(self, workers: Sequence[Candidate], demand: Demand, now: float) -> Flip | None:
         """The one step towards the best split that helps most."""
-        present = busyness(workers, demand)
+        prefill, decode = _rates(workers)
+        present = _busier(demand, prefill, decode)
         if present < MIN_BUSYNESS:
             return None
         split = best_split(workers, demand)
-        flips = [
-            Flip(worker.worker_id, split[worker.worker_id])
+        able = [
+            (_busier(demand, *_rates_after(worker, prefill, decode)), worker.worker_id)
             for worker in workers
             if split[worker.worker_id] is not worker.role and now - self._changed_at_s[worker.worker_id] >= MIN_STAY_S
         ]
-        if not flips:
+        if not able:
             return None
-        flip = min(flips, key=lambda each: (busyness(_flipped(workers, each), demand), each.worker_id))
-        return flip if busyness(_flipped(workers, flip), demand) <= present * (1 - MIN_GAIN) else None
+        least, worker_id = min(able)
+        return Flip(worker_id, split[worker_id]) if least <= present * (1 - MIN_GAIN) else None
 
 
-def _flipped(workers: Sequence[Candidate], flip: Flip) -> list[Candidate]:
-    return [
-        worker
-        if worker.worker_id != flip.worker_id
-        else Candidate(worker.worker_id, flip.role, worker.prefill_tokens_s, worker.decode_tokens_s)
-        for worker in workers
-    ]
+def _rates(workers: Sequence[Candidate]) -> tuple[float, float]:
+    """Tokens per second of all that prefill and of all that decode."""
+    prefill = sum(worker.prefill_tokens_s for worker in workers if worker.role is WorkerRole.PREFILL)
+    decode = sum(worker.decode_tokens_s for worker in workers if worker.role is WorkerRole.DECODE)
+    return prefill, decode
+
+
+def _rates_after(worker: Candidate, prefill: float, decode: float) -> tuple[float, float]:
+    """The same once a worker has changed its role."""
+    if worker.role is WorkerRole.PREFILL:
+        return prefill - worker.prefill_tokens_s, decode + worker.decode_tokens_s
+    return prefill + worker.prefill_tokens_s, decode - worker.decode_tokens_s
+
+
+def _busier(demand: Demand, prefill: float, decode: float) -> float:
+    return max(_part(demand.prefill_tokens_s, prefill), _part(demand.decode_tokens_s, decode))
 
 
 def _part(demand: float, rate: float) -> float:
@@ -137,7 +146,3 @@ def _rank(worker: Candidate) -> tuple[bool, str]:
 
 def _role_of(index: int, cut: int) -> WorkerRole:
     return WorkerRole.PREFILL if index < cut else WorkerRole.DECODE
-
-
-def _num_changes(ordered: Sequence[Candidate], cut: int) -> int:
-    return sum(worker.role is not _role_of(index, cut) for index, worker in enumerate(ordered))

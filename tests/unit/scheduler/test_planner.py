@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
-from scheduler.planner import HOLD_S, MIN_STAY_S, Candidate, Demand, Flip, RolePlanner, best_split, busyness
+from scheduler.planner import (
+    HOLD_S,
+    MIN_BUSYNESS,
+    MIN_GAIN,
+    MIN_STAY_S,
+    Candidate,
+    Demand,
+    Flip,
+    RolePlanner,
+    best_split,
+    busyness,
+)
 from scheduler.types import WorkerRole
 
 PREFILL, DECODE = WorkerRole.PREFILL, WorkerRole.DECODE
@@ -70,6 +82,76 @@ def test_of_equally_good_splits_the_one_with_the_fewest_changes_is_taken() -> No
 
 def test_a_single_worker_keeps_its_role() -> None:
     assert best_split([worker("a", DECODE)], Demand(1000, 0)) == {"a": DECODE}
+
+
+def slow_best_split(workers: Sequence[Candidate], demand: Demand) -> dict[str, WorkerRole]:
+    """Slow reference: each cut of the order by advantage, looked at from the beginning."""
+
+    def key(each: Candidate) -> tuple[float, bool, str]:
+        return -each.prefill_tokens_s / each.decode_tokens_s, each.role is DECODE, each.worker_id
+
+    names = [each.worker_id for each in sorted(workers, key=key)]
+    splits = [
+        {name: PREFILL if place < cut else DECODE for place, name in enumerate(names)} for cut in range(1, len(names))
+    ]
+
+    def badness(split: dict[str, WorkerRole]) -> tuple[float, int]:
+        return busyness(with_roles(workers, split), demand), sum(
+            split[each.worker_id] is not each.role for each in workers
+        )
+
+    return min(splits, key=badness)
+
+
+def slow_flips(workers: Sequence[Candidate], demand: Demand) -> dict[str, float]:
+    """How busy the busier phase is after each step towards the best split, by worker."""
+    split = slow_best_split(workers, demand)
+    roles = {each.worker_id: each.role for each in workers}
+    return {
+        name: busyness(with_roles(workers, roles | {name: role}), demand)
+        for name, role in split.items()
+        if roles[name] is not role
+    }
+
+
+def draw_workers(rng: random.Random, count: int) -> list[Candidate]:
+    """Rates are whole numbers: sums are exact in any order."""
+    return [
+        worker(str(index), rng.choice((PREFILL, DECODE)), rng.randint(2, 40) * 100, rng.randint(2, 40) * 10)
+        for index in range(count)
+    ]
+
+
+def test_the_split_and_the_flip_are_those_of_the_slow_reference() -> None:
+    rng = random.Random(7)
+    num_flips = 0
+    for _ in range(100):
+        workers = draw_workers(rng, rng.randint(2, 40))
+        demand = Demand(rng.randint(1, 60_000), rng.randint(1, 6_000))
+        assert best_split(workers, demand) == slow_best_split(workers, demand)
+        planner = RolePlanner()
+        for now in (0.0, MIN_STAY_S, MIN_STAY_S + HOLD_S):
+            flip = planner.decide(workers, demand, now)
+        present, after = busyness(workers, demand), slow_flips(workers, demand)
+        name = min(after, key=lambda each: (after[each], each), default=None)
+        pays = name is not None and present >= MIN_BUSYNESS and after[name] <= present * (1 - MIN_GAIN)
+        assert (flip.worker_id if flip is not None else None) == (name if pays else None)
+        num_flips += pays
+    assert num_flips > 20
+
+
+def test_planning_looks_at_each_worker_a_few_times_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: Counter[str] = Counter()
+
+    def read(self: Candidate, name: str) -> object:
+        reads[name] += 1
+        return object.__getattribute__(self, name)
+
+    workers, planner = draw_workers(random.Random(3), 1000), RolePlanner()
+    monkeypatch.setattr(Candidate, "__getattribute__", read, raising=False)
+    for now in (0.0, MIN_STAY_S, MIN_STAY_S + HOLD_S):
+        planner.decide(workers, Demand(1_600_000, 20_000), now)
+    assert 0 < reads.total() <= 3 * 40 * len(workers)
 
 
 class Run:
