@@ -234,7 +234,8 @@ class ClusterController:
         prefill = choice.prefill.address if choice.prefill is not None else None
         placement = Placement(request.request_id, choice.decode.address, prefill)
         if self._log.wants(now):
-            sizes = Sizes(request.num_prompt_tokens, num_output_tokens, num_cached_tokens)
+            num_held_tokens = self._cluster.cached_tokens(choice.decode, request)
+            sizes = Sizes(request.num_prompt_tokens, num_output_tokens, num_cached_tokens, num_held_tokens)
             prediction = predict(self._costs, placement, sizes, prefill_s, prefills, choice.decode, now)
             self._log.begin(placement, prediction, now)
         self._book(request.request_id, _Placed(choice, work), now)

@@ -48,6 +48,7 @@ class Sizes:
     prompt: int
     output: int  # expected
     cached: int = 0  # of the prompt, where it is computed
+    held: int = 0  # of the prompt, where it is decoded: need not be sent there
 
 
 def predict(
@@ -71,7 +72,7 @@ def predict(
     step_s = costs.decode_step_seconds(decode_id, decode.decoding_size + 1, context_tokens)
     ttft_s = prefill.backlog_s(now, prefill_s) + prefill_s + costs.start_seconds(prefill_id)
     if placement.prefill is not None:
-        ttft_s += costs.transfer_seconds(prefill_id, decode_id, sizes.prompt)
+        ttft_s += costs.transfer_seconds(prefill_id, decode_id, sizes.prompt - sizes.held)
     if decode.decoding_size:
         ttft_s += step_s * JOINING_STEPS
     num_steps = max(1, sizes.output - 1)

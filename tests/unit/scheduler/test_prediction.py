@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
+from kvcache.prefix import HashChain
+from scheduler.cache_index import hashes_of_prompt, pack_names
 from scheduler.controller import ClusterController
 from scheduler.cost_model import CostModel
 from scheduler.events import (
@@ -18,6 +20,7 @@ from scheduler.events import (
 from scheduler.placement import PlacementOptions
 from scheduler.prediction import PredictionLog, Sizes, predict
 from scheduler.types import (
+    CacheDelta,
     Placement,
     Prediction,
     PredictionErrors,
@@ -27,7 +30,7 @@ from scheduler.types import (
     WorkerLoad,
     WorkerRole,
 )
-from tests.builders import make_worker
+from tests.builders import make_spec, make_worker
 
 PREFILL, DECODE = make_worker("p", WorkerRole.PREFILL), make_worker("d", WorkerRole.DECODE)
 HANDED_OVER = Placement("r", WorkerAddress("d", "d.test:1"), WorkerAddress("p", "p.test:1"))
@@ -78,6 +81,32 @@ def costs() -> CostModel:
 def test_a_first_token_comes_after_queue_computation_and_handoff(costs: CostModel) -> None:
     prediction = predicted(costs, HANDED_OVER, Books(backlog=7.0), Books(), now=4.0)
     assert prediction.ttft_s == 3.0 + costs.prefill_seconds("p", 100) + costs.transfer_seconds("p", "d", 100)
+
+
+def test_what_the_decode_worker_has_cached_is_not_sent(costs: CostModel) -> None:
+    prefill_s = costs.prefill_seconds("p", SIZES.prompt)
+    held = replace(SIZES, held=64)
+    prediction = predict(costs, HANDED_OVER, held, prefill_s, Books(), Books(), 0.0)
+    assert prediction.ttft_s == pytest.approx(prefill_s + costs.transfer_seconds("p", "d", 36))
+    assert prediction.ttft_s < predicted(costs, HANDED_OVER, Books(), Books()).ttft_s
+
+
+def test_the_controller_predicts_a_first_token_sooner_where_the_decode_worker_has_the_prompt() -> None:
+    """The prefill worker has nothing of it, so all is computed; of the handoff only the last block is left."""
+    prompt = range(61)
+    names = hashes_of_prompt(b"", make_spec().block_size, prompt)
+    added = pack_names(HashChain(b"", make_spec().block_size).hashes(prompt))
+    costs = CostModel()
+    for info in (PREFILL, DECODE):
+        costs.add(info)
+    controller = ClusterController(options=PlacementOptions("round_robin"))
+    for info in (PREFILL, DECODE):
+        controller.handle(WorkerRegistered(info), 0.0)
+    controller.handle(WorkerReported("d", 1, WorkerLoad(), cache=CacheDelta(0, added)), 0.0)
+    controller.handle(RequestArrived("r", 61, 8, prefixes=(names,)), 1.0)
+    real_s = costs.prefill_seconds("p", 61) + costs.transfer_seconds("p", "d", 1)
+    controller.handle(PrefillDone("r"), 1.0 + real_s)
+    assert errors_of(controller, "p").ttft == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_prompt_in_place_is_not_handed_over(costs: CostModel) -> None:
