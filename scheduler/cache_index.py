@@ -65,21 +65,25 @@ class CacheIndex:
         for prefix in prefixes:
             if prefix.block_size == block_size:
                 num_tokens = _depth(prefix.hashes, names) * prefix.tokens_per_hash
-                return min(num_tokens, (num_prompt_tokens - 1) // block_size * block_size)
+                if num_tokens < num_prompt_tokens:
+                    return num_tokens
+                return (num_prompt_tokens - 1) // block_size * block_size
         return 0
 
     def deepest(self, prefix: PrefixHashes, limit: int) -> list[str]:
         """Up to ``limit`` workers that have something of the prompt, those with the most of it first."""
-        found: dict[str, None] = {}
+        found: list[str] = []
         hashes, holders = prefix.hashes, self._holders
         place = len(hashes) - _depth(hashes, holders)
         # Down by ever longer steps: those who share a system prompt only are seen too, at the price of few looks.
         step = 1
         while place < len(hashes) and len(found) < limit:
-            found.update(dict.fromkeys(islice(holders.get(hashes[place], ()), limit)))
+            for worker_id in islice(holders.get(hashes[place], ()), limit):
+                if worker_id not in found:
+                    found.append(worker_id)
             place += step
             step *= 2
-        return list(found)[:limit]
+        return found[:limit]
 
     def _drop(self, name: int, worker_id: str) -> None:
         holders = self._holders[name]

@@ -226,9 +226,12 @@ class ClusterController:
         num_cached_tokens = choice.num_cached_tokens
         if num_cached_tokens is None:
             num_cached_tokens = self._cluster.cached_tokens(prefills, request)
-        prefill_s = self._costs.prefill_seconds(
-            prefills.worker_id, request.num_prompt_tokens, num_cached_tokens, self._neighbours.beside(prefills)
-        )
+        prefill_s = choice.prefill_s
+        if prefill_s is None or prefills.info.node:  # those that compute now count, and not as many as mostly
+            beside = self._neighbours.beside(prefills)
+            prefill_s = self._costs.prefill_seconds(
+                prefills.worker_id, request.num_prompt_tokens, num_cached_tokens, beside
+            )
         self._demand.add(request.num_prompt_tokens, num_cached_tokens, num_output_tokens, now)
         work = Workload(request.num_prompt_tokens, request.max_tokens, num_output_tokens, prefill_s)
         prefill = choice.prefill.address if choice.prefill is not None else None
@@ -262,7 +265,8 @@ class ClusterController:
     def _changed(self, worker: WorkerState, now: float) -> None:
         """After any change of a worker's books."""
         self._workers.changed(worker)
-        self._neighbours.changed(worker, now)
+        if worker.info.node:
+            self._neighbours.changed(worker, now)
 
     def _book_told(self, event: RequestPlaced, now: float) -> None:
         """Of a worker that is not here the requests are not booked, and end with it."""
@@ -288,7 +292,8 @@ class ClusterController:
         self._begin_decoding(placed, now)
         if choice.prefill is not None:
             choice.prefill.end_request(placed.work.num_prompt_tokens)
-            self._neighbours.changed(choice.decode, now)
+            if choice.decode.info.node:
+                self._neighbours.changed(choice.decode, now)
         self._changed(choice.prefills, now)
 
     def _begin_decoding(self, placed: _Placed, now: float) -> None:

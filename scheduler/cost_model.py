@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -49,14 +49,15 @@ class CostModel:
     """
 
     def __init__(self) -> None:
-        self._workers: dict[str, _WorkerCosts] = {}
+        self._workers: dict[str, WorkerCosts] = {}
+        self.workers: Mapping[str, WorkerCosts] = self._workers  # by id, for whoever asks a dozen times for a request
         self._id_of: dict[str, str] = {}  # by address
 
     def add(self, info: WorkerInfo) -> None:
         """A worker has registered. What was learned of an earlier process of that name is forgotten."""
         if info.worker_id in self._workers:
             self.remove(info.worker_id)
-        self._workers[info.worker_id] = _WorkerCosts(info)
+        self._workers[info.worker_id] = WorkerCosts(info)
         self._id_of[info.address] = info.worker_id
 
     def remove(self, worker_id: str) -> None:
@@ -86,19 +87,9 @@ class CostModel:
         """
         return self._workers[worker_id].decode_step_seconds(batch_size, context_tokens, neighbours)
 
-    def context_token_seconds(self, worker_id: str) -> float:
-        """What each token of their contexts adds to a decode step."""
-        return self._workers[worker_id].context_token_seconds()
-
     def transfer_seconds(self, prefill_id: str, decode_id: str, num_tokens: int) -> float:
-        """From the end of a prompt's computation until its KV is attached on the other worker.
-
-        Layers travel while others compute: this is what is left at the end, which is learned for each pair.
-        """
-        sender, receiver = self._workers[prefill_id], self._workers[decode_id]
-        link = sender.links.get(decode_id)
-        handoff_s, byte_s = link.values if link is not None else (_HANDOFF.prior, _LINK.prior)
-        return handoff_s + byte_s * num_tokens * sender.kv_token_bytes * _byte_seconds(sender, receiver)
+        """See ``WorkerCosts.transfer_seconds``."""
+        return self._workers[prefill_id].transfer_seconds(self._workers[decode_id], num_tokens)
 
     def observe(self, worker_id: str, steps: StepTimes, neighbours: float | None = None) -> None:
         """Learns from steps that a worker has taken while so many others computed beside it on its node.
@@ -149,23 +140,28 @@ class CostModel:
         )
 
 
-class _WorkerCosts:
-    """One worker. Its coefficients lie beside the features that they multiply, ready for a prediction."""
+class WorkerCosts:
+    """What one worker takes. Its coefficients lie beside the features that they multiply, ready for a prediction.
+
+    What is named ``seconds`` changes nothing. ``neighbours``, where it may be None: as many as mostly.
+    """
 
     __slots__ = (
-        "_beside_decode",
-        "_beside_prefill",
         "_chunk",
         "_decode",
         "_decode_linear",
+        "_decode_usual",
         "_kv_token_s",
         "_pair_s",
         "_prefill",
         "_prefill_linear",
+        "_prefill_usual",
         "_start_residuals",
         "address",
+        "context_token_s",
         "decode_errors",
         "kv_token_bytes",
+        "least_prefill_s",
         "link_gb_s",
         "links",
         "neighbours",
@@ -174,11 +170,15 @@ class _WorkerCosts:
         "tpot_errors",
         "transfer_errors",
         "ttft_errors",
+        "worker_id",
     )
 
     def __init__(self, info: WorkerInfo) -> None:
         device, shape = info.device, info.shape
+        self.worker_id = info.worker_id
         self.address = info.address
+        self.context_token_s = 0.0  # what a token of their contexts adds to a decode step
+        self.least_prefill_s = 0.0  # of the shortest prompt
         self.kv_token_bytes = shape.kv_token_bytes
         self.link_gb_s = device.link_gb_s or UNKNOWN_LINK_GB_S
         self.links: dict[str, OnlineFit] = {}  # by decode worker
@@ -188,7 +188,6 @@ class _WorkerCosts:
         self.ttft_errors: deque[float] = deque(maxlen=ERROR_WINDOW)
         self.tpot_errors: deque[float] = deque(maxlen=ERROR_WINDOW)
         self.neighbours = 0.0  # mean of what was told with steps
-        self._beside_prefill = self._beside_decode = 0.0  # what so many add to the coefficients
         self.start_s = 0.0
         self._start_residuals: deque[float] = deque(maxlen=START_WINDOW)
         self._chunk = info.max_num_batched_tokens
@@ -198,27 +197,67 @@ class _WorkerCosts:
         self._kv_token_s = shape.kv_token_bytes / ((device.attention_gb_s or device.read_gb_s) * 1e9)
         self._prefill = OnlineFit((_STEP, _PART, _PART, _NEIGHBOUR))  # steps, linear layers, attention
         self._decode = OnlineFit((_STEP, _SEQUENCE, _PART, _PART, _NEIGHBOUR))  # and sequences
+        self._settle()
 
-    def prefill_seconds(self, num_tokens: int, num_cached_tokens: int, neighbours: float | None) -> float:
-        num_computed = max(1, num_tokens - num_cached_tokens)  # the last token is computed always, for its logits
-        num_steps = -(-num_computed // self._chunk)
-        linear_s = self._prefill_linear.seconds(num_computed - (num_steps - 1) * self._chunk)
-        if num_steps > 1:
-            linear_s += (num_steps - 1) * self._prefill_linear.seconds(self._chunk)
+    def prefill_seconds(self, num_tokens: int, num_cached_tokens: int, neighbours: float | None = None) -> float:
+        num_computed = num_tokens - num_cached_tokens
+        if num_computed < 1:
+            num_computed = 1  # the last token is computed always, for its logits
+        chunk, linear = self._chunk, self._prefill_linear
+        if num_computed <= chunk:
+            num_steps, linear_s = 1, linear.seconds(num_computed)
+        else:
+            num_steps = -(-num_computed // chunk)
+            linear_s = linear.seconds(num_computed - (num_steps - 1) * chunk) + (num_steps - 1) * linear.seconds(chunk)
         attention_s = self._pair_s * num_computed * (num_tokens - (num_computed - 1) / 2)
-        step, per_linear, per_attention, per_neighbour = self._prefill.values
-        beside = self._beside_prefill if neighbours is None else per_neighbour * neighbours
-        return step * num_steps + (per_linear + beside) * linear_s + (per_attention + beside) * attention_s
+        usual = self._prefill_usual if neighbours is None else self._prefill_beside(neighbours)
+        step, per_linear, per_attention = usual
+        return step * num_steps + per_linear * linear_s + per_attention * attention_s
 
-    def decode_step_seconds(self, batch_size: float, context_tokens: float, neighbours: float | None) -> float:
+    def decode_step_seconds(self, batch_size: float, context_tokens: float, neighbours: float | None = None) -> float:
+        usual = self._decode_usual if neighbours is None else self._decode_beside(neighbours)
+        step, sequence, per_linear, per_attention = usual
         linear_s, attention_s = self._decode_linear.seconds(batch_size), self._kv_token_s * context_tokens
-        step, sequence, per_linear, per_attention, per_neighbour = self._decode.values
-        beside = self._beside_decode if neighbours is None else per_neighbour * neighbours
-        return step + sequence * batch_size + (per_linear + beside) * linear_s + (per_attention + beside) * attention_s
+        return step + sequence * batch_size + per_linear * linear_s + per_attention * attention_s
 
-    def context_token_seconds(self) -> float:
-        """Beside as many neighbours as mostly."""
-        return (self._decode.values[3] + self._beside_decode) * self._kv_token_s
+    def two_steps_seconds(self, batch_size: int, context_tokens: int) -> tuple[float, float]:
+        """A decode step, and one with a sequence more whose context is still to be counted: in one call."""
+        step, sequence, per_linear, per_attention = self._decode_usual
+        seconds = self._decode_linear.seconds
+        joined = batch_size + 1
+        attention_s = per_attention * (self._kv_token_s * context_tokens)
+        return (
+            step + sequence * batch_size + per_linear * seconds(batch_size) + attention_s,
+            step + sequence * joined + per_linear * seconds(joined) + attention_s,
+        )
+
+    def transfer_seconds(self, receiver: WorkerCosts, num_tokens: int) -> float:
+        """From the end of a prompt's computation here until its KV is attached there.
+
+        Layers travel while others compute: this is what is left at the end, which is learned for each pair.
+        """
+        link = self.links.get(receiver.worker_id)
+        handoff_s, byte_s = link.values if link is not None else (_HANDOFF.prior, _LINK.prior)
+        return handoff_s + byte_s * num_tokens * self.kv_token_bytes * _byte_seconds(self, receiver)
+
+    def _settle(self) -> None:
+        """After anything was learned: what is the same for every prediction is computed once."""
+        self._prefill_usual = self._prefill_beside(self.neighbours)
+        self._decode_usual = self._decode_beside(self.neighbours)
+        self.context_token_s = self._decode_usual[3] * self._kv_token_s
+        self.least_prefill_s = self.prefill_seconds(1, 0)
+
+    def _prefill_beside(self, neighbours: float) -> tuple[float, float, float]:
+        """Seconds of a step, and how often its linear layers and its attention count."""
+        step, per_linear, per_attention, per_neighbour = self._prefill.values
+        beside = per_neighbour * neighbours
+        return step, per_linear + beside, per_attention + beside
+
+    def _decode_beside(self, neighbours: float) -> tuple[float, float, float, float]:
+        """The same, and seconds of a sequence."""
+        step, sequence, per_linear, per_attention, per_neighbour = self._decode.values
+        beside = per_neighbour * neighbours
+        return step, sequence, per_linear + beside, per_attention + beside
 
     def observe(self, steps: StepTimes, neighbours: float | None) -> None:
         if steps.num_steps < 1:
@@ -230,8 +269,7 @@ class _WorkerCosts:
             self._observe_prefill(steps, neighbours)
         else:
             self._observe_decode(steps, neighbours)
-        self._beside_prefill = self._prefill.values[-1] * self.neighbours
-        self._beside_decode = self._decode.values[-1] * self.neighbours
+        self._settle()
 
     def observe_first_token(self, predicted_s: float, real_s: float) -> None:
         """The median, for what is far off is a queue that went otherwise and no call."""
@@ -334,7 +372,7 @@ def _join(points: list[tuple[float, float]], last_slope: float) -> LinearTimes:
     return LinearTimes(rows, seconds, (*slopes, last_slope))
 
 
-def _byte_seconds(sender: _WorkerCosts, receiver: _WorkerCosts) -> float:
+def _byte_seconds(sender: WorkerCosts, receiver: WorkerCosts) -> float:
     """Of one byte of KV, by the slower of both links."""
     return 1 / (min(sender.link_gb_s, receiver.link_gb_s) * 1e9)
 

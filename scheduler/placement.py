@@ -32,18 +32,28 @@ class PlacementOptions:
     move_after_s: float | None = None  # of every drain that says nothing else; see ``Duty``
 
 
-@dataclass(slots=True)
 class Choice:
-    """Where a request shall run. ``prefill`` is None for prefill in place, on the decode worker. Do not change it."""
+    """Where a request shall run. ``prefill`` is None for prefill in place, on the decode worker. Do not change it.
 
-    decode: WorkerState
-    prefill: WorkerState | None = None
-    num_cached_tokens: int | None = None  # of the prompt, where it is computed; None: the policy did not look
+    Args:
+        num_cached_tokens: of the prompt, where it is computed; None: the policy did not look.
+        prefill_s: predicted to compute it there, beside as many neighbours as mostly; None: it did not predict.
+    """
 
-    @property
-    def prefills(self) -> WorkerState:
-        """The worker that computes the prompt."""
-        return self.prefill or self.decode
+    __slots__ = ("decode", "num_cached_tokens", "prefill", "prefill_s", "prefills")
+
+    def __init__(
+        self,
+        decode: WorkerState,
+        prefill: WorkerState | None = None,
+        num_cached_tokens: int | None = None,
+        prefill_s: float | None = None,
+    ) -> None:
+        self.decode = decode
+        self.prefill = prefill
+        self.num_cached_tokens = num_cached_tokens
+        self.prefill_s = prefill_s
+        self.prefills = prefill or decode  # the worker that computes the prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +92,10 @@ class Cluster:
 
     def holders(self, request: RequestArrived, limit: int) -> list[WorkerState]:
         """Active workers that have most of the prompt cached, up to ``limit`` for each block size."""
-        ids = [worker_id for prefix in request.prefixes for worker_id in self.cache.deepest(prefix, limit)]
-        found = [self.workers.get(worker_id) for worker_id in ids if worker_id not in request.avoid]
-        return [worker for worker in found if worker is not None and worker.is_active]
+        ids: list[str] = []
+        for prefix in request.prefixes:
+            ids += self.cache.deepest(prefix, limit)
+        return self.workers.active(ids, request.avoid)
 
     def cached_tokens(self, worker: WorkerState, request: RequestArrived) -> int:
         """Tokens of the prompt that need not be computed there, or not be sent there."""

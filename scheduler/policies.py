@@ -19,7 +19,7 @@ from scheduler.placement import (
     prefills_in_place,
 )
 from scheduler.types import ClusterSnapshot, DutyState, Phase
-from scheduler.worker_state import CostPredictor, WorkerState
+from scheduler.worker_state import WorkerState
 from scheduler.worker_table import Rank
 
 _MASK = (1 << 64) - 1
@@ -122,7 +122,7 @@ class CacheAware(LeastLoaded):
         return min([*cluster.best(phase, request.avoid), *holders], key=tokens_ahead)
 
 
-POLICIES: dict[str, Callable[[PlacementOptions, CostPredictor], PlacementPolicy]] = {
+POLICIES: dict[str, Callable[[PlacementOptions, CostModel], PlacementPolicy]] = {
     "cost": lambda options, costs: CostPlacement(costs, options.ttft_target_s, options.tpot_target_s),
     "cache_aware": lambda _options, _costs: CacheAware(),
     "least_loaded": lambda _options, _costs: LeastLoaded(),
@@ -132,7 +132,7 @@ POLICIES: dict[str, Callable[[PlacementOptions, CostPredictor], PlacementPolicy]
 }
 
 
-def make_policy(options: PlacementOptions, costs: CostPredictor) -> PlacementPolicy:
+def make_policy(options: PlacementOptions, costs: CostModel) -> PlacementPolicy:
     """
     Raises:
         ConfigError: there is no policy of that name; lists those there are.

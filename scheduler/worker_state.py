@@ -35,24 +35,26 @@ class CostPredictor(Protocol):
         self, worker_id: str, batch_size: int, context_tokens: int, neighbours: float | None = None
     ) -> float: ...
 
-    def context_token_seconds(self, worker_id: str) -> float: ...
-
     def transfer_seconds(self, prefill_id: str, decode_id: str, num_tokens: int) -> float: ...
 
 
-@dataclass(slots=True)
 class Workload:
-    """What one request brings to the workers it is placed on. Do not change it."""
+    """What one request brings to the workers it is placed on. Do not change it.
 
-    num_prompt_tokens: int
-    max_tokens: int
-    num_output_tokens: int  # expected
-    prefill_s: float  # predicted, on the worker that prefills
+    Args:
+        num_output_tokens: expected.
+        prefill_s: predicted, on the worker that prefills.
+    """
 
-    @property
-    def context_tokens(self) -> int:
-        """Mean over its life in the batch."""
-        return self.num_prompt_tokens + self.num_output_tokens // 2
+    __slots__ = ("context_tokens", "max_tokens", "num_output_tokens", "num_prompt_tokens", "prefill_s", "size")
+
+    def __init__(self, num_prompt_tokens: int, max_tokens: int, num_output_tokens: int, prefill_s: float) -> None:
+        self.num_prompt_tokens = num_prompt_tokens
+        self.max_tokens = max_tokens
+        self.num_output_tokens = num_output_tokens
+        self.prefill_s = prefill_s
+        self.context_tokens = num_prompt_tokens + num_output_tokens // 2  # mean over its life in the batch
+        self.size = frexp(prefill_s)[1]  # prompts of one size take as long as each other, to a factor of two
 
 
 @dataclass(slots=True)
@@ -94,9 +96,6 @@ class WorkerState:
     # Predicted, and kept by a policy that asks for it:
     step_s: float = 0.0  # of a decode step of its batch as it is
     joined_step_s: float = 0.0  # of one with a sequence more, whose context is still to be counted
-    context_token_s: float = 0.0  # what a token of that adds, as of the heartbeat at predicted_at_s; so below
-    least_prefill_s: float = 0.0  # of the shortest prompt
-    predicted_at_s: float = -1.0
     heartbeat_s: float = HEARTBEAT_INTERVAL_S  # how often it was told to report
     num_foreign: int = 0  # sequences it reports that were not placed from here: of another gateway, or forgotten
 
@@ -105,7 +104,11 @@ class WorkerState:
     role: WorkerRole = field(init=False)
     max_tokens: int = field(init=False)  # how many tokens' KV there is room for
     worker_id: str = field(init=False)
+    price_per_hour: float = field(init=False)
     is_active: bool = field(init=False)  # by its duty
+
+    batch_size: int = 0  # sequences that decode here, or will when their prompts are computed
+    batch_context_tokens: int = 0  # of them
 
     def __post_init__(self) -> None:
         info = self.info
@@ -113,18 +116,15 @@ class WorkerState:
         self.role = info.role
         self.max_tokens = info.num_blocks * info.spec.block_size
         self.worker_id = info.worker_id
+        self.price_per_hour = info.device.price_per_hour
         self.is_active = self.duty.state is DutyState.ACTIVE
 
-    @property
-    def batch_size(self) -> int:
-        """Sequences that decode here, or will when their prompts are computed."""
-        return self.num_decodes + self.num_foreign if self.role is not _PREFILL else 0
-
-    @property
-    def batch_context_tokens(self) -> int:
-        if self.num_foreign and self.num_decodes:
-            return self.context_tokens * self.batch_size // self.num_decodes
-        return self.context_tokens
+    def _count_batch(self) -> None:
+        """After any change of what it is counted from: it is asked for more often than it changes."""
+        self.batch_size = self.num_decodes + self.num_foreign if self.role is not _PREFILL else 0
+        self.batch_context_tokens = self.context_tokens
+        if self.num_foreign and self.num_decodes:  # foreign ones are taken to be like the others
+            self.batch_context_tokens = self.context_tokens * self.batch_size // self.num_decodes
 
     @property
     def decoding_size(self) -> int:
@@ -149,6 +149,7 @@ class WorkerState:
         self.is_active = duty.state is DutyState.ACTIVE
         self.role = role
         self.info = replace(self.info, role=role)
+        self._count_batch()
 
     def backlog_s(self, now: float, prefill_s: float) -> float:
         """Predicted seconds until a prompt placed now, which takes ``prefill_s`` itself, would be begun.
@@ -159,9 +160,13 @@ class WorkerState:
         backlog_s = self.free_at_s - now
         if backlog_s <= 0.0:
             return 0.0
-        size = _size(prefill_s)
-        ahead_s = sum(queued.seconds for each, queued in self.queued.items() if each <= size)
-        return min(backlog_s, ahead_s + self.rest_of_step_s)
+        size = frexp(prefill_s)[1]
+        ahead_s = 0.0
+        for each, queued in self.queued.items():
+            if each <= size:
+                ahead_s += queued.seconds
+        ahead_s += self.rest_of_step_s
+        return backlog_s if backlog_s < ahead_s else ahead_s
 
     def begin_prefill(self, work: Workload, now: float) -> None:
         """A prompt joins the queue."""
@@ -170,8 +175,9 @@ class WorkerState:
         self.free_at_s = max(self.free_at_s, now + behind_s) + work.prefill_s
         self.num_prefills += 1
         self.prefill_s += work.prefill_s
-        size = _size(work.prefill_s)
-        if (queued := self.queued.get(size)) is None:
+        size = work.size
+        queued = self.queued.get(size)
+        if queued is None:
             queued = self.queued[size] = _Queued()
         queued.count += 1
         queued.seconds += work.prefill_s
@@ -180,8 +186,10 @@ class WorkerState:
         """Its first token is out, or it will never be: what is left is what was placed after it."""
         self.num_prefills -= 1
         self.prefill_s = self.prefill_s - work.prefill_s if self.num_prefills else 0.0
-        self.free_at_s = min(self.free_at_s, now + self.prefill_s)
-        size = _size(work.prefill_s)
+        done_s = now + self.prefill_s
+        if done_s < self.free_at_s:
+            self.free_at_s = done_s
+        size = work.size
         queued = self.queued[size]
         queued.count -= 1
         queued.seconds -= work.prefill_s
@@ -196,6 +204,7 @@ class WorkerState:
         self.awaited_tokens += work.context_tokens
         self.arrivals = self.arrivals_at(now) + 1
         self.arrived_s = now
+        self._count_batch()
 
     def first_token(self, work: Workload, end_s: float) -> None:
         """Of a sequence that decodes here until ``end_s``, or that will never be."""
@@ -208,6 +217,7 @@ class WorkerState:
         self.num_decodes -= 1
         self.context_tokens -= work.context_tokens
         self.ends_s = self.ends_s - end_s if self.num_decodes > self.num_awaited else 0.0
+        self._count_batch()
 
     def arrivals_at(self, now: float) -> float:
         return self.arrivals * exp((self.arrived_s - now) / ARRIVALS_MEMORY_S)
@@ -241,6 +251,7 @@ class WorkerState:
         self.load = load
         self.last_heard_s = now
         self.num_foreign = max(0, load.running + load.waiting - self.requests_in_flight)
+        self._count_batch()
         if self.num_prefills:
             mean_s = self.prefill_s / self.num_prefills
             waiting_s = mean_s * min(load.waiting, self.num_prefills - 1 + self.num_foreign)
@@ -258,11 +269,6 @@ class WorkerState:
             self.prefill_s,
             self.duty,
         )
-
-
-def _size(prefill_s: float) -> int:
-    """Prompts of one size take as long as each other, to a factor of two."""
-    return frexp(prefill_s)[1]
 
 
 def _mean_overlap(spread_s: float, seconds: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -23,6 +23,8 @@ class _Member:
     """A worker in a heap."""
 
     worker: WorkerState
+    phase: Phase
+    heap: _Heap
     rank: Rank
     entered: Rank  # what its entry says: no worse than its rank, which counts once the entry has come to the front
 
@@ -35,19 +37,20 @@ class _Heap:
     members: dict[WorkerState, _Member] = field(default_factory=dict)
     num_puts: int = 0  # numbers the entries, so that no comparison gets as far as the members
 
-    def add(self, worker: WorkerState, rank: Rank) -> None:
-        self.members[worker] = member = _Member(worker, rank, rank)
+    def add(self, worker: WorkerState, phase: Phase, rank: Rank) -> _Member:
+        self.members[worker] = member = _Member(worker, phase, self, rank, rank)
         self._push(member)
+        return member
 
-    def put(self, worker: WorkerState, rank: Rank) -> None:
-        member = self.members[worker]
+    def put(self, member: _Member, rank: Rank) -> None:
         member.rank = rank
         if rank < member.entered:
             member.entered = rank
             self._push(member)
 
-    def remove(self, worker: WorkerState) -> None:
-        self.members.pop(worker).entered = ()
+    def remove(self, member: _Member) -> None:
+        del self.members[member.worker]
+        member.entered = member.rank = ()
 
     def best(self, avoid: Collection[str]) -> WorkerState | None:
         """The best worker that is not to be avoided."""
@@ -109,7 +112,7 @@ class WorkerTable:
         self._workers: dict[str, WorkerState] = {}
         self._members = {phase: _Members() for phase in Phase}
         self._heaps: dict[Phase, dict[object, _Heap]] = {phase: {} for phase in Phase}  # none is empty
-        self._heaps_of: dict[WorkerState, list[tuple[Phase, _Heap]]] = {}
+        self._ranked: dict[WorkerState, list[_Member]] = {}
         self._heard: OrderedDict[WorkerState, None] = OrderedDict()  # longest silent first
         self._num_unpriced = 0
         self.num_places = 0  # sequences that those that decode do at once
@@ -123,6 +126,15 @@ class WorkerTable:
 
     def get(self, worker_id: str) -> WorkerState | None:
         return self._workers.get(worker_id)
+
+    def active(self, worker_ids: Iterable[str], avoid: Collection[str]) -> list[WorkerState]:
+        """Those of them that are here, take requests and are not to be avoided, in order."""
+        found = []
+        for worker_id in worker_ids:
+            worker = self._workers.get(worker_id)
+            if worker is not None and worker.is_active and worker_id not in avoid:
+                found.append(worker)
+        return found
 
     @property
     def all_priced(self) -> bool:
@@ -141,9 +153,10 @@ class WorkerTable:
         self.num_places += worker.info.max_num_seqs * (Phase.DECODE in phases)
         if self._ranking is not None:
             group = self._grouping(worker)
-            self._heaps_of[worker] = [(phase, self._heaps[phase].setdefault(group, _Heap())) for phase in phases]
-            for phase, heap in self._heaps_of[worker]:
-                heap.add(worker, self._ranking(phase, worker))
+            self._ranked[worker] = [
+                self._heaps[phase].setdefault(group, _Heap()).add(worker, phase, self._ranking(phase, worker))
+                for phase in phases
+            ]
 
     def remove(self, worker: WorkerState) -> None:
         del self._workers[worker.worker_id], self._heard[worker]
@@ -153,16 +166,17 @@ class WorkerTable:
             if worker.takes(phase):
                 self._members[phase].remove(worker)
         self.num_places -= worker.info.max_num_seqs * worker.takes(Phase.DECODE)
-        for phase, heap in self._heaps_of.pop(worker, ()):
-            heap.remove(worker)
-            if not heap.members:
-                self._heaps[phase] = {key: other for key, other in self._heaps[phase].items() if other.members}
+        for member in self._ranked.pop(worker, ()):
+            member.heap.remove(member)
+            if not member.heap.members:
+                heaps = self._heaps[member.phase]
+                self._heaps[member.phase] = {key: other for key, other in heaps.items() if other.members}
 
     def changed(self, worker: WorkerState) -> None:
         """To be called after any change of a worker's books. Harmless for one that is not here."""
         if self._ranking is not None:
-            for phase, heap in self._heaps_of.get(worker, ()):
-                heap.put(worker, self._ranking(phase, worker))
+            for member in self._ranked.get(worker, ()):
+                member.heap.put(member, self._ranking(member.phase, worker))
 
     def heard(self, worker: WorkerState) -> None:
         """It was heard of just now."""
@@ -188,8 +202,13 @@ class WorkerTable:
 
     def best(self, phase: Phase, avoid: Collection[str] = ()) -> list[WorkerState]:
         """The best of each group; those of ``avoid`` only where there is nobody else in any group."""
-        heaps = self._heaps[phase].values()
-        found = [worker for heap in heaps if (worker := heap.best(avoid)) is not None]
+        found = []
+        for heap in self._heaps[phase].values():
+            rank, _, member = heap.entries[0]
+            if rank is member.rank and not avoid:  # as it mostly is: the entry in front says how things are
+                found.append(member.worker)
+            elif (worker := heap.best(avoid)) is not None:
+                found.append(worker)
         if not found and avoid:
             return self.best(phase)
         return found
