@@ -44,8 +44,15 @@ class Autoscaling:
         self._told: list[Room] = []
         self._tell_again_s = 0.0
 
-    def decide(self, cluster: ClusterSnapshot, counts: Mapping[WorkerRole, int], now: float) -> dict[WorkerRole, int]:
-        """The pools to change, and how many workers each shall have. ``counts``: as many as were asked for."""
+    def decide(
+        self, cluster: ClusterSnapshot, counts: Mapping[WorkerRole, int], coming: Mapping[WorkerRole, int], now: float
+    ) -> dict[WorkerRole, int]:
+        """The pools to change, and how many workers each shall have.
+
+        Args:
+            counts: as many as were asked for.
+            coming: those of them that start for the first time.
+        """
         if now < self._next_s:
             return {}
         self._next_s = now + INTERVAL_S
@@ -54,7 +61,8 @@ class Autoscaling:
             scaler = self._scalers.get(load.role)
             if scaler is None:
                 continue
-            view = PoolView(counts[load.role], load.latency_s, self._targets[load.role], load.busyness)
+            target_s = self._targets[load.role]
+            view = PoolView(counts[load.role], load.latency_s, target_s, load.busyness, coming[load.role])
             wanted = scaler.decide(view, now)
             if wanted != counts[load.role]:
                 reason = f"latency {load.latency_s:.2g} s, target {view.target_s:g} s, busy {load.busyness:.0%}"

@@ -71,6 +71,11 @@ class Member:
     def worker_id(self) -> str:
         return self.options.worker_id
 
+    @property
+    def is_coming(self) -> bool:
+        """It starts for the first time, or waits for a node to do so."""
+        return self.info is None and self.num_starts <= 1 and self.start_at_s == 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class RunningCluster:
@@ -100,6 +105,7 @@ class Fleet:
         self.members = {options.worker_id: Member(options) for options in workers}
         self._models = {options.role: options for options in reversed(workers)}
         self._cluster = ClusterSnapshot()  # the newest view
+        self._has_begun = False  # all workers have run at once
         self._told_epoch: int | None = None  # of the scheduler that knows which workers there shall be
         self._lock = threading.Lock()
         self._joining = True
@@ -186,10 +192,16 @@ class Fleet:
         self._told_epoch = None
 
     def _autoscale(self, autoscaling: Autoscaling, cluster: ClusterSnapshot) -> None:
-        counts = {role: len(self._of_role(role)) for role in WorkerRole}
-        changes = autoscaling.decide(cluster, counts, self._clock())
+        """Also while workers wait for a node or crash again and again: others are not to suffer for them."""
+        pools = {role: self._of_role(role) for role in WorkerRole}
+        counts = {role: len(pool) for role, pool in pools.items()}
+        coming = {role: sum(member.is_coming for member in pool) for role, pool in pools.items()}
+        changes = autoscaling.decide(cluster, counts, coming, self._clock())
         if changes:
             self._set_counts(changes)
+
+    def _request_nodes(self, autoscaling: Autoscaling) -> None:
+        """Again and again, whatever state workers and scheduler are in: who is silent is taken to need nothing."""
         rooms = [member.options.room for member in self.members.values() if not member.is_leaving]
         autoscaling.request(rooms, self._clock())
 
@@ -220,10 +232,15 @@ class Fleet:
         return member.info is not None, in_flight, -list(self.members).index(member.worker_id)
 
     def _look(self) -> None:
-        """Learns what the scheduler knows, and tells one that does not know it which workers there shall be."""
+        """Learns what the scheduler knows, if there is news, and asks for the nodes that the workers need."""
         cluster = self._scheduler.poll()
-        if cluster is None:
-            return
+        if cluster is not None:
+            self._learn(cluster)
+        if self._autoscaling is not None and self._has_begun:
+            self._request_nodes(self._autoscaling)
+
+    def _learn(self, cluster: ClusterSnapshot) -> None:
+        """A scheduler that does not know which workers there shall be is told."""
         self._cluster = cluster
         for worker in cluster.workers:
             member = self.members.get(worker.info.worker_id)
@@ -232,7 +249,8 @@ class Fleet:
         if self._told_epoch != cluster.epoch:
             self._told_epoch = cluster.epoch
             self._scheduler.tell(WorkersExpected(tuple(self.members)))
-        if self._autoscaling is not None and self.is_complete:
+        self._has_begun |= self.is_complete
+        if self._autoscaling is not None and self._has_begun:
             self._autoscale(self._autoscaling, cluster)
 
     def _advance(self, member: Member) -> None:

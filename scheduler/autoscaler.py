@@ -36,6 +36,7 @@ class PoolView:
     latency_s: float
     target_s: float
     busyness: float
+    num_coming: int = 0  # of them: they start for the first time, or wait for a node
 
 
 @dataclass(slots=True)
@@ -72,7 +73,12 @@ class PoolScaler:
         return view.busyness * view.num_workers / left < LOW_BUSYNESS
 
     def _grow(self, view: PoolView, now: float) -> int:
-        """By what the work needs, and at least by one: the latency is missed, whatever the rates say."""
+        """By what the work needs, and at least by one: the latency is missed, whatever the rates say.
+
+        Not while others are still to come: what they change is not known yet.
+        """
+        if view.num_coming:
+            return view.num_workers
         needed = math.ceil(view.busyness * view.num_workers / GOOD_BUSYNESS)
         wanted = min(max(needed, view.num_workers + 1), self.limits.max_workers)
         return self._change(wanted, now) if wanted != view.num_workers else view.num_workers

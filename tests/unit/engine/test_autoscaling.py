@@ -27,7 +27,9 @@ def decisions(autoscaling: Autoscaling, cluster: ClusterSnapshot, seconds: float
     now = 100.0
     for _ in range(int(seconds / 0.5)):
         now += 0.5
-        told += autoscaling.decide(cluster, dict.fromkeys(WorkerRole, count), now).values()
+        told += autoscaling.decide(
+            cluster, dict.fromkeys(WorkerRole, count), dict.fromkeys(WorkerRole, 0), now
+        ).values()
     return told
 
 

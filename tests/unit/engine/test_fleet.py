@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from engine.autoscaling import Autoscaling
+from engine.autoscaling import TELL_INTERVAL_S, Autoscaling
 from engine.fleet import Fleet
+from engine.node_requests import EXPIRY_S
 from kvcache.errors import ModelError, RequestError, TwinpoolError, UnavailableError
 from scheduler.autoscaler import PoolLimits
 from scheduler.events import DrainWorker, WorkerLeft, WorkersExpected
@@ -305,3 +306,41 @@ def test_a_fleet_that_scales_by_itself_starts_what_is_needed_and_asks_ray_for_it
     assert list(dict.fromkeys(map(len, nodes.asked))) == [2, 3]
     world.fleet.close(timeout_s=0.0)
     assert nodes.asked[-1] == []
+
+
+def autoscaled_world(busyness: float) -> tuple[World, FakeNodeMarket]:
+    """Its decode pool, of two of at most three workers, misses its target where it is busy."""
+    world, nodes = World("prefill-0", "decode-0", "decode-1"), FakeNodeMarket()
+    world.fleet._autoscaling = Autoscaling({DECODE: PoolLimits(1, 3)}, {DECODE: 0.1}, nodes)
+    world.scheduler.cluster = replace(view(), pools=(PoolLoad(DECODE, 2, busyness / 2, busyness),))
+    world.run()
+    assert world.fleet.is_complete
+    return world, nodes
+
+
+def test_nodes_are_asked_for_again_while_a_worker_waits_for_its_node() -> None:
+    """Who is silent for a minute is taken to need nothing, and its nodes may go."""
+    world, nodes = autoscaled_world(busyness=0.1)
+    world.fleet.scale({DECODE: 3})
+    world.fleet.step()
+    world.newest("decode-2").loads = False
+    nodes.asked.clear()
+    world.run(EXPIRY_S)
+    assert not world.fleet.is_complete
+    assert [len(each) for each in nodes.asked].count(4) >= EXPIRY_S / TELL_INTERVAL_S - 1
+
+
+def test_nodes_are_asked_for_again_while_the_scheduler_says_nothing() -> None:
+    world, nodes = autoscaled_world(busyness=0.1)
+    world.scheduler.cluster = None
+    nodes.asked.clear()
+    world.run(EXPIRY_S)
+    assert len(nodes.asked) >= EXPIRY_S / TELL_INTERVAL_S - 1
+
+
+def test_a_worker_that_crashes_again_and_again_keeps_no_pool_from_growing() -> None:
+    world, _nodes = autoscaled_world(busyness=1.4)
+    for _ in range(400):
+        world.newest("decode-1").is_dead = True
+        world.run(0.2)
+    assert world.fleet.num_workers(DECODE) == 3

@@ -42,6 +42,16 @@ def test_a_pool_that_misses_its_target_grows_to_what_the_work_needs() -> None:
     assert pool.changes[0][0] >= HOLD_UP_S
 
 
+def test_a_pool_does_not_grow_again_before_those_it_grew_by_have_come() -> None:
+    scaler = PoolScaler(PoolLimits(1, 8))
+    asked = [
+        scaler.decide(PoolView(2, 9.0, TARGET_S, 1.5, num_coming), EVERY_S * step)
+        for num_coming in (1, 0)
+        for step in range(100 * (1 - num_coming), 100 * (2 - num_coming))
+    ]
+    assert set(asked[:100]) == {2} and asked[100] > 2
+
+
 def test_a_short_burst_grows_nothing() -> None:
     pool = Pool(1)
     for _ in range(20):
