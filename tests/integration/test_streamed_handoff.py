@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import grpc
 import pytest
+import torch
 
 from scheduler.batching import BatchLimits, StepPlan
 from tests.cluster import TinyCheckpoint, greedily, local_cluster
 from tests.integration.fake_prefill import GenerateCall
 from tests.leaks import until
+from workers.model import runner
+from workers.step_progress import StepProgress
 
 pytestmark = pytest.mark.integration
 
@@ -39,6 +43,54 @@ def test_blocks_are_verified_on_the_decode_side_before_the_prompt_is_computed(ch
             gate.open()
             assert (await answer).token_ids == checkpoint.greedy(prompt, NUM_TOKENS)
             assert transfers.bytes_under_way == 0
+
+    asyncio.run(scenario())
+
+
+class LayerGate:
+    """Holds a step's thread once its first layer is computed, until opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.layers_done: list[int] = []
+        self._opened = threading.Event()
+        layer_done = StepProgress.layer_done
+
+        def held(progress: StepProgress, layer: int) -> None:
+            layer_done(progress, layer)
+            self.layers_done.append(layer)
+            self._opened.wait(30)
+
+        monkeypatch.setattr(StepProgress, "layer_done", held)
+
+    def open(self) -> None:
+        self._opened.set()
+
+
+def test_the_first_layer_is_on_the_decode_side_before_the_second_is_computed(
+    checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the model of transformers: the native step is one call, which cannot be held between two layers."""
+    monkeypatch.setattr(runner, "find_misfit", lambda *_: "the test says so")
+    num_tokens = 3 * checkpoint.spec.block_size  # in one step
+
+    async def scenario() -> None:
+        async with local_cluster(checkpoint, prefill=1, decode=1) as cluster:
+            gate = LayerGate(monkeypatch)
+            prompt = checkpoint.prompt(num_tokens)
+            answer = asyncio.create_task(cluster.complete(prompt, greedily(NUM_TOKENS)))
+            transfers = cluster.workers["decode-0"].transfers
+            try:
+                await until(lambda: transfers.bytes_under_way > 0, "blocks of the first layer")
+                assert gate.layers_done == [0]
+                assert transfers.bytes_under_way == 3 * checkpoint.spec.layer_block_bytes
+                (ours,), (theirs,) = (cluster.workers[name].manager.leases for name in ("prefill-0", "decode-0"))
+                source, target = (cluster.runners[name]._storage.layers for name in ("prefill-0", "decode-0"))
+                assert torch.equal(source[0][list(ours.block_ids)], target[0][list(theirs.block_ids)])
+                assert target[0][list(theirs.block_ids)].any()
+                assert not any(layer[list(ours.block_ids)].any() for layer in source[1:])
+            finally:
+                gate.open()
+            assert (await answer).token_ids == checkpoint.greedy(prompt, NUM_TOKENS)
 
     asyncio.run(scenario())
 
