@@ -114,6 +114,9 @@ class OfferMaker:
             except TwinpoolError as error:
                 self.num_dropped += 1
                 logger.info("An offer to %s was dropped: %s", turn.address, error)
+            except Exception:  # this loop's top: one turn's failure is its own
+                self.num_dropped += 1
+                logger.exception("An offer to %s failed unexpectedly.", turn.address)
 
     async def _make(self, turn: _Turn) -> None:
         block_size = self._manager.spec.block_size

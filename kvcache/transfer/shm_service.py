@@ -21,6 +21,7 @@ from kvcache.transfer.slot_ring import MappedRings, SlotRing, check_inside
 from kvcache.transfer.wire import Chunk, Message, chunk_from_header
 
 RING_TIMEOUT_S = 10.0  # from a connection to its first message
+ACCEPT_PAUSE_S = 0.1  # after a connection that could not be accepted
 BACKLOG = 1024
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,13 @@ class ShmService:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            sender, _ = await loop.sock_accept(listener)
-            self._start_task(self._serve(sender))
+            try:
+                sender, _ = await loop.sock_accept(listener)
+            except OSError as error:  # no descriptors left, for one: senders wait in the backlog
+                logger.warning("A handoff through shared memory cannot be accepted now: %s", error)
+                await asyncio.sleep(ACCEPT_PAUSE_S)
+            else:
+                self._start_task(self._serve(sender))
 
     async def _serve(self, sender: socket.socket) -> None:
         with sender:

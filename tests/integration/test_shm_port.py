@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -200,6 +201,34 @@ def test_a_sender_that_dies_half_way_leaves_nothing(checkpoint: TinyCheckpoint) 
             await until(lambda: not lease.is_open, "the decode worker to notice", 2.0)
             assert cluster.failures("decode-0") == {TransferFault.PEER_LOST.value: 1}
             sender.socket = socket.socket()  # for the end
+
+    asyncio.run(scenario())
+
+
+@contextmanager
+def no_descriptors_left() -> Iterator[None]:
+    """To this process; those that it has stay open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_handoff_that_comes_while_no_descriptor_is_left_is_taken_when_there_are_some(
+    checkpoint: TinyCheckpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        async with raw_handoff(checkpoint) as (_, handoff, sender):
+            with no_descriptors_left():
+                await until(lambda: "cannot be accepted" in caplog.text, "the decode worker to notice")
+            sender.send_ring()
+            reply = await sender.send_all(handoff.messages(checkpoint.spec))
+            assert reply is not None and reply.HasField("receipt")
+            handoff.end(grpc.StatusCode.OK)
 
     asyncio.run(scenario())
 
