@@ -261,7 +261,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a checkpoint; anything else is a ModelError that names the file."""
     try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not readable JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ModelError(f"{file} holds a JSON {type(content).__name__} where an object belongs.")

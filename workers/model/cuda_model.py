@@ -15,7 +15,7 @@ from scheduler.request import SamplingParams
 from workers.model.attention.choose import find_flashinfer_misfit, import_flashinfer
 from workers.model.attention.flashinfer_backend import FlashInferAttention
 from workers.model.cuda_graphs import CudaGraphRecorder, GraphedModel
-from workers.model.runner import compared_logits, find_difference, not_its_own_results
+from workers.model.runner import check_expected, compared_logits, find_difference, not_its_own_results
 from workers.model.step_model import StepModel
 from workers.model.transformers_model import TransformersModel
 
@@ -30,9 +30,10 @@ def choose_cuda_model(model: Any, spec: KVCacheSpec, max_model_len: int, device:
     What is tried runs a few steps here, which is also when FlashInfer compiles its kernels.
 
     Raises:
-        ModelError: portable attention does not give the model's own results either.
+        ModelError: the model is damaged, or portable attention does not give its own results either.
     """
     expected = compared_logits(model)
+    check_expected(model, expected)
     misfit = find_flashinfer_misfit(spec, str(model.dtype).removeprefix("torch."))
     library = import_flashinfer() if misfit is None else None
     if misfit is None and library is None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
@@ -41,9 +42,10 @@ def load_gguf_model(path: Path, dtype: torch.dtype, attention: str, report: Call
         read += weight.tensor.data.size
         report(read / total)
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model: nn.Module = model_class.from_pretrained(
+    model = model_class.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, attn_implementation=attention
     )
+    model.config.name_or_path = str(path)  # as where transformers reads the weights itself
     if checkpoint.rotary_divisors is not None:
         _divide_frequencies(model, torch.from_numpy(checkpoint.rotary_divisors))
     return model
@@ -54,7 +56,7 @@ def gguf_config(checkpoint: GGUFCheckpoint) -> PretrainedConfig:
     fields: dict[str, Any] = {name: value for name, value in checkpoint.config.items() if name != "model_type"}
     try:
         return CONFIG_MAPPING[checkpoint.family.model_type](**fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ModelError(f"{checkpoint.path} describes a model that transformers cannot use: {reason}") from error
 

@@ -203,14 +203,13 @@ def choose_step_model(
     the rare case that it is needed after all. ``report`` hears which part has been packed.
 
     Raises:
-        ModelError: the model cannot be quantized here, or not run at all.
+        ModelError: the model is damaged, cannot be quantized here, or not run at all.
     """
     reference = TransformersModel(model, max_model_len=max_model_len, is_cut=rank is not None)
     # Compared are short steps only: windows and the like are what ``find_misfit`` and ``layers`` are for.
     vocab_size = int(model.config.vocab_size)  # of all ranks
     expected = compared_logits(model)
-    if not expected.isfinite().all():
-        raise _not_finite(model)
+    check_expected(model, expected, rank)
     misfit = find_misfit(model, spec, reference.layers)
     was_packed = misfit is None
     pack = partial(FusedDecoder, model, spec, max(max_model_len, len(expected)), num_threads, rank=rank)
@@ -264,10 +263,26 @@ def find_difference(
     return difference if difference > allowed else None
 
 
+def check_expected(model: Any, expected: torch.Tensor, rank: Rank | None = None) -> None:
+    """Of ``compared_logits``: nothing can be compared with them, and no token chosen, where they say nothing.
+
+    Raises:
+        ModelError: they are not finite, or all zero; names the checkpoint.
+    """
+    if not expected.isfinite().all():
+        raise _not_finite(model)
+    if _largest(float(expected.abs().max()), rank) == 0.0:
+        raise ModelError(f"All logits of the model in {_source_of(model)} are zero: it is damaged.")
+
+
+def _source_of(model: Any) -> str:
+    return Path(getattr(model.config, "name_or_path", None) or "").name or "the checkpoint"
+
+
 def _not_finite(model: Any) -> ModelError:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            source = Path(getattr(model.config, "name_or_path", "")).name or "the checkpoint"
+            source = _source_of(model)
             return ModelError(f"The weight {name} in {source} has values that are not finite: it is damaged.")
     dtype = next(model.parameters()).dtype
     return ModelError(f"The model's logits are not finite in {str(dtype).removeprefix('torch.')}.")
@@ -310,7 +325,8 @@ def relative_differences(
     plans = _comparison_plans(spec.block_size, compared_tokens(vocab_size, len(expected)))
     num_blocks = 1 + max(block for plan in plans for chunk in plan.chunks for block in chunk.block_table)
     storage = PagedStorage(spec, num_blocks, str(expected.device))
-    largest = float(expected.abs().max())
+    # Of a rank all may be zero, where its part of the vocabulary is not used.
+    largest = max(float(expected.abs().max()), torch.finfo(torch.float32).tiny)
     differences = []
     for plan in plans:
         rows = expected[[chunk.end - 1 for chunk in plan.chunks]].float()

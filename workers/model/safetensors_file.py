@@ -25,6 +25,9 @@ INDEX_FILE = "model.safetensors.index.json"
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
+# What reading damaged JSON and its numbers ends in: Infinity is no integer, and brackets may be deeper than the stack.
+JSON_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
 # The format's own limit on the JSON part: what claims more is not a safetensors file.
 MAX_HEADER_BYTES = 100_000_000
 HEADER_LENGTH = struct.Struct("<Q")
@@ -82,7 +85,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         return {str(tensor): str(name) for tensor, name in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except JSON_ERRORS as error:
         raise ModelError(f"{index} is not a safetensors index: {type(error).__name__}: {error}.") from error
 
 
@@ -118,7 +121,7 @@ def read_headers(file: Path) -> list[TensorHeader]:
                 raise ValueError(f"it claims a header of {length} bytes")
             table = json.loads(stream.read(length))
         tensors = [_header(name, entry) for name, entry in table.items() if name != "__metadata__"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (*JSON_ERRORS, struct.error) as error:
         raise ModelError(f"{file} is not a safetensors file: {type(error).__name__}: {error}.") from error
     expected = HEADER_LENGTH.size + length + sum(tensor.num_bytes for tensor in tensors)
     if size != expected:

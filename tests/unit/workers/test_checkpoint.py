@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -201,6 +202,28 @@ def test_truncated_weights_are_found_from_the_header(tmp_path: Path) -> None:
 def test_garbage_weights_are_named(tmp_path: Path) -> None:
     (make_checkpoint(tmp_path, LLAMA) / "model.safetensors").write_bytes(b"\xff" * 32)
     assert "model.safetensors is not a safetensors file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, Infinity]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1e999]}}',
+        '{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}',
+        '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    ],
+    ids=["endless offset", "huge offset", "huge size", "deeply nested"],
+)
+def test_a_header_that_makes_no_sense_is_named(tmp_path: Path, table: str) -> None:
+    content = struct.pack("<Q", len(table)) + table.encode() + bytes(4)
+    (make_checkpoint(tmp_path, LLAMA) / "model.safetensors").write_bytes(content)
+    assert "model.safetensors is not a safetensors file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_deeply_nested_json_is_named(tmp_path: Path, name: str) -> None:
+    (make_checkpoint(tmp_path, LLAMA) / name).write_text("[" * 100_000 + "]" * 100_000)
+    assert f"{name} is not" in refusal(tmp_path)
 
 
 def test_weights_in_a_dtype_we_do_not_compute_in_are_refused(tmp_path: Path) -> None:

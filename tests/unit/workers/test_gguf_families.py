@@ -21,11 +21,14 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from kvcache.errors import ModelError
+from kvcache.spec import KVCacheSpec
 from tests.unit.workers.gguf_models import write_model
 from workers.model import gguf_checkpoint
 from workers.model.checkpoint import describe_checkpoint
 from workers.model.gguf_file import GGUFFile, read_gguf
 from workers.model.gguf_weights import load_gguf_model
+from workers.model.runner import choose_step_model
+from workers.model.transformers_model import load_model
 
 TOKENS = ["<end>", "a", "b", "ab", *(f"token-{index}" for index in range(56))]
 SIZES: dict[str, Any] = {
@@ -159,9 +162,15 @@ def test_the_description_is_that_of_the_source(tmp_path: Path) -> None:
 def test_numbers_that_do_not_fit_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], reason: str
 ) -> None:
-    model = make_model(LlamaConfig(**SIZES))
     file = tmp_path / "model.gguf"
-    write_model(file, model, "llama", TOKENS)
+    write_model(file, make_model(LlamaConfig(**SIZES)), "llama", TOKENS)
+    change_metadata(monkeypatch, more)
+    with pytest.raises(ModelError, match=reason):
+        gguf_checkpoint.open_gguf(file)
+
+
+def change_metadata(monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]) -> None:
+    """Every file says this of its model, too."""
     changed = {f"llama.{key}": value for key, value in more.items()}
 
     def with_changes(path: Path) -> GGUFFile:
@@ -169,8 +178,29 @@ def test_numbers_that_do_not_fit_are_refused(
         return GGUFFile(path, {**found.metadata, **changed}, found.tensors)
 
     monkeypatch.setattr(gguf_checkpoint, "read_gguf", with_changes)
-    with pytest.raises(ModelError, match=reason):
-        gguf_checkpoint.open_gguf(file)
+
+
+def test_what_transformers_refuses_is_one_sentence(tmp_path: Path) -> None:
+    """Three heads of 8 are no 32 wide model to it, though every tensor fits them."""
+    file = tmp_path / "model.gguf"
+    config = LlamaConfig(**SIZES, head_dim=8)
+    config.num_attention_heads, config.num_key_value_heads = 3, 1
+    write_model(file, make_model(config), "llama", TOKENS)
+    with pytest.raises(
+        ModelError, match=r"model\.gguf describes a model that transformers cannot use: .*heads"
+    ) as caught:
+        describe_checkpoint(file, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_named_and_so_is_their_file(tmp_path: Path) -> None:
+    model = make_model(LlamaConfig(**SIZES, head_dim=16))
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    write_model(tmp_path / "damaged.gguf", model, "llama", TOKENS)
+    loaded = load_model(tmp_path / "damaged.gguf", "float32")
+    with pytest.raises(ModelError, match=r"weight model\.norm\.weight in damaged\.gguf has values that are not finite"):
+        choose_step_model(loaded, KVCacheSpec(2, 2, 16, 16, "float32"), 64, 1)
 
 
 @pytest.mark.parametrize("divisors", [np.zeros(4), np.ones(3), np.array([1, 1, 1, np.nan])])

@@ -110,6 +110,17 @@ def test_weights_that_are_not_finite_are_named_and_so_is_where_they_lie(tmp_path
         choose_step_model(load_model(folder, "float32"), KVCacheSpec(1, 2, 16, 16, "float32"), 64, 1)
 
 
+def test_logits_that_are_all_zero_are_refused_and_so_is_where_they_come_from(tmp_path: Path) -> None:
+    """As of a file whose tail is zeros: any token would be the likeliest."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64)).eval()
+    torch.nn.init.zeros_(model.model.norm.weight)
+    folder = tmp_path / "damaged-llama"
+    model.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"All logits of the model in damaged-llama are zero"):
+        choose_step_model(load_model(folder, "float32"), KVCacheSpec(1, 2, 16, 16, "float32"), 64, 1)
+
+
 def test_a_checkpoint_in_shards_is_loaded_whole(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64))
