@@ -64,7 +64,10 @@ class CacheIndex:
         block_size = worker.spec.block_size
         for prefix in prefixes:
             if prefix.block_size == block_size:
-                num_tokens = _depth(prefix.hashes, names) * prefix.tokens_per_hash
+                hashes = prefix.hashes
+                # As ``_depth``, which is called too often to be a call.
+                depth = len(hashes) - bisect_left(hashes, True, key=names.__contains__)
+                num_tokens = depth * prefix.tokens_per_hash
                 if num_tokens < num_prompt_tokens:
                     return num_tokens
                 return (num_prompt_tokens - 1) // block_size * block_size

@@ -7,7 +7,6 @@ virtual time, and a gateway whose scheduler is away places with one that it make
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from kvcache.errors import UnavailableError
 from scheduler.batching import STEPS_PER_FIRST_TOKEN
@@ -57,14 +56,20 @@ OUTPUT_TOKENS_GUESS = 128.0  # the length of an answer before any has ended
 _OUTPUT_MEMORY = 0.02  # what the newest answer counts in the mean length
 
 
-@dataclass(slots=True)
-class _Placed:
+class _Placed(Workload):
     """A request on the books of its workers. Of those that were replaced or removed nobody reads the books."""
 
-    choice: Choice
-    work: Workload
-    is_prefilled: bool = False
-    end_s: float = 0.0  # predicted with the first token
+    __slots__ = ("decode", "end_s", "is_prefilled", "prefill", "prefills")
+
+    def __init__(
+        self, choice: Choice, request: RequestArrived | RequestPlaced, num_output_tokens: int, prefill_s: float
+    ) -> None:
+        super().__init__(request.num_prompt_tokens, request.max_tokens, num_output_tokens, prefill_s)
+        self.decode = choice.decode
+        self.prefill = choice.prefill
+        self.prefills = choice.prefills
+        self.is_prefilled = False
+        self.end_s = 0.0  # predicted with the first token
 
 
 class ClusterController:
@@ -133,7 +138,9 @@ class ClusterController:
                 return self._place(event, now)
             case PrefillDone():
                 self._log.first_token(event.request_id, now)
-                self._end_prefill(event.request_id, now)
+                placed = self._placed.get(event.request_id)
+                if placed is not None and not placed.is_prefilled:
+                    self._end_prefill(placed, now)
             case RequestEnded():
                 self._log.end(event.request_id, event.num_output_tokens, now)
                 self._end_request(event, now)
@@ -233,7 +240,6 @@ class ClusterController:
                 prefills.worker_id, request.num_prompt_tokens, num_cached_tokens, beside
             )
         self._demand.add(request.num_prompt_tokens, num_cached_tokens, num_output_tokens, now)
-        work = Workload(request.num_prompt_tokens, request.max_tokens, num_output_tokens, prefill_s)
         prefill = choice.prefill.address if choice.prefill is not None else None
         placement = Placement(request.request_id, choice.decode.address, prefill)
         if self._log.wants(now):
@@ -241,7 +247,7 @@ class ClusterController:
             sizes = Sizes(request.num_prompt_tokens, num_output_tokens, num_cached_tokens, num_held_tokens)
             prediction = predict(self._costs, placement, sizes, prefill_s, prefills, choice.decode, now)
             self._log.begin(placement, prediction, now)
-        self._book(request.request_id, _Placed(choice, work), now)
+        self._book(request.request_id, _Placed(choice, request, num_output_tokens, prefill_s), now)
         return [PlaceRequest(placement)]
 
     def _expected_output(self, max_tokens: int) -> int:
@@ -249,18 +255,18 @@ class ClusterController:
 
     def _book(self, request_id: str, placed: _Placed, now: float) -> None:
         self._placed[request_id] = placed
-        choice, work = placed.choice, placed.work
+        decode, prefill = placed.decode, placed.prefill
         if not placed.is_prefilled:
-            choice.prefills.begin_prefill(work, now)
-        choice.decode.begin_decode(work, now)
-        choice.decode.begin_request(work.num_prompt_tokens + work.max_tokens)
+            placed.prefills.begin_prefill(placed, now)
+        decode.begin_decode(placed, now)
+        decode.begin_request(placed.num_prompt_tokens + placed.max_tokens)
         if placed.is_prefilled:
             self._begin_decoding(placed, now)
-        if choice.prefill is not None:
+        if prefill is not None:
             if not placed.is_prefilled:
-                choice.prefill.begin_request(work.num_prompt_tokens)
-            self._changed(choice.prefill, now)
-        self._changed(choice.decode, now)
+                prefill.begin_request(placed.num_prompt_tokens)
+            self._changed(prefill, now)
+        self._changed(decode, now)
 
     def _changed(self, worker: WorkerState, now: float) -> None:
         """After any change of a worker's books."""
@@ -278,34 +284,32 @@ class ClusterController:
         choice = Choice(decode, prefill)
         num_output_tokens = self._expected_output(event.max_tokens)
         prefill_s = self._costs.prefill_seconds(choice.prefills.info.worker_id, event.num_prompt_tokens, 0)
-        work = Workload(event.num_prompt_tokens, event.max_tokens, num_output_tokens, prefill_s)
+        placed = _Placed(choice, event, num_output_tokens, prefill_s)
+        placed.is_prefilled = event.is_prefilled
         self._unbook(placement.request_id, now)
-        self._book(placement.request_id, _Placed(choice, work, event.is_prefilled), now)
+        self._book(placement.request_id, placed, now)
 
-    def _end_prefill(self, request_id: str, now: float) -> None:
-        placed = self._placed.get(request_id)
-        if placed is None or placed.is_prefilled:
-            return
+    def _end_prefill(self, placed: _Placed, now: float) -> None:
         placed.is_prefilled = True
-        choice = placed.choice
-        choice.prefills.end_prefill(placed.work, now)
+        prefill = placed.prefills
+        prefill.end_prefill(placed, now)
         self._begin_decoding(placed, now)
-        if choice.prefill is not None:
-            choice.prefill.end_request(placed.work.num_prompt_tokens)
-            if choice.decode.info.node:
-                self._neighbours.changed(choice.decode, now)
-        self._changed(choice.prefills, now)
+        if placed.prefill is not None:
+            prefill.end_request(placed.num_prompt_tokens)
+            if placed.decode.info.node:
+                self._neighbours.changed(placed.decode, now)
+        self._changed(prefill, now)
 
     def _begin_decoding(self, placed: _Placed, now: float) -> None:
-        decode, work = placed.choice.decode, placed.work
+        decode = placed.decode
         if self._workers.get(decode.worker_id) is not decode:
             return
         step_s = decode.step_s  # kept by a policy
         if not step_s:
-            context_tokens = decode.decoding_context_tokens + work.context_tokens
+            context_tokens = decode.decoding_context_tokens + placed.context_tokens
             step_s = self._costs.decode_step_seconds(decode.worker_id, decode.decoding_size + 1, context_tokens)
-        placed.end_s = now + (work.num_output_tokens - 1) * step_s
-        decode.first_token(work, placed.end_s)
+        placed.end_s = now + (placed.num_output_tokens - 1) * step_s
+        decode.first_token(placed, placed.end_s)
 
     def _end_request(self, event: RequestEnded, now: float) -> None:
         self._unbook(event.request_id, now)
@@ -313,13 +317,14 @@ class ClusterController:
             self._mean_output_tokens += _OUTPUT_MEMORY * (event.num_output_tokens - self._mean_output_tokens)
 
     def _unbook(self, request_id: str, now: float) -> None:
-        self._end_prefill(request_id, now)
         placed = self._placed.pop(request_id, None)
         if placed is None:
             return
-        decode, work = placed.choice.decode, placed.work
-        decode.end_decode(work, placed.end_s)
-        decode.end_request(work.num_prompt_tokens + work.max_tokens)
+        if not placed.is_prefilled:
+            self._end_prefill(placed, now)
+        decode = placed.decode
+        decode.end_decode(placed, placed.end_s)
+        decode.end_request(placed.num_prompt_tokens + placed.max_tokens)
         self._changed(decode, now)
 
     def _register(self, event: WorkerRegistered, now: float) -> list[Command]:

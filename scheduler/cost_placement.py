@@ -108,13 +108,15 @@ class CostPlacement:
         asked = _Asked(request, num_output_tokens, cluster, now)
         holders = cluster.holders(request, NUM_HOLDERS)
         bound = cluster.bound_to(request) if request.stay_on else None
-        candidates = [bound] if bound is not None else cluster.best(_DECODING, request.avoid)
-        if bound is None:
-            candidates += [each for each in holders if each.role is not _PREFILL and each not in candidates]
-        decodes = [self._decode(worker, asked) for worker in candidates]
-        candidates = cluster.workers.best(_PREFILLING, request.avoid)
-        candidates += [each for each in holders if each.role is not _DECODE and each not in candidates]
-        prefills = [self._prefill(worker, asked) for worker in candidates]
+        decoding = [bound] if bound is not None else cluster.best(_DECODING, request.avoid)
+        prefilling = cluster.workers.best(_PREFILLING, request.avoid)
+        for holder in holders:
+            if holder.role is not _PREFILL and bound is None and holder not in decoding:
+                decoding.append(holder)
+            if holder.role is not _DECODE and holder not in prefilling:
+                prefilling.append(holder)
+        decodes = [self._decode(worker, asked) for worker in decoding]
+        prefills = [self._prefill(worker, asked) for worker in prefilling]
         best = (
             self._cheapest(asked, decodes, prefills)
             or self._earliest(asked, decodes, prefills, keeping_pace=True)

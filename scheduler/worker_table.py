@@ -39,14 +39,8 @@ class _Heap:
 
     def add(self, worker: WorkerState, phase: Phase, rank: Rank) -> _Member:
         self.members[worker] = member = _Member(worker, phase, self, rank, rank)
-        self._push(member)
+        self.push(member)
         return member
-
-    def put(self, member: _Member, rank: Rank) -> None:
-        member.rank = rank
-        if rank < member.entered:
-            member.entered = rank
-            self._push(member)
 
     def remove(self, member: _Member) -> None:
         del self.members[member.worker]
@@ -71,7 +65,8 @@ class _Heap:
                 return member.worker
         return None
 
-    def _push(self, member: _Member) -> None:
+    def push(self, member: _Member) -> None:
+        """Enters a member by ``entered``, which must be new."""
         self.num_puts += 1
         heapq.heappush(self.entries, (member.entered, self.num_puts, member))
         if len(self.entries) > _GARBAGE * len(self.members) + 64:
@@ -176,7 +171,10 @@ class WorkerTable:
         """To be called after any change of a worker's books. Harmless for one that is not here."""
         if self._ranking is not None:
             for member in self._ranked.get(worker, ()):
-                member.heap.put(member, self._ranking(member.phase, worker))
+                member.rank = rank = self._ranking(member.phase, worker)
+                if rank < member.entered:
+                    member.entered = rank
+                    member.heap.push(member)
 
     def heard(self, worker: WorkerState) -> None:
         """It was heard of just now."""
