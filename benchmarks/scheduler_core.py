@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
+import heapq
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from kvcache.spec import KVCacheSpec
 from scheduler.cache_index import MAX_HASHES
 from scheduler.controller import ClusterController
 from scheduler.events import (
+    BeatEvery,
     Event,
     PlaceRequest,
     PrefillDone,
@@ -25,6 +26,7 @@ from scheduler.events import (
 )
 from scheduler.placement import PlacementOptions
 from scheduler.types import CacheDelta, DeviceProfile, ModelShape, PrefixHashes, WorkerInfo, WorkerLoad, WorkerRole
+from scheduler.worker_state import HEARTBEAT_INTERVAL_S
 
 BLOCK_TOKENS = 16
 PROMPT_TOKENS = 1024
@@ -33,7 +35,7 @@ NUM_CONVERSATIONS = 2000
 HOLDERS_PER_CONVERSATION = 3
 REQUESTS_PER_S = 20_000.0  # of virtual time
 PREFILLING = 200  # requests whose first token is still to come
-HEARTBEAT_S = 0.5
+TICK_S = 0.5
 
 # 8 B parameters in 16 bits; three kinds of devices at about what they reach.
 SHAPE = ModelShape(32, 14e9, 1e9, 14e9, 1e9, 4 * 32 * 4096.0, 131_072)
@@ -48,6 +50,8 @@ DEVICES = (
 @dataclass(frozen=True, slots=True)
 class CoreResult:
     """``placements_per_s`` counts the time of everything that a request brings: its first token, its end, heartbeats.
+
+    Events are made beforehand, for they come from other processes.
 
     ``placements_alone_per_s`` counts that of the placements only.
     """
@@ -75,11 +79,7 @@ def measure_core(
     for report in reports:
         controller.handle(report, 0.0)
     picks = rng.integers(NUM_CONVERSATIONS, size=num_in_flight + num_placements).tolist()
-    requests = (
-        RequestArrived(f"r{number}", PROMPT_TOKENS, OUTPUT_TOKENS, prefixes=(conversations[pick],))
-        for number, pick in enumerate(picks)
-    )
-    load = _Load(controller, requests, num_workers)
+    load = _Load(controller, [conversations[pick] for pick in picks], num_workers)
     for _ in range(num_in_flight):
         load.arrive()
     load.seconds.clear()
@@ -104,44 +104,53 @@ def measure_core(
 
 
 class _Load:
-    """Requests as they come and go, and the workers' heartbeats between them."""
+    """Requests as they come and go, and the workers' heartbeats between them, as often as the controller orders."""
 
-    def __init__(self, controller: ClusterController, requests: Iterator[RequestArrived], num_workers: int) -> None:
+    def __init__(self, controller: ClusterController, prefixes: Sequence[PrefixHashes], num_workers: int) -> None:
         self.seconds: list[float] = []  # of each placement
         self._controller = controller
-        self._requests = requests
         self._now = 0.0
-        self._prefilling: deque[str] = deque()
-        self._decoding: deque[str] = deque()
-        self._num_workers = num_workers
-        self._num_heartbeats = 0
+        ids = [f"r{number}" for number in range(len(prefixes))]
+        self._arrivals = [
+            RequestArrived(request_id, PROMPT_TOKENS, OUTPUT_TOKENS, prefixes=(prefix,))
+            for request_id, prefix in zip(ids, prefixes, strict=True)
+        ]
+        self._first_tokens = [PrefillDone(request_id) for request_id in ids]
+        self._ends = [RequestEnded(request_id, OUTPUT_TOKENS) for request_id in ids]
+        self._num_arrived = self._num_ended = 0
+        self._reports = [WorkerReported(f"w{number}", 1, WorkerLoad()) for number in range(num_workers)]
+        self._intervals_s = [HEARTBEAT_INTERVAL_S] * num_workers
+        spread_s = HEARTBEAT_INTERVAL_S / num_workers
+        self._due = [(number * spread_s, number) for number in range(num_workers)]  # a heap: whose heartbeat is next
+        self._tick_s = 0.0
 
     def arrive(self) -> None:
-        request = next(self._requests)
+        request = self._arrivals[self._num_arrived]
+        self._num_arrived += 1
         self._now += 1 / REQUESTS_PER_S
         started = time.perf_counter()
         (command,) = self._controller.handle(request, self._now)
         self.seconds.append(time.perf_counter() - started)
         assert isinstance(command, PlaceRequest), "there is room for everybody"
-        self._prefilling.append(request.request_id)
-        if len(self._prefilling) > PREFILLING:
-            request_id = self._prefilling.popleft()
-            self._handle(PrefillDone(request_id))
-            self._decoding.append(request_id)
+        if self._num_arrived > PREFILLING:
+            self._handle(self._first_tokens[self._num_arrived - PREFILLING - 1])
         self._send_heartbeats()
 
     def end_oldest(self) -> None:
-        self._handle(RequestEnded(self._decoding.popleft(), OUTPUT_TOKENS))
+        self._handle(self._ends[self._num_ended])
+        self._num_ended += 1
 
     def _send_heartbeats(self) -> None:
-        """Every worker's, spread over the interval; and the tick that looks for silent ones."""
-        due = int(self._now / HEARTBEAT_S * self._num_workers)
-        while self._num_heartbeats < due:
-            worker_id = f"w{self._num_heartbeats % self._num_workers}"
-            self._handle(WorkerReported(worker_id, 1, WorkerLoad()))
-            if self._num_heartbeats % self._num_workers == 0:
-                self._handle(Tick())
-            self._num_heartbeats += 1
+        """Those that are due; and the tick that looks for silent workers."""
+        while self._due[0][0] <= self._now:
+            due_s, number = self._due[0]
+            for command in self._controller.handle(self._reports[number], self._now):
+                assert isinstance(command, BeatEvery), "nothing else is asked of workers"
+                self._intervals_s[number] = command.interval_s
+            heapq.heapreplace(self._due, (due_s + self._intervals_s[number], number))
+        if self._tick_s <= self._now:
+            self._handle(Tick())
+            self._tick_s += TICK_S
 
     def _handle(self, event: Event) -> None:
         self._controller.handle(event, self._now)
