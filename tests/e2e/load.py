@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import httpx
 from tests.cluster import TinyCheckpoint
 
 MAX_CONNECTIONS = 1000
+KEEPALIVE_S = 2.0  # below the server's five: a connection that both sides use up and close at once is an error
 
 
 @dataclass(slots=True)
@@ -25,11 +27,16 @@ class Outcome:
     retry_after: str | None = None
     limit: str | None = None  # that a 429 names
     token_ids: tuple[int, ...] = ()
+    first_s: float = 0.0  # when the first token came; of streams
     ended_s: float = 0.0
 
     @property
     def seconds(self) -> float:
         return self.ended_s - self.sent_s
+
+    @property
+    def ttft_s(self) -> float:
+        return self.first_s - self.sent_s
 
 
 @dataclass(slots=True)
@@ -47,10 +54,7 @@ class Load:
 
     async def ask(self, client: httpx.AsyncClient) -> Outcome:
         """Sends one now."""
-        number = next(self._numbers)
-        prompt = self.tiny.prompt(self.prompt_tokens, number % 4)
-        body = {"prompt": list(prompt), "max_tokens": self.max_tokens, "temperature": 0, "return_token_ids": True}
-        body |= {"cache_salt": f"{id(self)}-{number}"} | self.options
+        body, expected = self._next()
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         outcome = Outcome(time.monotonic())
         self.outcomes.append(outcome)
@@ -60,10 +64,35 @@ class Load:
         outcome.retry_after = answer.headers.get("Retry-After")
         if answer.status_code == 200:
             outcome.token_ids = tuple(answer.json()["choices"][0]["token_ids"])
-            assert outcome.token_ids == self.tiny.greedy(prompt, self.max_tokens)
+            assert outcome.token_ids == expected
         else:
             outcome.limit = answer.json()["error"]["type"]
         return outcome
+
+    async def stream(self, client: httpx.AsyncClient) -> Outcome:
+        """As ``ask``, for an answer that must come, token by token."""
+        body, expected = self._next()
+        outcome = Outcome(time.monotonic())
+        self.outcomes.append(outcome)
+        asking = client.stream("POST", f"{self.url}/v1/completions", json=body | {"stream": True})
+        async with asking as answer:
+            outcome.status = answer.status_code
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    outcome.first_s = outcome.first_s or time.monotonic()
+                    (choice,) = json.loads(line.removeprefix("data: "))["choices"]
+                    outcome.token_ids += tuple(choice.get("token_ids") or ())
+        outcome.ended_s = time.monotonic()
+        assert outcome.token_ids == expected
+        return outcome
+
+    def _next(self) -> tuple[dict[str, Any], tuple[int, ...]]:
+        """The body of one more request, and the tokens of its answer."""
+        number = next(self._numbers)
+        prompt = self.tiny.prompt(self.prompt_tokens, number % 4)
+        body = {"prompt": list(prompt), "max_tokens": self.max_tokens, "temperature": 0, "return_token_ids": True}
+        body |= {"cache_salt": f"{id(self)}-{number}"} | self.options
+        return body, self.tiny.greedy(prompt, self.max_tokens)
 
     async def closed(self, client: httpx.AsyncClient, num_clients: int, until_s: float) -> None:
         """So many clients, each of which asks again as soon as it is answered."""
@@ -74,14 +103,15 @@ class Load:
 
         await asyncio.gather(*(ask_on() for _ in range(num_clients)))
 
-    async def open(self, client: httpx.AsyncClient, per_s: float, until_s: float) -> None:
+    async def open(self, client: httpx.AsyncClient, per_s: float, until_s: float, *, streams: bool = False) -> None:
         """At an even pace; returns when all are answered."""
+        ask = self.stream if streams else self.ask
         began_s, asking = time.monotonic(), []
         for number in itertools.count():
             await asyncio.sleep(max(0.0, began_s + number / per_s - time.monotonic()))
             if time.monotonic() >= until_s:
                 break
-            asking.append(asyncio.create_task(self.ask(client)))
+            asking.append(asyncio.create_task(ask(client)))
         await asyncio.gather(*asking)
 
     def know_answers(self) -> None:
@@ -91,7 +121,9 @@ class Load:
 
 
 def make_client() -> httpx.AsyncClient:
-    return httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=MAX_CONNECTIONS))
+    return httpx.AsyncClient(
+        timeout=120, limits=httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=KEEPALIVE_S)
+    )
 
 
 def percentile(values: Sequence[float], part: float) -> float:

@@ -37,7 +37,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
 def server(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     file: Path = tmp_path_factory.mktemp("tenants") / "tenants.yaml"
     file.write_text(TENANTS)
-    flags = ("--tenants", str(file), "--colocated", "1", *NARROW)
+    flags = ("--tenants", str(file), "--colocated", "1", "--placement-policy", "cost", *NARROW)
     with serving(str(tiny.path), *flags, *SMALL, api_key="key-guest", expected_workers=1) as running:
         yield running
 

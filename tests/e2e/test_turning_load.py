@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import median
 
 import httpx
 import psutil
@@ -13,14 +15,16 @@ import pytest
 
 from scheduler.types import WorkerRole
 from tests.cluster import TinyCheckpoint
-from tests.e2e.load import Load, make_client, percentile
+from tests.e2e.load import Load, Outcome, make_client, percentile
 from tests.e2e.server import RunningServer, serving
 from tests.e2e.traffic import SMALL, saved_tiny
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
+COST = ("--placement-policy", "cost")  # the default of the command
 # So little room that a few clients are a heavy load.
 NARROW = ("--max-num-seqs", "2", "--max-num-batched-tokens", "16")
+QUEUE = 40
 FLIP_TIMEOUT_S = 110.0  # a worker keeps its role for 60 s at least
 
 
@@ -41,10 +45,11 @@ async def load_until_prefill_workers_are(server: RunningServer, load: Load, coun
     assert {outcome.status for outcome in load.outcomes} == {200}
 
 
+@pytest.mark.slow
 def test_roles_follow_a_load_that_turns_and_no_request_is_lost(tiny: TinyCheckpoint) -> None:
     """Short prompts with long answers, then the reverse; two of three workers do what there is more of."""
-    flags = ("--roles", "auto", "--prefill-workers", "2", "--decode-workers", "1", *NARROW, "--drain-timeout", "1")
-    with serving(str(tiny.path), *flags, *SMALL, expected_workers=3) as server:
+    pools = ("--roles", "auto", "--prefill-workers", "2", "--decode-workers", "1", "--drain-timeout", "1")
+    with serving(str(tiny.path), *pools, *COST, *NARROW, *SMALL, expected_workers=3) as server:
         processes = {each.info.process_id for each in server.cluster().workers}
         answers, prompts = Load(server.url, tiny, 10, 200), Load(server.url, tiny, 480, 1)
         asyncio.run(load_until_prefill_workers_are(server, answers, 1))
@@ -52,9 +57,11 @@ def test_roles_follow_a_load_that_turns_and_no_request_is_lost(tiny: TinyCheckpo
         assert {each.info.process_id for each in server.cluster().workers} == processes, "one was started again"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def narrow(tiny: TinyCheckpoint) -> Iterator[RunningServer]:
-    with serving(str(tiny.path), *NARROW, "--max-queued-requests", "40", *SMALL, expected_workers=2) as server:
+    with serving(
+        str(tiny.path), *COST, *NARROW, "--max-queued-requests", str(QUEUE), *SMALL, expected_workers=2
+    ) as server:
         yield server
 
 
@@ -88,42 +95,138 @@ def test_batch_work_fills_what_chats_leave_and_gives_way_to_them(narrow: Running
     assert preemptions > 0, "no batch job gave its place"
 
 
-OVERLOAD_S = 60.0
+MOST_MIB_PER_MINUTE = 4.0
+SHED_FLAGS = {
+    "the queue is full": (),
+    "the first token would be late": ("--refuse-late", "--ttft-target-ms", "1500"),
+}
 
 
-def test_twice_the_capacity_is_shed_at_once_and_the_rest_is_served(narrow: RunningServer, tiny: TinyCheckpoint) -> None:
-    """F16, with deadlines far above what it takes; the figures themselves are printed."""
-    calm, flood, after = (Load(narrow.url, tiny, 20, 40) for _ in range(3))
-    calm.know_answers()
+@dataclass(slots=True)
+class Overload:
+    """Twice the capacity, with a measurement of the capacity before it and one after it."""
 
-    async def scenario() -> float:
+    server: RunningServer
+    calm: Load
+    flood: Load
+    after: Load
+    capacities: list[float] = field(default_factory=list)  # requests per second, before and after
+    memory: list[tuple[float, float]] = field(default_factory=list)  # seconds, MiB of all processes
+
+    async def run(self, calm_s: float, warm_up_s: float, flood_s: float) -> None:
+        self.calm.know_answers()
         async with make_client() as client:
-            await calm.closed(client, 2, time.monotonic() + 2)
-            calm.outcomes.clear()
-            began_s = time.monotonic()
-            await calm.closed(client, 8, began_s + 10)
-            capacity = len(calm.outcomes) / (time.monotonic() - began_s)
-            await flood.open(client, 2 * capacity, time.monotonic() + OVERLOAD_S / 6)
-            grown_from = psutil.Process(narrow.process.pid).memory_info().rss
-            await flood.open(client, 2 * capacity, time.monotonic() + OVERLOAD_S)
-            grown = (psutil.Process(narrow.process.pid).memory_info().rss - grown_from) / (1 << 20)
-            for _ in range(20):
-                await after.ask(client)
-        served = [each for each in flood.outcomes if each.status == 200]
-        shed = [each for each in flood.outcomes if each.status != 200]
-        seconds = flood.outcomes[-1].sent_s - flood.outcomes[0].sent_s
-        goodput = len(served) / seconds / capacity
-        told_s = [each.seconds for each in shed]
-        print(f"capacity {capacity:.1f}/s; {len(flood.outcomes)} sent, {len(shed)} shed, goodput {goodput:.2f}")
-        print(f"shed by reason: {Counter(each.limit for each in shed)}")
-        print(f"shed p50/p99 {percentile(told_s, 0.5):.3f}/{percentile(told_s, 0.99):.3f} s; memory {grown:+.1f} MiB")
-        print(f"afterwards p99 {percentile([each.seconds for each in after.outcomes], 0.99):.3f} s")
-        assert {each.status for each in shed} <= {429, 503} and shed
-        assert all(each.retry_after and int(each.retry_after) >= 1 for each in shed)
-        assert goodput >= 0.6 and percentile(told_s, 0.5) < 1.0 and grown < 60
-        return capacity
+            await self._measure(client, calm_s)
+            rate = 2 * self.capacities[0]
+            await self._open(client, rate, warm_up_s)
+            self.flood.outcomes.clear()
+            watching = asyncio.create_task(asyncio.to_thread(self._watch_memory, time.monotonic() + flood_s))
+            await self._open(client, rate, flood_s)
+            await watching
+            await self.after.closed(client, 2, time.monotonic() + calm_s / 2)
+            await self._measure(client, calm_s)
 
-    asyncio.run(scenario())
-    assert {each.status for each in after.outcomes} == {200}
-    narrow.wait_until_idle(timeout_s=10)
-    assert httpx.get(f"{narrow.url}/ready", timeout=10).status_code == 200
+    async def _open(self, client: httpx.AsyncClient, rate: float, seconds: float) -> None:
+        await self.flood.open(client, rate, time.monotonic() + seconds)
+
+    async def _measure(self, client: httpx.AsyncClient, calm_s: float) -> None:
+        self.calm.outcomes.clear()
+        began_s = time.monotonic()
+        await self.calm.closed(client, 8, began_s + calm_s)
+        self.capacities.append(len(self.calm.outcomes) / (time.monotonic() - began_s))
+
+    def _watch_memory(self, until_s: float) -> None:
+        """The launcher's, which is the gateway too, the scheduler's and the workers'; Ray's own is Ray's."""
+        launcher = psutil.Process(self.server.process.pid)
+        ours = [each for each in launcher.children(recursive=True) if " ".join(each.cmdline()).startswith("ray::")]
+        while (now := time.monotonic()) < until_s:
+            rss = sum(each.memory_info().rss for each in (launcher, *ours))
+            self.memory.append((now, rss / (1 << 20)))
+            time.sleep(1)
+
+    @property
+    def served(self) -> list[Outcome]:
+        return [each for each in self.flood.outcomes if each.status == 200]
+
+    @property
+    def shed(self) -> list[Outcome]:
+        return [each for each in self.flood.outcomes if each.status != 200]
+
+    @property
+    def drained_s(self) -> float:
+        """From the last request of the flood until the last answer."""
+        return max(each.ended_s for each in self.flood.outcomes) - self.flood.outcomes[-1].sent_s
+
+    @property
+    def goodput(self) -> float:
+        """Of the lower capacity: the machine's changes with what else runs on it."""
+        served = self.served
+        began_s = self.flood.outcomes[0].sent_s
+        seconds = max(each.ended_s for each in served) - began_s
+        return len(served) / seconds / min(self.capacities)
+
+    @property
+    def memory_slope(self) -> float:
+        """MiB per minute, by the medians of the first and last third: one step of an allocator is no slope."""
+        third = len(self.memory) // 3
+        (early_s, early), (late_s, late) = (_middle(part) for part in (self.memory[:third], self.memory[-third:]))
+        return 60 * (late - early) / (late_s - early_s)
+
+
+def _middle(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    seconds, values = zip(*samples, strict=True)
+    return median(seconds), median(values)
+
+
+def overload(server: RunningServer, tiny: TinyCheckpoint, calm_s: float, warm_up_s: float, flood_s: float) -> Overload:
+    run = Overload(server, *(Load(server.url, tiny, 20, 160) for _ in range(3)))
+    asyncio.run(run.run(calm_s, warm_up_s, flood_s))
+    show(run)
+    return run
+
+
+def show(run: Overload) -> None:
+    def spread(outcomes: Sequence[Outcome]) -> str:
+        took_s = [each.seconds for each in outcomes]
+        return f"p50/p99 {percentile(took_s, 0.5):.3f}/{percentile(took_s, 0.99):.3f} s"
+
+    reasons = Counter((each.status, each.limit) for each in run.shed)
+    print(f"capacity {run.capacities} per s, {len(run.served)} served, {reasons}, goodput {run.goodput:.2f}")
+    print(f"told {spread(run.shed)}, served {spread(run.served)}, just after {spread(run.after.outcomes)}")
+    print(
+        f"drained in {run.drained_s:.1f} s, memory {run.memory_slope:+.2f} MiB per minute of {run.memory[0][1]:.0f} MiB"
+    )
+
+
+def check_shed(run: Overload, status: int, limit: str) -> None:
+    """A refusal takes a small part of what an answer does. When the flood is over its queue is gone within ten seconds,
+    or as fast as the machine can, and who comes then is served as ever."""
+    assert {(each.status, each.limit) for each in run.shed} == {(status, limit)}
+    assert all(each.retry_after and int(each.retry_after) >= 1 for each in run.shed)
+    told_s, served_s, after_s = (
+        median(each.seconds for each in of) for of in (run.shed, run.served, run.after.outcomes)
+    )
+    assert told_s < served_s / 4
+    assert {each.status for each in run.after.outcomes} == {200} and after_s < served_s
+    assert run.drained_s <= max(10.0, 2 * QUEUE / min(run.capacities))
+    assert httpx.get(f"{run.server.url}/ready", timeout=10).status_code == 200
+
+
+def test_a_flood_is_shed_at_once_and_the_rest_is_served(narrow: RunningServer, tiny: TinyCheckpoint) -> None:
+    check_shed(overload(narrow, tiny, 3.0, 2.0, 8.0), 503, "service_unavailable_error")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shed_because", SHED_FLAGS)
+def test_a_minute_of_twice_the_capacity(tiny: TinyCheckpoint, shed_because: str) -> None:
+    """F16. Goodput is beside the capacity that was measured in the same run.
+
+    A client on the same two cores cannot show that a refusal takes below 100 ms, nor a tail of latencies; and within a
+    minute the memory of four processes moves by more than 1 MiB without a leak.
+    """
+    flags = (*COST, *NARROW, "--max-queued-requests", str(QUEUE), *SHED_FLAGS[shed_because])
+    with serving(str(tiny.path), *flags, *SMALL, expected_workers=2) as server:
+        run = overload(server, tiny, 10.0, 15.0, 60.0)
+        check_shed(run, *((429, "ttft_target") if "--refuse-late" in flags else (503, "service_unavailable_error")))
+        assert run.goodput >= 0.9
+        assert run.memory_slope <= MOST_MIB_PER_MINUTE
