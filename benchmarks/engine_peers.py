@@ -1,7 +1,8 @@
 """One worker beside what people would run instead: ``python -m benchmarks.engine_peers --vllm-python … --json FILE``.
 
-Twinpool, vLLM's CPU build and llama.cpp on the same model, the same threads and the same prompts, in turns: each
-round measures every system once, so that a slow minute of the machine meets all of them. The peers live in
+Twinpool, vLLM's CPU build and llama.cpp on the same model and threads, with prompts, contexts and decode steps of the
+same number, in turns: each round measures every system once, so that a slow minute of the machine meets all of them. A
+prompt's rate in a round is the median of several shots, so that a slow second does not decide either. The peers live in
 environments of their own; a peer whose flag is missing is left out. Figures are medians over the rounds, and what
 counts is the ratio.
 
@@ -16,7 +17,7 @@ import os
 import re
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,12 +30,22 @@ from rich.table import Table
 
 from benchmarks.command_line import Parser, check_json, check_threads, exit_status, write_json
 from benchmarks.engine_ready import measure_fresh_process
-from benchmarks.engine_work import AUTO, INT8, Engine, EngineSettings, num_blocks_needed, open_engine, seconds_of
+from benchmarks.engine_work import (
+    AUTO,
+    DECODE_STEPS,
+    INT8,
+    Engine,
+    EngineSettings,
+    num_blocks_needed,
+    open_engine,
+    seconds_of,
+)
 from benchmarks.machine import describe_machine, describe_versions
 from kvcache.errors import ConfigError, ResourceError
 from workers.model.checkpoint import DEFAULT_MODEL, describe_checkpoint, prepare_checkpoint
 
 PREFILL_TOKENS = (512, 2048)
+PREFILL_SHOTS = 3
 BATCHES = (1, 8, 32)
 CONTEXT = 32
 DTYPES = ("float32", "bfloat16", INT8)
@@ -101,8 +112,10 @@ class Ours:
         self._engine = engine
 
     async def measure(self) -> Rates:
-        prefill = {str(length): length / seconds_of(await self._engine.prefill(length)) for length in PREFILL_TOKENS}
-        decode = {}
+        prefill, decode = {}, {}
+        for length in PREFILL_TOKENS:
+            shots = [seconds_of(await self._engine.prefill(length)) for _ in range(PREFILL_SHOTS)]
+            prefill[str(length)] = length / median(shots)
         for batch in BATCHES:
             steps = await self._engine.decode(batch, CONTEXT)
             decode[str(batch)] = batch * len(steps) / seconds_of(steps)
@@ -123,7 +136,8 @@ class Vllm:
     async def measure(self) -> Rates:
         assert self._process.stdin is not None
         self._process.stdin.write(b"round\n")
-        await self._process.stdin.drain()
+        with suppress(ConnectionError):  # it has ended: the missing answer says so
+            await self._process.stdin.drain()
         return Rates(**orjson.loads(await _read_line(self._process, "vLLM")))
 
 
@@ -141,9 +155,9 @@ class LlamaCpp:
     async def measure(self) -> Rates:
         prefill = {}
         for length in PREFILL_TOKENS:
-            (row,) = await self._run(length, 1, (1,))
-            prefill[str(length)] = float(row["speed_pp"])
-        rows = await self._run(CONTEXT, 64, BATCHES)
+            shots = await self._run(length, 1, (1,) * PREFILL_SHOTS)
+            prefill[str(length)] = median(float(row["speed_pp"]) for row in shots)
+        rows = await self._run(CONTEXT, DECODE_STEPS, BATCHES)
         return Rates(prefill, {str(row["pl"]): float(row["speed_tg"]) for row in rows})
 
     async def _run(self, num_prompt: int, num_new: int, batches: Sequence[int]) -> list[dict[str, float]]:
@@ -188,6 +202,7 @@ async def _read_line(process: asyncio.subprocess.Process, name: str) -> bytes:
 async def open_vllm(python: Path, preload: str, model: Path, dtype: str, threads: int) -> AsyncIterator[Vllm]:
     flags = ["--model", str(model), "--dtype", dtype, "--threads", str(threads)]
     flags += ["--prefill-tokens", *map(str, PREFILL_TOKENS), "--batches", *map(str, BATCHES)]
+    flags += ["--prefill-shots", str(PREFILL_SHOTS), "--context", str(CONTEXT), "--decode-steps", str(DECODE_STEPS)]
     process = await asyncio.create_subprocess_exec(
         str(python),
         str(PEER_SCRIPT),

