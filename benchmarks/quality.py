@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -80,9 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     _show(result)
     if options.json:
-        report = {"model": options.model, "tokens": options.tokens, "window": WINDOW}
+        report: dict[str, object] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "model": options.model}
+        report |= {"tokens": options.tokens, "window": WINDOW}
         report |= {name: asdict(quality) for name, quality in result.items()}
-        report |= {"machine": describe_machine(), "versions": describe_versions()}
+        report |= {"machine": describe_machine(), "versions": describe_versions("torch", "transformers")}
         options.json.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
     return 0
 
