@@ -10,10 +10,12 @@ import pytest
 
 from kvcache.errors import TransferError, TransferFault
 from kvcache.transfer import kv_transfer_pb2 as kv_pb
+from kvcache.transfer.port_choice import HAS_SHM, PortName
 from kvcache.transfer.sender import OutgoingTransfer
 from kvcache.transfer.wire import Chunk, Message
 from scheduler.batching import BatchLimits
 from tests.cluster import TinyCheckpoint, greedily, local_cluster
+from tests.integration.ports import Came
 
 pytestmark = pytest.mark.integration
 
@@ -69,11 +71,14 @@ def test_two_hundred_requests_complete_although_transfers_fail_at_random(
     lengths = random.Random(SEED)
     prompts = [checkpoint.prompt(lengths.randrange(5, 90), seed=index) for index in range(NUM_REQUESTS)]
     num_placements = 0
+    ports: list[PortName] = ["grpc", "shm"] if HAS_SHM else ["grpc"]
 
-    async def answers(cluster_failures: list[dict[str, int]]) -> list[tuple[int, ...]]:
+    async def answers(cluster_failures: list[dict[str, int]], port: PortName) -> list[tuple[int, ...]]:
         nonlocal num_placements
         slots = asyncio.Semaphore(IN_FLIGHT)
-        async with local_cluster(checkpoint, prefill=2, decode=2, num_blocks=1024, limits=LIMITS) as cluster:
+        async with local_cluster(
+            checkpoint, prefill=2, decode=2, num_blocks=1024, limits=LIMITS, kv_transfer_port=port
+        ) as cluster:
 
             async def complete(prompt: tuple[int, ...]) -> tuple[int, ...]:
                 async with slots:
@@ -84,12 +89,15 @@ def test_two_hundred_requests_complete_although_transfers_fail_at_random(
             cluster_failures += [cluster.failures(f"decode-{index}") for index in range(2)]
             return found
 
-    undisturbed = asyncio.run(answers([]))
-    faults = RandomFailures(monkeypatch)
-    failures: list[dict[str, int]] = []
-    assert asyncio.run(answers(failures)) == undisturbed
-    assert num_placements > NUM_REQUESTS  # some were sent anew
-    assert min(faults.injected["bit"], faults.injected["loss"]) >= 1
-    assert sum(each.get(TransferFault.BAD_CHECKSUM.value, 0) for each in failures) == faults.injected["bit"]
+    undisturbed = asyncio.run(answers([], "auto"))
+    for port in ports:
+        with monkeypatch.context() as patches:
+            faults, came = RandomFailures(patches), Came(patches)
+            failures: list[dict[str, int]] = []
+            assert asyncio.run(answers(failures, port)) == undisturbed
+        came.check_only(port)
+        assert num_placements > NUM_REQUESTS  # some were sent anew
+        assert min(faults.injected["bit"], faults.injected["loss"]) >= 1
+        assert sum(each.get(TransferFault.BAD_CHECKSUM.value, 0) for each in failures) == faults.injected["bit"]
     for index in (0, 99, 199):
         assert undisturbed[index] == checkpoint.greedy(prompts[index], NUM_TOKENS)

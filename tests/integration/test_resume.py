@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 
+from kvcache.transfer.port_choice import PortName
 from scheduler.types import WorkerRole
 from tests.cluster import BLOCK_SIZE, TinyCheckpoint, greedily, local_cluster
+from tests.integration.ports import BOTH_PORTS, Came
 from tests.leaks import until
 from tests.worker_process import worker_process
 
@@ -27,12 +29,14 @@ class Outcome:
     prefills: list[str]  # the workers that were tried
 
 
-async def complete_with_a_kill(checkpoint: TinyCheckpoint, chunks_sent: int, *, prefix_caching: bool = True) -> Outcome:
+async def complete_with_a_kill(
+    checkpoint: TinyCheckpoint, chunks_sent: int, *, prefix_caching: bool = True, port: PortName = "auto"
+) -> Outcome:
     """Kills a worker that has sent so much; checks that the answer is right and that only the rest comes again."""
     prompt = checkpoint.prompt(PROMPT_TOKENS)
     async with (
-        local_cluster(checkpoint, prefill=1, decode=1, prefix_caching=prefix_caching) as cluster,
-        worker_process(cluster, VICTIM, WorkerRole.PREFILL) as victim,
+        local_cluster(checkpoint, prefill=1, decode=1, prefix_caching=prefix_caching, kv_transfer_port=port) as cluster,
+        worker_process(cluster, VICTIM, WorkerRole.PREFILL, kv_transfer_port=port) as victim,
     ):
         gate = cluster.hold_transfers("decode-0", after_chunks=chunks_sent)
         request = asyncio.create_task(cluster.complete(prompt, greedily(NUM_TOKENS)))
@@ -57,22 +61,31 @@ async def complete_with_a_kill(checkpoint: TinyCheckpoint, chunks_sent: int, *, 
         return Outcome(verified, load.blocks_resumed * BLOCK_SIZE, prefills)
 
 
-def test_killed_before_anything_was_sent_it_is_all_sent_by_another(checkpoint: TinyCheckpoint) -> None:
-    outcome = asyncio.run(complete_with_a_kill(checkpoint, 0))
+def test_killed_before_anything_was_sent_it_is_all_sent_by_another(
+    checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came = Came(monkeypatch)
+    outcome = asyncio.run(complete_with_a_kill(checkpoint, 0, port="grpc"))
+    came.check_only("grpc")
     assert outcome == Outcome(0, 0, [VICTIM, "prefill-0"])
 
 
-def test_killed_half_way_only_the_rest_is_sent_by_another(checkpoint: TinyCheckpoint) -> None:
-    outcome = asyncio.run(complete_with_a_kill(checkpoint, NUM_CHUNKS // 2))
+@pytest.mark.parametrize("port", BOTH_PORTS)
+def test_killed_half_way_only_the_rest_is_sent_by_another(
+    checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch, port: PortName
+) -> None:
+    came = Came(monkeypatch)
+    outcome = asyncio.run(complete_with_a_kill(checkpoint, NUM_CHUNKS // 2, port=port))
+    came.check_only(port)
     assert 80 <= outcome.verified_tokens <= PROMPT_TOKENS // 2
     assert outcome == Outcome(outcome.verified_tokens, outcome.verified_tokens, [VICTIM, "prefill-0"])
 
 
-@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize(("prefix_caching", "port"), [(True, "grpc"), (False, "auto")])
 def test_killed_before_its_commit_the_rest_is_computed_in_place(
-    checkpoint: TinyCheckpoint, prefix_caching: bool
+    checkpoint: TinyCheckpoint, prefix_caching: bool, port: PortName
 ) -> None:
-    outcome = asyncio.run(complete_with_a_kill(checkpoint, NUM_CHUNKS, prefix_caching=prefix_caching))
+    outcome = asyncio.run(complete_with_a_kill(checkpoint, NUM_CHUNKS, prefix_caching=prefix_caching, port=port))
     assert outcome == Outcome(PROMPT_TOKENS, PROMPT_TOKENS // BLOCK_SIZE * BLOCK_SIZE, [VICTIM])
 
 

@@ -16,9 +16,8 @@ import pytest
 from kvcache.errors import TransferError, TransferFault
 from kvcache.transfer import kv_transfer_pb2 as kv_pb
 from kvcache.transfer import shm_port, shm_service
-from kvcache.transfer.grpc_port import GrpcPort
 from kvcache.transfer.port_choice import HAS_SHM, PortName
-from kvcache.transfer.shm_port import ShmPort, socket_name
+from kvcache.transfer.shm_port import socket_name
 from kvcache.transfer.slot_pool import NUM_SLOTS, SlotPool
 from kvcache.transfer.slot_ring import SlotRing
 from kvcache.transfer.wire import ChunkRange, make_chunk
@@ -26,6 +25,7 @@ from tests.builders import CountedPatience
 from tests.cluster import LocalCluster, TinyCheckpoint, local_cluster
 from tests.integration.bad_handoffs import REFUSED, Messages, Tamper
 from tests.integration.fake_prefill import FakePrefill, Handoff, fake_prefill
+from tests.integration.ports import Opened
 from tests.integration.test_handoff_faults import FlipOnce, call_through
 from tests.leaks import until
 
@@ -247,26 +247,6 @@ def test_another_users_process_is_not_heard(checkpoint: TinyCheckpoint, monkeypa
 
 def shared_mappings() -> int:
     return Path("/proc/self/maps").read_text(encoding="utf-8").count("twinpool-kv")
-
-
-class Opened:
-    """Counts the ways that prefill workers open."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.grpc = self.shm = 0
-        open_grpc, open_shm = GrpcPort.open, ShmPort.try_open
-
-        async def counted_grpc(*args: object) -> object:
-            self.grpc += 1
-            return await open_grpc(*args)  # type: ignore[arg-type]
-
-        def counted_shm(*args: object) -> object:
-            outlet = open_shm(*args)  # type: ignore[arg-type]
-            self.shm += outlet is not None
-            return outlet
-
-        monkeypatch.setattr(GrpcPort, "open", counted_grpc)
-        monkeypatch.setattr(ShmPort, "try_open", counted_shm)
 
 
 @pytest.mark.parametrize(("port", "expected"), [("auto", (0, 4)), ("shm", (0, 4)), ("grpc", (4, 0))])

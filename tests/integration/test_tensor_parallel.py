@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from kvcache.errors import ModelError, ResourceError
+from kvcache.transfer.port_choice import PortName
 from scheduler.types import WorkerRole
 from tests.builders import make_shape
 from tests.cluster import MAX_MODEL_LEN, ROOMY, TinyCheckpoint, local_cluster
+from tests.integration.ports import Came
 from tests.ranks import ProcessRanks, ThreadRanks, load_one_at_a_time
 from workers.model import runner
 from workers.model.attention_layers import own_logits
@@ -80,19 +82,26 @@ def test_a_group_gives_the_logits_of_one_rank(
         assert max(relative_differences(expected, whole, checkpoint.spec, checkpoint.vocab_size)) < 1e-5
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [(2, 1), (1, 2), (2, 4)])
+@pytest.mark.parametrize(
+    ("prefill", "decode", "port"),
+    [(2, 1, "grpc"), (1, 2, "shm"), (2, 4, "grpc"), (1, 4, "grpc"), (4, 1, "shm"), (4, 2, "grpc")],
+)
 def test_the_pools_may_have_different_degrees(
-    checkpoint: TinyCheckpoint, prefill: int, decode: int, monkeypatch: pytest.MonkeyPatch
+    checkpoint: TinyCheckpoint, prefill: int, decode: int, port: PortName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_one_at_a_time(monkeypatch)
+    came = Came(monkeypatch)
     sizes = {WorkerRole.PREFILL: prefill, WorkerRole.DECODE: decode}
 
     async def scenario() -> None:
-        async with local_cluster(checkpoint, prefill=1, decode=1, tensor_parallel_sizes=sizes) as cluster:
+        async with local_cluster(
+            checkpoint, prefill=1, decode=1, tensor_parallel_sizes=sizes, kv_transfer_port=port
+        ) as cluster:
             prompts = [checkpoint.prompt(length, seed=length) for length in (1, 16, 33, 100)]
             await asyncio.gather(*(cluster.check_greedy(prompt, 12) for prompt in prompts))
             assert cluster.load("decode-0").transfers == len(prompts)
             assert cluster.load("decode-0").prompt_tokens_computed == 0
+        came.check_only(port)
 
     asyncio.run(scenario())
 

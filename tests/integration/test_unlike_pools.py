@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from kvcache.transfer.port_choice import PortName
 from scheduler.batching import BatchLimits
 from scheduler.types import WorkerRole
 from tests.cluster import LocalCluster, TinyCheckpoint, greedily, local_cluster
+from tests.integration.ports import Came
 
 pytestmark = pytest.mark.integration
 
@@ -25,12 +27,28 @@ def specs_of(checkpoint: TinyCheckpoint, prefill: dict[str, object], decode: dic
     }
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [(8, 64), (64, 8), (16, 32), (32, 16), (16, 48)])
-def test_pools_with_other_blocks_give_the_reference(checkpoint: TinyCheckpoint, prefill: int, decode: int) -> None:
+@pytest.mark.parametrize(
+    ("prefill", "decode", "port"),
+    [
+        (8, 64, "grpc"),
+        (64, 8, "grpc"),
+        (8, 64, "shm"),
+        (64, 8, "shm"),
+        (16, 32, "grpc"),
+        (32, 16, "shm"),
+        (16, 48, "shm"),
+    ],
+)
+def test_pools_with_other_blocks_give_the_reference(
+    checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch, prefill: int, decode: int, port: PortName
+) -> None:
     specs = specs_of(checkpoint, {"block_size": prefill}, {"block_size": decode})
+    came = Came(monkeypatch)
 
     async def scenario() -> None:
-        async with local_cluster(checkpoint, prefill=1, decode=1, specs=specs, limits=CHUNKED) as cluster:
+        async with local_cluster(
+            checkpoint, prefill=1, decode=1, specs=specs, limits=CHUNKED, kv_transfer_port=port
+        ) as cluster:
             prompts = [checkpoint.prompt(length, seed=length) for length in LENGTHS]
             await asyncio.gather(*(cluster.check_greedy(prompt, NUM_TOKENS) for prompt in prompts))
             load = cluster.load("decode-0")
@@ -38,6 +56,7 @@ def test_pools_with_other_blocks_give_the_reference(checkpoint: TinyCheckpoint, 
             assert load.prompt_tokens_computed == 0
             sent = sum(specs[WorkerRole.PREFILL].handoff_bytes(len(prompt)) for prompt in prompts)
             assert load.transfer_bytes == sent
+        came.check_only(port)
 
     asyncio.run(scenario())
 
@@ -67,19 +86,25 @@ async def answers(cluster: LocalCluster, prompts: list[tuple[int, ...]]) -> list
 
 
 @pytest.mark.parametrize(
-    ("prefill", "decode"),
-    [("float32", "int8"), ("int8", "float32"), ("float32", "bfloat16"), ("bfloat16", "fp8")],
+    ("prefill", "decode", "port"),
+    [
+        ("float32", "int8", "grpc"),
+        ("int8", "float32", "shm"),
+        ("float32", "bfloat16", "shm"),
+        ("bfloat16", "fp8", "grpc"),
+    ],
 )
 def test_pools_with_other_kv_dtypes_answer_to_what_rounding_costs(
-    checkpoint: TinyCheckpoint, prefill: str, decode: str
+    checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch, prefill: str, decode: str, port: PortName
 ) -> None:
     """An untrained model's logits lie close together: one token that rounding turns over changes all after it. By
     chance one token in 281 would agree."""
     prompts = [checkpoint.prompt(length, seed=length) for length in LENGTHS]
+    came = Came(monkeypatch)
 
     async def scenario() -> float:
         specs = specs_of(checkpoint, {"dtype": prefill, "block_size": 16}, {"dtype": decode, "block_size": 32})
-        async with local_cluster(checkpoint, prefill=1, decode=1, specs=specs) as cluster:
+        async with local_cluster(checkpoint, prefill=1, decode=1, specs=specs, kv_transfer_port=port) as cluster:
             found = await answers(cluster, prompts)
             assert cluster.load("decode-0").transfer_failures == ()
         expected = [checkpoint.greedy(prompt, NUM_TOKENS) for prompt in prompts]
@@ -87,6 +112,7 @@ def test_pools_with_other_kv_dtypes_answer_to_what_rounding_costs(
         return sum(ours == theirs for ours, theirs in pairs) / len(pairs)
 
     assert asyncio.run(scenario()) > 0.3
+    came.check_only(port)
 
 
 @pytest.mark.parametrize("sent", ["int8", "fp8"])
