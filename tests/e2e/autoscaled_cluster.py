@@ -22,10 +22,11 @@ from typing import Any
 import psutil
 
 from tests.e2e.ray_cluster import OBJECT_STORE_BYTES
-from tests.e2e.server import free_port, wait_until
+from tests.e2e.server import START_TIMEOUT_S, free_port, wait_until
 
 HEAD_NODE_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"  # as Ray's provider of fake nodes calls it
-STOP_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 10.0
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _config(address: str, node_type: dict[str, Any]) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def _config(address: str, node_type: dict[str, Any]) -> dict[str, Any]:
     more_lists = ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files")
     provider = {
         "type": "external",  # Ray's own name for it wants a file that Ray's package does not have
-        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+        "module": "tests.e2e.fake_nodes.NodesWithMemory",
         "gcs_address": address,
         "head_node_id": HEAD_NODE_ID,
         "launch_multiple": True,
@@ -77,6 +78,7 @@ def autoscaled_cluster(node_type: dict[str, Any]) -> Iterator[str]:
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_NODE_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE_ID,
+        "PYTHONPATH": str(ROOT),  # of the autoscaler, which loads our provider
     }
     before = dict(os.environ)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # for all who join
@@ -84,7 +86,7 @@ def autoscaled_cluster(node_type: dict[str, Any]) -> Iterator[str]:
         head = psutil.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=os.environ | of_fake_nodes)
     try:
         expected = 1 + node_type["min_workers"]
-        wait_until("the first nodes", lambda: _is_listening(port) and num_nodes(address) == expected, 90)
+        wait_until("the first nodes", lambda: _is_listening(port) and num_nodes(address) == expected, START_TIMEOUT_S)
         yield address
     except BaseException:
         print((folder / "output.txt").read_text(errors="replace")[-3000:])
@@ -119,3 +121,4 @@ def _end(head: psutil.Popen) -> None:
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)

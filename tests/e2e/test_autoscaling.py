@@ -18,6 +18,7 @@ from tests.e2e.server import serving, wait_until
 from tests.e2e.traffic import SMALL, saved_tiny, traffic
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+NODE_BYTES = 1 << 30  # a worker books its memory too
 NEEDS_NODES = """
 import sys, time, ray
 from engine.node_requests import SharedNodeRequests
@@ -33,7 +34,7 @@ while True:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """Of a cluster with two nodes for workers, and an autoscaler that may start three more."""
-    node = {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 2, "max_workers": 5}
+    node = {"resources": {"CPU": 1, "memory": NODE_BYTES}, "node_config": {}, "min_workers": 2, "max_workers": 5}
     with autoscaled_cluster(node) as ray_address:
         yield ray_address
 
