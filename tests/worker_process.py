@@ -24,11 +24,11 @@ from kvcache.storage import BlockStorage
 from kvcache.transfer.sender import OutgoingTransfer, TransferTarget
 from kvcache.transfer.wire import Message
 from scheduler.events import WorkerLeft, WorkerRegistered
-from scheduler.types import WorkerInfo, WorkerRole
+from scheduler.types import WorkerInfo, WorkerLoad, WorkerRole
 from tests.cluster import DEVICE, ROOMY, LocalCluster, worker_options
 from tests.leaks import check_no_leaks, until
 from workers import prefill
-from workers.worker import build_worker
+from workers.worker import Worker, build_worker
 from workers.worker_options import WorkerOptions
 
 START_TIMEOUT_S = 60.0
@@ -82,9 +82,19 @@ class WorkerProcess:
 
     async def check_leaks(self) -> None:
         """Fails when the worker, which has nothing to do now, has leaked anything."""
-        self._connection.send("check")
+        assert await self._ask("check") == ""
+
+    async def load(self) -> WorkerLoad:
+        """As it would report it now."""
+        load = await self._ask("load")
+        assert isinstance(load, WorkerLoad)
+        return load
+
+    async def _ask(self, question: str) -> object:
+        self._connection.send(question)
         await until(self._connection.poll, "the worker's answer", START_TIMEOUT_S)
-        assert self._connection.recv() == ""
+        answer: object = self._connection.recv()
+        return answer
 
     def close(self) -> None:
         if self._process.is_alive():
@@ -147,10 +157,14 @@ async def _serve(options: WorkerOptions, connection: Connection) -> None:
     worker = build_worker(options)
     await worker.start()
     connection.send(worker.info(time.monotonic_ns(), DEVICE))
-    await asyncio.to_thread(connection.recv)
+    while True:  # until it is killed
+        question = await asyncio.to_thread(connection.recv)
+        connection.send(worker.load() if question == "load" else await _leaks(worker))
+
+
+async def _leaks(worker: Worker) -> str:
     try:
         await check_no_leaks([worker])
-        connection.send("")
     except Exception as error:  # noqa: BLE001  the process's top: told to the test
-        connection.send(f"{type(error).__name__}: {error}")
-    await asyncio.Event().wait()  # killed
+        return f"{type(error).__name__}: {error}"
+    return ""

@@ -8,10 +8,13 @@ import pytest
 
 from kvcache.errors import TransferFault
 from kvcache.lease import BlockLease, LeaseState
+from kvcache.transfer.port_choice import PortName
+from scheduler.batching import StepPlan
 from scheduler.types import WorkerRole
-from tests.cluster import TinyCheckpoint, greedily, local_cluster
+from tests.cluster import ROOMY, Completion, LocalCluster, TinyCheckpoint, greedily, local_cluster
+from tests.integration.ports import BOTH_PORTS, Came, Opened
 from tests.leaks import until
-from tests.worker_process import worker_process
+from tests.worker_process import WorkerProcess, worker_process
 
 pytestmark = pytest.mark.integration
 
@@ -21,14 +24,18 @@ ZOMBIE = "a-prefill"  # the first to be chosen
 LEASE_TTL_S = 0.8
 
 
-def test_the_late_words_of_a_stopped_prefill_worker_are_fenced(checkpoint: TinyCheckpoint) -> None:
+@pytest.mark.parametrize("port", BOTH_PORTS)
+def test_the_late_words_of_a_stopped_prefill_worker_are_fenced(
+    checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch, port: PortName
+) -> None:
     """It is stopped with half of its KV verified and some more on the way, and comes back after two leases."""
     prompt = checkpoint.prompt(PROMPT_TOKENS)
+    came = Came(monkeypatch)
 
     async def scenario() -> None:
         async with (
-            local_cluster(checkpoint, prefill=1, decode=1, lease_ttl_s=LEASE_TTL_S) as cluster,
-            worker_process(cluster, ZOMBIE, WorkerRole.PREFILL, LEASE_TTL_S) as zombie,
+            local_cluster(checkpoint, prefill=1, decode=1, lease_ttl_s=LEASE_TTL_S, kv_transfer_port=port) as cluster,
+            worker_process(cluster, ZOMBIE, WorkerRole.PREFILL, LEASE_TTL_S, kv_transfer_port=port) as zombie,
         ):
             gate = cluster.hold_transfers("decode-0", after_chunks=28)
             request = asyncio.create_task(cluster.complete(prompt, greedily(NUM_TOKENS)))
@@ -54,6 +61,7 @@ def test_the_late_words_of_a_stopped_prefill_worker_are_fenced(checkpoint: TinyC
             assert used[:2] == [ZOMBIE, "prefill-0"]
             assert set(used[2:]) == {ZOMBIE, "prefill-0"}
             await zombie.check_leaks()
+        came.check_only(port)
 
     asyncio.run(scenario())
 
@@ -98,13 +106,16 @@ def test_what_a_stopped_prefill_worker_sends_itself_when_it_goes_on_is_fenced(ch
     asyncio.run(scenario())
 
 
-def test_a_prefill_worker_that_stops_for_less_than_a_lease_costs_nothing(checkpoint: TinyCheckpoint) -> None:
+def test_a_prefill_worker_that_stops_for_less_than_a_lease_costs_nothing(
+    checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt = checkpoint.prompt(PROMPT_TOKENS)
+    came = Came(monkeypatch)
 
     async def scenario() -> None:
         async with (
-            local_cluster(checkpoint, decode=1) as cluster,
-            worker_process(cluster, ZOMBIE, WorkerRole.PREFILL) as zombie,
+            local_cluster(checkpoint, decode=1, kv_transfer_port="grpc") as cluster,
+            worker_process(cluster, ZOMBIE, WorkerRole.PREFILL, kv_transfer_port="grpc") as zombie,
         ):
             gate = cluster.hold_transfers("decode-0", after_chunks=28)
             request = asyncio.create_task(cluster.complete(prompt, greedily(NUM_TOKENS)))
@@ -115,6 +126,111 @@ def test_a_prefill_worker_that_stops_for_less_than_a_lease_costs_nothing(checkpo
             gate.open()
             assert (await request).token_ids == checkpoint.greedy(prompt, NUM_TOKENS)
             assert cluster.failures("decode-0") == {}
+            assert len(cluster.scheduler.placements) == 1
+            await zombie.check_leaks()
+        came.check_only("grpc")
+
+    asyncio.run(scenario())
+
+
+DECODE_ZOMBIE = "a-decode"  # the first to be chosen
+
+
+def last_chunk(plan: StepPlan) -> bool:
+    return any(chunk.end == PROMPT_TOKENS for chunk in plan.chunks)
+
+
+async def stop_in_the_middle(cluster: LocalCluster, zombie: WorkerProcess) -> asyncio.Task[Completion]:
+    """A request whose decode worker is stopped with some of its KV verified, for two leases. Returns with the prefill
+    worker having given up, and all its blocks back."""
+    prefill = cluster.workers["prefill-0"]
+    gate = cluster.hold_steps("prefill-0", last_chunk)
+    prompt = cluster.checkpoint.prompt(PROMPT_TOKENS)
+    request = asyncio.create_task(cluster.complete(prompt, greedily(NUM_TOKENS)))
+    await gate.holding()
+    assert (await zombie.load()).blocks_leased > 0
+    (lease,) = prefill.manager.leases
+    await zombie.stop()
+    gate.open()
+    await until(lambda: not lease.is_open, "the prefill worker to give up")
+    assert lease.state is LeaseState.ABORTED
+    await asyncio.sleep(LEASE_TTL_S)  # the second lease; its term has to pass, there is nothing to wait for
+    prefill.manager.check_idle()
+    assert zombie.state == "T"
+    assert not request.done()
+    return request
+
+
+@pytest.mark.parametrize("port", BOTH_PORTS)
+def test_a_decode_worker_that_comes_back_after_two_leases_accepts_nothing_of_the_old_handoff(
+    checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch, port: PortName
+) -> None:
+    opened = Opened(monkeypatch)
+
+    async def scenario() -> None:
+        async with (
+            local_cluster(checkpoint, prefill=2, lease_ttl_s=LEASE_TTL_S, kv_transfer_port=port) as cluster,
+            worker_process(cluster, DECODE_ZOMBIE, WorkerRole.DECODE, LEASE_TTL_S, kv_transfer_port=port) as zombie,
+        ):
+            request = await stop_in_the_middle(cluster, zombie)
+            await zombie.go_on()
+            expected = checkpoint.greedy(checkpoint.prompt(PROMPT_TOKENS), NUM_TOKENS)
+            assert (await request).token_ids == expected
+            load = await zombie.load()
+            assert sum(dict(load.transfer_failures).values()) >= 1
+            assert load.generation_tokens == NUM_TOKENS
+            await zombie.check_leaks()
+            assert min(opened.grpc, opened.shm) == 0
+            assert (opened.grpc if port == "grpc" else opened.shm) >= 1
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
+def test_the_other_decode_worker_answers_while_one_is_stopped(checkpoint: TinyCheckpoint) -> None:
+    """It is found to be lost by the pings of its client's connection, which takes a minute and more."""
+
+    async def scenario() -> None:
+        async with (
+            local_cluster(checkpoint, prefill=1, decode=1, lease_ttl_s=LEASE_TTL_S) as cluster,
+            worker_process(cluster, DECODE_ZOMBIE, WorkerRole.DECODE, LEASE_TTL_S) as zombie,
+        ):
+            request = await stop_in_the_middle(cluster, zombie)
+            expected = checkpoint.greedy(checkpoint.prompt(PROMPT_TOKENS), NUM_TOKENS)
+            assert (await request).token_ids == expected
+            assert zombie.state == "T"
+            placed = [placement.decode.worker_id for placement in cluster.scheduler.placements]
+            assert placed == [DECODE_ZOMBIE, "decode-0"]
+            await zombie.go_on()
+            await zombie.check_leaks()
+            load = await zombie.load()
+            assert sum(dict(load.transfer_failures).values()) >= 1
+            assert load.generation_tokens == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_decode_worker_that_stops_for_less_than_a_lease_costs_nothing(checkpoint: TinyCheckpoint) -> None:
+    prompt = checkpoint.prompt(PROMPT_TOKENS)
+
+    async def scenario() -> None:
+        async with (
+            local_cluster(checkpoint, prefill=1) as cluster,
+            worker_process(cluster, DECODE_ZOMBIE, WorkerRole.DECODE) as zombie,
+        ):
+            gate = cluster.hold_steps("prefill-0", last_chunk)
+            request = asyncio.create_task(cluster.complete(prompt, greedily(NUM_TOKENS)))
+            await gate.holding()
+            await zombie.stop()
+            gate.open()
+            await asyncio.sleep(0.3)
+            assert zombie.state == "T"
+            assert not request.done()
+            await zombie.go_on()
+            assert (await request).token_ids == checkpoint.greedy(prompt, NUM_TOKENS)
+            load = await zombie.load()
+            assert (load.transfers, load.transfer_failures) == (1, ())
+            assert load.transfer_bytes == checkpoint.spec.handoff_bytes(PROMPT_TOKENS)
             assert len(cluster.scheduler.placements) == 1
             await zombie.check_leaks()
 
@@ -128,9 +244,14 @@ async def outlive(lease: BlockLease) -> None:
     assert lease.num_verified_tokens == 0
 
 
-def test_heartbeats_keep_a_lease_while_a_step_of_the_prefill_worker_takes_longer(checkpoint: TinyCheckpoint) -> None:
+@pytest.mark.parametrize("port", BOTH_PORTS)
+def test_heartbeats_keep_a_lease_while_a_step_of_the_prefill_worker_takes_longer(
+    checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch, port: PortName
+) -> None:
+    opened = Opened(monkeypatch)
+
     async def scenario() -> None:
-        async with local_cluster(checkpoint, prefill=1, decode=1, lease_ttl_s=0.4) as cluster:
+        async with local_cluster(checkpoint, prefill=1, decode=1, lease_ttl_s=0.4, kv_transfer_port=port) as cluster:
             gate = cluster.hold_steps("prefill-0", lambda plan: True)
             request = asyncio.create_task(cluster.check_greedy(checkpoint.prompt(PROMPT_TOKENS), NUM_TOKENS))
             await gate.holding()
@@ -141,6 +262,7 @@ def test_heartbeats_keep_a_lease_while_a_step_of_the_prefill_worker_takes_longer
             assert lease.state is LeaseState.COMMITTED
             assert cluster.failures("decode-0") == {}
             assert len(cluster.scheduler.placements) == 1
+            assert (opened.grpc, opened.shm) == ((1, 0) if port == "grpc" else (0, 1))
 
     asyncio.run(scenario())
 
@@ -174,13 +296,15 @@ def test_heartbeats_keep_a_lease_while_a_step_of_the_decode_worker_takes_longer(
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("port", BOTH_PORTS)
 def test_a_decode_worker_that_takes_nothing_for_a_lease_is_given_up_and_its_half_is_never_read(
-    checkpoint: TinyCheckpoint,
+    checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch, port: PortName
 ) -> None:
     prompt = checkpoint.prompt(PROMPT_TOKENS)
+    came = Came(monkeypatch)
 
     async def scenario() -> None:
-        async with local_cluster(checkpoint, prefill=2, decode=1, lease_ttl_s=0.4) as cluster:
+        async with local_cluster(checkpoint, prefill=2, decode=1, lease_ttl_s=0.4, kv_transfer_port=port) as cluster:
             gate = cluster.hold_transfers("decode-0", after_chunks=2)
             request = asyncio.create_task(cluster.complete(prompt, greedily(NUM_TOKENS)))
             await gate.holding()
@@ -189,6 +313,8 @@ def test_a_decode_worker_that_takes_nothing_for_a_lease_is_given_up_and_its_half
             assert cluster.load("decode-0").generation_tokens == 0
             gate.open()
             assert (await request).token_ids == checkpoint.greedy(prompt, NUM_TOKENS)
-            assert len(cluster.scheduler.placements) == 2
+            fits_a_step = PROMPT_TOKENS - lease.num_verified_tokens <= ROOMY.max_num_batched_tokens
+            assert len(cluster.scheduler.placements) == (1 if fits_a_step else 2)
+        came.check_only(port)
 
     asyncio.run(scenario())
