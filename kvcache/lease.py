@@ -45,8 +45,9 @@ class BlockLease:
 
     ``block_ids[i]`` is the sequence's logical block ``first_block + i``: those before it are no part of the
     handoff, because the decode side holds them already.
-    Messages of another ``epoch`` are refused: it is to grow when a transfer is handed to another sender.
-    ``expires_at_s`` is on the monotonic clock of the process that holds the lease.
+    Messages of another ``epoch`` are refused. Workers open a lease with a new id for each sender, at epoch 1.
+    ``expires_at_s`` is on the monotonic clock of the process that holds the lease. It bounds what the decode side waits
+    and accepts; the prefill side's bound is ``send_kv``'s, which ends when its receiver takes nothing for a term.
     """
 
     transfer_id: str

@@ -129,6 +129,31 @@ def test_a_decode_worker_lost_while_kv_streams_ends_the_computing(checkpoint: Ti
     asyncio.run(scenario())
 
 
+def test_a_decode_worker_lost_while_nothing_is_ready_to_be_sent_ends_the_lease_of_its_sender(
+    checkpoint: TinyCheckpoint,
+) -> None:
+    """All that is ready was taken, so no wait for the receiver runs out: the end of the call ends the lease."""
+
+    async def scenario() -> None:
+        async with local_cluster(checkpoint, prefill=1, decode=1, limits=CHUNKED) as cluster:
+            gate = cluster.hold_steps("prefill-0", last_chunk)
+            prompt = checkpoint.prompt(PROMPT_TOKENS)
+            address = cluster.workers["prefill-0"].address
+            call = GenerateCall(cluster, "decode-0", "victim", prompt, greedily(1), address)
+            await gate.holding()
+            arrived = 96 // checkpoint.spec.block_size * checkpoint.spec.block_bytes
+            transfers = cluster.workers["decode-0"].transfers
+            await until(lambda: transfers.bytes_under_way == arrived, "all that is ready to be taken")
+            (lease,) = cluster.workers["prefill-0"].manager.leases
+            await cluster.kill("decode-0")
+            await until(lambda: not lease.is_open, "the lease to end, whose term is 30 s")
+            await call.error(within_s=5)
+            gate.open()
+            await until(lambda: not cluster.keeps("victim"), "the prefill worker to give its blocks back")
+
+    asyncio.run(scenario())
+
+
 def test_many_prompts_stream_side_by_side(checkpoint: TinyCheckpoint) -> None:
     """Their chunks share steps and the connection."""
 
