@@ -19,6 +19,7 @@ from scheduler.events import Command, Event, Tick
 from scheduler.garbage import collect_rarely
 from scheduler.placement import PlacementOptions
 from scheduler.types import ClusterSnapshot, WorkerSnapshot
+from scheduler.wire import Answers, Events
 
 ActorHandle = Any  # Ray's own type says nothing of the actor's methods
 ACTOR_NAME = "scheduler"
@@ -40,12 +41,12 @@ class SchedulerActor:
         self._ticked_at = 0.0
         collect_rarely()
 
-    def handle(self, events: Sequence[Event], asker: str = "") -> list[list[Command]]:
+    def handle(self, events: Sequence[Event], asker: str = "") -> Answers:
         """The commands that follow from each event, in order, and to an asker one list more (``Delivery.handle``)."""
         now = time.monotonic()
         commands = self._delivery.handle(events, asker, now)
         self._tick(now)  # after the heartbeats among the events
-        return commands
+        return Answers(commands)
 
     def page(self, after: str) -> ClusterSnapshot:
         """``PAGE_WORKERS`` of the workers, those after an id; fewer: the last. Nobody waits long behind a page."""
@@ -74,7 +75,7 @@ class RayScheduler:
             UnavailableError: the actor is away; Ray is restarting it.
         """
         try:
-            commands: list[list[Command]] = await self._actor.handle.remote(tuple(events), asker)
+            commands: list[list[Command]] = await self._actor.handle.remote(Events(events), asker)
         except RayTaskError:
             raise  # the controller itself raised: a bug, and no reason to send the same again
         except RayError as error:
@@ -133,7 +134,7 @@ class PolledScheduler:
 
     def tell(self, *events: Event) -> None:
         """Sends events. They are lost when the scheduler is away: what matters is told again."""
-        self._actor.handle.remote(events)
+        self._actor.handle.remote(Events(events))
 
     def poll(self) -> ClusterSnapshot | None:
         """A view of the cluster that is new since the last call; asks for the next one, a page with each call."""
