@@ -21,6 +21,7 @@ from workers.model.attention.torch_backend import TorchAttention
 from workers.model.attention_layers import LayerAttention, read_attention_layers
 from workers.model.gguf_names import SUFFIX
 from workers.model.gguf_weights import load_gguf_model
+from workers.model.loading_bar import reported_to
 from workers.parallel.modules import cut_modules
 from workers.parallel.rank import Rank
 from workers.step_progress import StepProgress
@@ -90,25 +91,32 @@ def load_model(
         if path.suffix == SUFFIX:
             model: nn.Module = load_gguf_model(path, TORCH_DTYPES[dtype], ATTENTION_NAME, report)
         else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=TORCH_DTYPES[dtype] if rank is None else "auto",
-                attn_implementation=ATTENTION_NAME,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # looked at below: transformers' own error names none of them
-                output_loading_info=True,
-            )
-            model, loading = loaded
-            _check_shapes(path, loading["mismatched_keys"])
-            _check_tensors(path, loading["missing_keys"], loading["unexpected_keys"])
+            with reported_to(report):
+                model = _load_safetensors(path, TORCH_DTYPES[dtype] if rank is None else "auto")
         if rank is not None:
             _cut_to_share(model, TORCH_DTYPES[dtype], rank)
         report(1.0)
         return model.to(device).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"The model in {path} cannot be loaded: {error}") from error
+
+
+def _load_safetensors(path: Path, dtype: torch.dtype | str) -> nn.Module:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype,
+        attn_implementation=ATTENTION_NAME,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # looked at below: transformers' own error names none of them
+        output_loading_info=True,
+    )
+    model: nn.Module = loaded[0]
+    loading = loaded[1]
+    _check_shapes(path, loading["mismatched_keys"])
+    _check_tensors(path, loading["missing_keys"], loading["unexpected_keys"])
+    return model
 
 
 def _check_shapes(path: Path, mismatched: Collection[tuple[str, torch.Size, torch.Size]]) -> None:

@@ -121,6 +121,26 @@ def test_logits_that_are_all_zero_are_refused_and_so_is_where_they_come_from(tmp
         choose_step_model(load_model(folder, "float32"), KVCacheSpec(1, 2, 16, 16, "float32"), 64, 1)
 
 
+def test_weights_stored_as_they_are_computed_with_are_the_mapped_file(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64)).save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, "float32")
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    bounds = [[int(end, 16) for end in fields[0].split("-")] for fields in maps]
+    for name, weight in loaded.named_parameters():
+        assert any(start <= weight.data_ptr() < end for start, end in bounds), name
+
+
+def test_loading_tells_of_every_weight(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    count = len(model.state_dict())
+    parts: list[float] = []
+    load_model(tmp_path, "float32", report=parts.append)
+    assert parts == pytest.approx([*((number + 1) / count for number in range(count)), 1.0])
+
+
 def test_a_checkpoint_in_shards_is_loaded_whole(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64))
