@@ -7,13 +7,15 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from tests.cluster import TinyCheckpoint
 from tests.e2e.server import free_port, interrupt, session_folders
 
 pytestmark = pytest.mark.e2e
@@ -101,6 +103,39 @@ def test_an_architecture_that_cannot_run_is_named(tmp_path: Path, checkpoint: Pa
     (tmp_path / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
     save_file({"model.embed_tokens.weight": torch.zeros(128, 64)}, tmp_path / "model.safetensors")
     assert_one_sentence(run("serve", str(tmp_path)), "ALiBi")
+
+
+def lose_a_tensor(state: dict[str, torch.Tensor]) -> None:
+    del state["model.layers.1.mlp.up_proj.weight"]
+
+
+def spoil_a_tensor(state: dict[str, torch.Tensor]) -> None:
+    state["model.norm.weight"][3] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lose_a_tensor, ["lacks 1 of the model's weights", "model.layers.1.mlp.up_proj.weight"]),
+        (spoil_a_tensor, ["model.norm.weight", "not finite", "damaged"]),
+    ],
+)
+def test_weights_that_a_worker_cannot_load_are_named(
+    tmp_path: Path, damage: Callable[[dict[str, torch.Tensor]], None], words: list[str]
+) -> None:
+    """Found by the worker: the command says it in its last line, and ends."""
+    folder = tmp_path / "damaged-llama"
+    folder.mkdir()
+    TinyCheckpoint(folder).save_tokenizer()
+    state = load_file(folder / "model.safetensors")
+    damage(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    done = run("serve", str(folder), "--device", "cpu", "--colocated", "1", "--port", str(free_port()))
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("twinpool: ")
+    assert all(word in last for word in ["damaged-llama", *words])
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_status_without_a_server_says_so() -> None:
