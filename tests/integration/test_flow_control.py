@@ -35,11 +35,13 @@ SPEC = KVCacheSpec(num_layers=8, num_kv_heads=2, head_size=64, block_size=128, d
 BLOCKS = 48  # of one long prompt: 6 MiB a layer, 48 MiB in all
 OF_A_CONNECTION = 6 << 20  # what gRPC reads into, however many transfers there are
 TIMEOUT_S = 60.0
+LIVE = "live"  # a handoff that is never held
 PORTS = ["grpc", pytest.param("shm", marks=pytest.mark.skipif(not HAS_SHM, reason="Linux only"))]
 
 
 class HeldReceiver(KVReceiver):
-    """Takes one chunk of each handoff and no more until ``released``; tells in which order chunks were taken."""
+    """Takes one chunk of each handoff but ``LIVE`` and no more until ``released``; tells in which order chunks were
+    taken."""
 
     released: asyncio.Event
     taken: list[str]  # transfer ids
@@ -52,7 +54,8 @@ class HeldReceiver(KVReceiver):
             yield message
             if isinstance(message, Chunk):
                 self.taken.append(message.transfer_id)
-                await self.released.wait()
+                if message.transfer_id != LIVE:
+                    await self.released.wait()
 
 
 class Ends:
@@ -212,5 +215,24 @@ def test_transfers_that_are_given_up_leave_their_turn_to_others(port: PortName) 
             await ends.give_up(sending)
             for name in ("later", "last"):
                 assert await ends.begin(name, BLOCKS) == SPEC.handoff_bytes(BLOCKS * SPEC.block_size)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("port", "num_stalled"),
+    [("grpc", 3), pytest.param("shm", 1, marks=pytest.mark.skipif(not HAS_SHM, reason="Linux only"))],
+)
+def test_a_transfer_ends_beside_stalled_ones_that_leave_it_a_place(port: PortName, num_stalled: int) -> None:
+    """Over gRPC a stalled one holds one of four turns, through shared memory two of four slots."""
+
+    async def scenario() -> None:
+        async with joined(port) as ends:
+            stalled = {name: ends.begin(name, BLOCKS // 8) for name in map("stalled-{}".format, range(num_stalled))}
+            await until(lambda: set(ends.receiver.taken) == set(stalled), "all of them to have begun")
+            live = ends.begin(LIVE, BLOCKS // 8)
+            assert await asyncio.wait_for(live, 20) == SPEC.handoff_bytes(BLOCKS // 8 * SPEC.block_size)
+            assert not any(task.done() for task in stalled.values())
+            await ends.give_up(stalled)
 
     asyncio.run(scenario())
