@@ -20,6 +20,7 @@ from benchmarks.machine import describe_machine, describe_versions
 from benchmarks.traces import MOONCAKE_BLOCK_TOKENS, TraceRow, load_trace
 from kvcache.errors import ConfigError
 from kvcache.spec import KVCacheSpec
+from scheduler.garbage import collect_rarely
 from scheduler.placement import PlacementOptions
 from scheduler.policies import POLICIES
 from scheduler.sim.simulator import Simulator
@@ -166,6 +167,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
+    collect_rarely()
     if args.num_requests < 1:
         raise ConfigError(f"--num-requests is {args.num_requests}; it must be at least 1")
     if args.trace is None:

@@ -1,4 +1,4 @@
-"""The controller itself in virtual time, over modelled workers: what a placement policy makes of a load.
+"""Admission, controller and batchers in virtual time: what they make of a load. Only steps and handoffs are modelled.
 
 Small on purpose: one gateway, no failures, and calls take no time. Deterministic: equal times are handled in the order
 in which they were entered.
@@ -11,12 +11,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from scheduler.admission import AdmissionControl, AdmissionOptions
+from scheduler.batching import SampledToken, StepPlan
+from scheduler.cache_index import hashes_of_prompt
 from scheduler.controller import ClusterController
 from scheduler.cost_model import CostModel
 from scheduler.events import (
+    Command,
     Event,
     PlaceRequest,
     PrefillDone,
+    RefuseRequest,
     RequestArrived,
     RequestEnded,
     Tick,
@@ -24,10 +29,12 @@ from scheduler.events import (
     WorkerReported,
 )
 from scheduler.placement import PlacementOptions
-from scheduler.sim.workers import SimulatedRequest, SimulatedWorker
-from scheduler.types import PrefixHashes, WorkerInfo
+from scheduler.request import Request
+from scheduler.sim.workers import SimulatedRequest, SimulatedWorker, prompt_of
+from scheduler.types import Placement, WorkerInfo
 
 HEARTBEAT_S = 0.5
+_NO_LIMIT = 1 << 30
 _Action = Callable[[], None]
 
 
@@ -58,93 +65,145 @@ class Simulator:
     Args:
         tokens_per_name: prompt tokens that one name of ``SimulatedRequest.names`` stands for.
         max_tokens: what clients ask for at most; how long an answer will be the scheduler learns at its end.
+        admission: None: the targets of ``options``, and a queue without end.
     """
 
     def __init__(
-        self, workers: Sequence[WorkerInfo], options: PlacementOptions, tokens_per_name: int, max_tokens: int
+        self,
+        workers: Sequence[WorkerInfo],
+        options: PlacementOptions,
+        tokens_per_name: int,
+        max_tokens: int,
+        admission: AdmissionOptions | None = None,
     ) -> None:
         self.time = VirtualTime()
-        self._controller = ClusterController(options=options)
+        targets = options.ttft_target_s, options.tpot_target_s
+        self.controller = ClusterController(options=options)
+        self._admission = AdmissionControl(self.controller, admission or AdmissionOptions(_NO_LIMIT, *targets))
         self._costs = CostModel()
         self._tokens_per_name = tokens_per_name
         self._max_tokens = max_tokens
-        self.workers = {info.worker_id: SimulatedWorker(info, self._costs, tokens_per_name) for info in workers}
-        self._num_open = 0
         for info in workers:
             self._costs.add(info)
+        self.workers = {info.worker_id: SimulatedWorker(info, self._costs, *targets) for info in workers}
+        self._requests: dict[str, SimulatedRequest] = {}  # that have arrived and not ended
+        self._prompts: dict[str, tuple[int, ...]] = {}  # of them
+        self._num_arrived = 0
+        self._num_open = 0
+        for info in workers:
             self._tell(WorkerRegistered(info))
         self._beat()
 
     def run(self, requests: Sequence[SimulatedRequest]) -> None:
-        """Until all have ended.
-
-        Raises:
-            UnavailableError: the workers cannot take one of them.
-        """
+        """Until all have ended, or were refused. No block may be left held."""
         self._num_open = len(requests)
         for request in requests:
             self.time.at(request.arrival_s, partial(self._arrive, request))
         self.time.run_until(lambda: self._num_open == 0)
+        for worker in self.workers.values():
+            worker.batcher.manager.check_idle()
 
     def _tell(self, event: Event) -> None:
-        self._controller.handle(event, self.time.now)
+        for command in self._admission.handle(event, self.time.now):
+            self._obey(command)
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case PlaceRequest():
+                self._start(self._requests[command.placement.request_id], command.placement)
+            case RefuseRequest():
+                request = self._requests[command.request_id]
+                request.refused_s = self.time.now
+                self._forget(request)
 
     def _beat(self) -> None:
         for worker_id, worker in self.workers.items():
-            report = WorkerReported(worker_id, worker.info.incarnation, worker.load(), cache=worker.cache.take_news())
-            self._tell(report)
+            delta = worker.take_cache_news()
+            self._tell(WorkerReported(worker_id, worker.info.incarnation, worker.load(), cache=delta))
         self._tell(Tick())
         self.time.after(HEARTBEAT_S, self._beat)
 
     def _arrive(self, request: SimulatedRequest) -> None:
+        prompt = prompt_of(request, self._num_arrived, self._tokens_per_name)
+        self._num_arrived += 1
+        self._requests[request.request_id], self._prompts[request.request_id] = request, prompt
         sizes = dict.fromkeys(worker.info.spec.block_size for worker in self.workers.values())
-        hashes = tuple(PrefixHashes(size, self._tokens_per_name, request.names[::-1]) for size in sizes)
-        arrived = RequestArrived(request.request_id, request.num_prompt_tokens, self._max_tokens, prefixes=hashes)
-        (command,) = self._controller.handle(arrived, self.time.now)
-        assert isinstance(command, PlaceRequest), "the cluster has both phases, and nobody leaves"
-        request.placement = placement = command.placement
-        worker = self.workers[(placement.prefill or placement.decode).worker_id]
-        worker.prompts.append(request)
-        self._go_on(worker)
+        hashes = tuple(hashes_of_prompt(b"", size, prompt) for size in sizes)
+        self._tell(
+            RequestArrived(
+                request.request_id,
+                request.num_prompt_tokens,
+                self._max_tokens,
+                prefixes=hashes,
+                tenant=request.tenant,
+                urgency=request.urgency,
+            )
+        )
 
-    def _go_on(self, worker: SimulatedWorker) -> None:
-        if worker.is_stepping:
-            return
-        for request in worker.admit():
-            self._first_token(request)
-        if worker.has_work:
-            self.time.after(worker.begin_step(), lambda: self._end_step(worker))
-
-    def _end_step(self, worker: SimulatedWorker) -> None:
-        decoded, prompt = worker.end_step()
-        for request in decoded:
-            if request.is_complete:
-                self._end(request)
-        if prompt is not None:
-            self._hand_over(prompt)
-        self._go_on(worker)
-
-    def _hand_over(self, request: SimulatedRequest) -> None:
-        assert request.placement is not None, "it is computed where it was placed"
-        prefill, decode = request.placement.prefill, self.workers[request.placement.decode.worker_id]
-        if prefill is None:
-            decode.arrived.append(request)
-            return  # its worker is between two steps, and goes on
-        missing = request.num_prompt_tokens - decode.cached_tokens(request)
-        seconds = self._costs.transfer_seconds(prefill.worker_id, decode.info.worker_id, missing)
-        self.time.after(seconds, lambda: self._attach(request, decode))
-
-    def _attach(self, request: SimulatedRequest, decode: SimulatedWorker) -> None:
-        decode.arrived.append(request)
+    def _start(self, request: SimulatedRequest, placement: Placement) -> None:
+        """Its decode worker takes it first, and has it prefilled elsewhere once there is room for its KV."""
+        request.placement = placement
+        decode = self.workers[placement.decode.worker_id]
+        prompt = self._prompts[request.request_id]
+        decode.add(request, prompt, self._max_tokens, remote_prefill=placement.prefill is not None)
         self._go_on(decode)
 
-    def _first_token(self, request: SimulatedRequest) -> None:
-        request.first_token_s = self.time.now
-        self._tell(PrefillDone(request.request_id))
-        if request.is_complete:
-            self._end(request)
+    def _go_on(self, worker: SimulatedWorker) -> None:
+        """Between two steps, as ``workers.step_loop``."""
+        if worker.is_stepping:
+            return
+        for reserved in worker.batcher.reserve_handoffs():
+            self._prefill(self._requests[reserved.request_id])
+        plan = worker.plan()
+        if plan is not None:
+            self.time.after(worker.begin_step(plan), lambda: self._end_step(worker, plan))
 
-    def _end(self, request: SimulatedRequest) -> None:
-        request.finished_s = self.time.now
+    def _prefill(self, request: SimulatedRequest) -> None:
+        placement = request.placement
+        assert placement is not None and placement.prefill is not None, "it was placed on two workers"
+        worker = self.workers[placement.prefill.worker_id]
+        worker.add(request, self._prompts[request.request_id], self._max_tokens, prefill_only=True)
+        self._go_on(worker)
+
+    def _end_step(self, worker: SimulatedWorker, plan: StepPlan) -> None:
+        sampling = (self._requests[chunk.request_id] for chunk in plan.chunks if chunk.sampling is not None)
+        for sampled in worker.end_step(plan, sampling):
+            if sampled.request.prefill_only:
+                self._hand_over(sampled.request, worker)
+            else:
+                self._take_token(sampled)
+        self._go_on(worker)
+
+    def _hand_over(self, prefilled: Request, prefill: SimulatedWorker) -> None:
+        request = self._requests[prefilled.request_id]
+        assert request.placement is not None, "it is computed where it was placed"
+        decode = self.workers[request.placement.decode.worker_id]
+        waiting = decode.batcher.find(request.request_id)
+        assert waiting is not None, "nobody aborts"
+        missing = request.num_prompt_tokens - waiting.num_computed_tokens
+        seconds = self._costs.transfer_seconds(prefill.info.worker_id, decode.info.worker_id, missing)
+        self.time.after(seconds, lambda: self._attach(prefilled, prefill, decode))
+
+    def _attach(self, prefilled: Request, prefill: SimulatedWorker, decode: SimulatedWorker) -> None:
+        token = prefilled.token_ids[-1]
+        prefill.batcher.complete_handoff(prefilled.request_id)
+        self._take_token(decode.batcher.attach(prefilled.request_id, token, prefilled.num_cached_tokens))
+        self._go_on(prefill)
+        self._go_on(decode)
+
+    def _take_token(self, sampled: SampledToken) -> None:
+        request = self._requests[sampled.request.request_id]
+        request.num_generated_tokens += 1
+        if request.num_generated_tokens == 1:
+            request.first_token_s = self.time.now
+            request.num_cached_tokens = sampled.request.num_cached_tokens
+            self._tell(PrefillDone(request.request_id))
+        if sampled.finish_reason is not None:
+            request.finished_s = self.time.now
+            self._forget(request)
+            count = request.num_generated_tokens
+            self._tell(RequestEnded(request.request_id, count, count))
+
+    def _forget(self, request: SimulatedRequest) -> None:
         self._num_open -= 1
-        self._tell(RequestEnded(request.request_id, request.num_output_tokens))
+        del self._requests[request.request_id], self._prompts[request.request_id]

@@ -1,16 +1,26 @@
-"""Modelled workers: they take as long as the cost model says, and keep batch, queue and cache as real ones do.
+"""Workers in virtual time: the real ``Batcher`` over the real block manager, and steps that take as long as predicted.
 
-Left out: preemption (a sequence gets room for its whole answer before it joins) and anything that fails.
+Left out: the tokens themselves, bytes, and anything that fails.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from kvcache.manager import KVCacheManager
+from scheduler.batching import STEPS_PER_FIRST_TOKEN, Batcher, BatchLimits, SampledToken, StepOutput, StepPlan
+from scheduler.cache_index import pack_names
 from scheduler.cost_model import CostModel
+from scheduler.request import Request, SamplingParams
+from scheduler.tenants import DEFAULT_TENANT
 from scheduler.types import CacheDelta, Placement, WorkerInfo, WorkerLoad
+from scheduler.urgency import ORDINARY, Urgency
+
+END_TOKEN = 0  # of every answer
+_FIRST_OWN_TOKEN = 1 << 31  # those below stand for names
+_MAX_NAMES = 1 << 16  # in one heartbeat
+_NO_LIMIT = 1 << 30
 
 
 @dataclass(slots=True, eq=False)
@@ -21,17 +31,15 @@ class SimulatedRequest:
     arrival_s: float
     num_prompt_tokens: int
     num_output_tokens: int  # known to nobody before the end
-    names: tuple[int, ...] = ()  # of its prompt's blocks of ``tokens_per_name`` tokens
+    names: tuple[int, ...] = ()  # of its prompt's blocks of ``tokens_per_name`` tokens; equal ones hold equal tokens
+    tenant: str = DEFAULT_TENANT
+    urgency: Urgency = ORDINARY
     placement: Placement | None = None
-    num_computed_tokens: int = 0
     num_cached_tokens: int = 0  # where its prompt was computed
     num_generated_tokens: int = 0
     first_token_s: float = 0.0
     finished_s: float | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_prompt_tokens + self.num_output_tokens
+    refused_s: float | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -48,123 +56,101 @@ class SimulatedRequest:
         return (self.finished_s - self.first_token_s) / max(1, self.num_output_tokens - 1)
 
 
-class SimulatedCache:
-    """Names of cached blocks, least recently used first to go; tells what came and went."""
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._names: OrderedDict[int, None] = OrderedDict()
-        self._news: dict[int, bool] = {}
-        self._sequence = 0
-
-    def num_cached(self, names: Sequence[int]) -> int:
-        """Of the first names, up to one that is not here."""
-        for number, name in enumerate(names):
-            if name not in self._names:
-                return number
-        return len(names)
-
-    def use(self, names: Sequence[int]) -> None:
-        """All of them are here now; a prefix goes from its end."""
-        for name in reversed(names):
-            if name not in self._names:
-                self._news[name] = True
-            self._names[name] = None
-            self._names.move_to_end(name)
-        while len(self._names) > self._capacity:
-            self._news[self._names.popitem(last=False)[0]] = False
-
-    def take_news(self) -> CacheDelta:
-        added, removed = (
-            b"".join(name.to_bytes(8, "little") for name, is_here in self._news.items() if is_here is wanted)
-            for wanted in (True, False)
-        )
-        delta = CacheDelta(self._sequence, added, removed)
-        self._news = {}
-        self._sequence += 1
-        return delta
+def prompt_of(request: SimulatedRequest, number: int, tokens_per_name: int) -> tuple[int, ...]:
+    """Its tokens: equal for equal names, and behind these its own, which no request of another number has."""
+    tokens = [name + 1 for name in request.names for _ in range(tokens_per_name)][: request.num_prompt_tokens]
+    return (*tokens, *[_FIRST_OWN_TOKEN + number] * (request.num_prompt_tokens - len(tokens)))
 
 
 class SimulatedWorker:
-    """One step at a time: a token for each decoding sequence, and a chunk of the oldest prompt."""
+    """One step at a time; ``batcher`` says of what.
 
-    def __init__(self, info: WorkerInfo, costs: CostModel, tokens_per_name: int) -> None:
+    Args:
+        ttft_target_s, tpot_target_s: they limit steps in time, as a server's options do.
+    """
+
+    def __init__(self, info: WorkerInfo, costs: CostModel, ttft_target_s: float, tpot_target_s: float) -> None:
         self.info = info
         self.busy_s = 0.0
-        self.batch: list[SimulatedRequest] = []
-        self.prompts: deque[SimulatedRequest] = deque()
-        self.arrived: deque[SimulatedRequest] = deque()  # computed, and to be decoded here
-        self.max_tokens = info.num_blocks * info.spec.block_size
-        self.cache = SimulatedCache(self.max_tokens // tokens_per_name)
+        limits = BatchLimits(
+            info.max_num_seqs,
+            info.max_num_batched_tokens,
+            _NO_LIMIT,
+            ttft_target_s / STEPS_PER_FIRST_TOKEN,
+            tpot_target_s,
+        )
+        self.batcher = Batcher(KVCacheManager(info.spec, info.num_blocks), limits)
         self.is_stepping = False
         self._costs = costs
-        self._tokens_per_name = tokens_per_name
-        self._tokens_held = 0
-        self._chunk = 0  # prompt tokens in the running step
-        self._decoding = 0  # sequences in the running step
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.batch or self.prompts)
+        chunk = info.max_num_batched_tokens
+        self._prompt_tokens_per_s = chunk / costs.prefill_seconds(info.worker_id, chunk)
+        self._prefixes = self.batcher.manager.pool.prefixes
+        self._prefixes.tell_anew()
+        self._num_deltas = 0
 
     def load(self) -> WorkerLoad:
-        return WorkerLoad(running=len(self.batch), waiting=len(self.prompts) + len(self.arrived))
+        return WorkerLoad(running=self.batcher.num_running, waiting=self.batcher.num_waiting)
 
-    def admit(self) -> list[SimulatedRequest]:
-        """Those of ``arrived`` that there is room for join the batch, in order, with their first tokens."""
-        admitted = []
-        while self.arrived and self._has_room(self.arrived[0]):
-            request = self.arrived.popleft()
-            request.num_generated_tokens = 1
-            self.cache.use(request.names)
-            if request.num_output_tokens > 1:
-                self.batch.append(request)
-                self._tokens_held += request.num_tokens
-            admitted.append(request)
-        return admitted
+    def take_cache_news(self) -> CacheDelta:
+        news = self._prefixes.take_news(_MAX_NAMES)
+        delta = CacheDelta(self._num_deltas, pack_names(news.added), pack_names(news.removed))
+        self._num_deltas += 1
+        return delta
 
-    def _has_room(self, request: SimulatedRequest) -> bool:
-        fits = self._tokens_held + request.num_tokens <= self.max_tokens or not self.batch
-        return fits and len(self.batch) < self.info.max_num_seqs
+    def add(
+        self,
+        request: SimulatedRequest,
+        prompt: tuple[int, ...],
+        max_tokens: int,
+        *,
+        prefill_only: bool = False,
+        remote_prefill: bool = False,
+    ) -> None:
+        sampling = SamplingParams(1 if prefill_only else max_tokens, stop_token_ids=(END_TOKEN,))
+        self.batcher.add(
+            Request(request.request_id, prompt, sampling, prefill_only, remote_prefill, urgency=request.urgency)
+        )
 
-    def cached_tokens(self, request: SimulatedRequest) -> int:
-        cached = self.cache.num_cached(request.names) * self._tokens_per_name
-        return min(cached, (request.num_prompt_tokens - 1) // self.info.spec.block_size * self.info.spec.block_size)
+    def plan(self) -> StepPlan | None:
+        return self.batcher.plan(self._prompt_tokens_per_s)
 
-    def begin_step(self) -> float:
+    def begin_step(self, plan: StepPlan) -> float:
         """Seconds until its end."""
-        seconds = 0.0
-        worker_id = self.info.worker_id
-        self._decoding = len(self.batch)
-        if self.batch:
-            context = sum(request.num_prompt_tokens + request.num_generated_tokens for request in self.batch)
-            seconds += self._costs.decode_step_seconds(worker_id, len(self.batch), context)
-        self._chunk = 0
-        if self.prompts:
-            prompt = self.prompts[0]
-            if prompt.num_computed_tokens == 0:
-                prompt.num_cached_tokens = prompt.num_computed_tokens = self.cached_tokens(prompt)
-            self._chunk = min(prompt.num_prompt_tokens - prompt.num_computed_tokens, self.info.max_num_batched_tokens)
-            end = prompt.num_computed_tokens + self._chunk
-            seconds += self._costs.prefill_seconds(worker_id, end, prompt.num_computed_tokens)
-        self.busy_s += seconds
         self.is_stepping = True
+        seconds = self.step_seconds(plan)
+        self.busy_s += seconds
         return seconds
 
-    def end_step(self) -> tuple[list[SimulatedRequest], SimulatedRequest | None]:
-        """The sequences that got a token, and the prompt that is now computed."""
+    def end_step(self, plan: StepPlan, requests: Iterable[SimulatedRequest]) -> list[SampledToken]:
+        """``requests``: those that the plan samples a token for, in order."""
         self.is_stepping = False
-        decoded = self.batch[: self._decoding]
-        for request in decoded:
-            request.num_generated_tokens += 1
-        self.batch = [request for request in self.batch if not request.is_complete]
-        self._tokens_held -= sum(request.num_tokens for request in decoded if request.is_complete)
-        if not self._chunk:
-            return decoded, None
-        prompt = self.prompts[0]
-        prompt.num_computed_tokens += self._chunk
-        if prompt.num_computed_tokens < prompt.num_prompt_tokens:
-            return decoded, None
-        self.prompts.popleft()
-        self.cache.use(prompt.names)
-        return decoded, prompt
+        tokens = {request.request_id: next_token(request) for request in requests}
+        return self.batcher.apply(plan, StepOutput(tokens))
+
+    def step_seconds(self, plan: StepPlan) -> float:
+        """What the cost model says of decoding and of prompts, added up, as it predicts them for placement.
+
+        Prompts of one step go through the linear layers together, and each has its own pairs of attention: the cost
+        model is asked for one prompt with as many tokens and as many pairs.
+        """
+        num_decoding = context_tokens = num_tokens = pairs = 0
+        for chunk in plan.chunks:
+            count = len(chunk.token_ids)
+            if count == 1 and not chunk.num_prompt_tokens:
+                num_decoding += 1
+                context_tokens += chunk.end
+            else:
+                num_tokens += count
+                pairs += count * chunk.start + count * (count + 1) // 2
+        seconds = 0.0
+        if num_decoding:
+            seconds += self._costs.decode_step_seconds(self.info.worker_id, num_decoding, context_tokens)
+        if num_tokens:
+            end = round(pairs / num_tokens + (num_tokens - 1) / 2)
+            seconds += self._costs.prefill_seconds(self.info.worker_id, end, end - num_tokens)
+        return seconds
+
+
+def next_token(request: SimulatedRequest) -> int:
+    """The end where it has been promised, and before it nothing that anybody else has."""
+    return END_TOKEN if request.num_generated_tokens + 1 >= request.num_output_tokens else _FIRST_OWN_TOKEN - 1

@@ -1,6 +1,6 @@
 """A cluster of three kinds of devices in virtual time: who computes what, and roles that follow a load that turns.
 
-The controller is the real one; workers take as long as the cost model says of their devices.
+Admission, controller and batchers are the real ones; steps take as long as the cost model says of the devices.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from scheduler.placement import PlacementOptions
 from scheduler.sim.simulator import Simulator
 from scheduler.sim.workers import SimulatedRequest
 from scheduler.types import DeviceProfile, WorkerInfo, WorkerRole
+from scheduler.urgency import ServiceClass, Urgency
 from tests.builders import make_spec, make_worker
 
 PREFILL, DECODE, COLOCATED = WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.COLOCATED
@@ -90,7 +91,7 @@ def test_roles_follow_a_mix_that_turns_and_targets_are_kept() -> None:
     roles: list[set[str]] = []
 
     def look() -> None:
-        workers = sim._controller.snapshot().workers
+        workers = sim.controller.snapshot().workers
         roles.append({each.info.worker_id for each in workers if each.info.role is PREFILL})
 
     for at_s in (5.0, 199.0, 449.0):
@@ -108,3 +109,30 @@ def test_the_same_load_misses_the_targets_where_roles_stay() -> None:
     answers, prompts = turning_load()
     sim.run([*answers, *prompts])
     assert keeps_targets(answers, 120.0) and not keeps_targets(prompts, 350.0)
+
+
+CHATS, JOBS, HORIZON_S = (300, 40), (600, 60), 30.0
+
+
+def night_jobs(count: int) -> list[SimulatedRequest]:
+    """All there at once, and more than can be done in the time."""
+    flex = Urgency(ServiceClass.BATCH)
+    return [SimulatedRequest(f"job-{number}", 0.0, *JOBS, urgency=flex) for number in range(count)]
+
+
+def tokens_done(load: Sequence[SimulatedRequest]) -> int:
+    """Of what ended within the time."""
+    ended = [each for each in load if each.finished_s is not None and each.finished_s <= HORIZON_S]
+    assert len(ended) < len(load), "there was not work enough"
+    return sum(each.num_prompt_tokens + each.num_output_tokens for each in ended)
+
+
+def test_chats_keep_their_targets_while_batch_work_fills_what_they_leave() -> None:
+    """Batch work gets at least 80 % of what it gets alone."""
+    still = replace(TARGETS, roles_follow_load=False)
+    alone, beside, chats = night_jobs(600), night_jobs(600), requests(CHATS, 4.0, 0.0, HORIZON_S)
+    cluster(still).run(alone)
+    cluster(still).run([*beside, *chats])
+    assert p99([each.ttft_s for each in chats]) <= TARGETS.ttft_target_s
+    assert p99([each.tpot_s for each in chats]) <= TARGETS.tpot_target_s
+    assert tokens_done(beside) >= 0.8 * tokens_done(alone)
