@@ -25,6 +25,7 @@ from scheduler.room import Node
 from scheduler.types import DeviceProfile, ModelShape, Phase, WorkerRole
 from workers.device import Device, choose_device, count_gpus
 from workers.model.checkpoint import CheckpointInfo, describe_checkpoint
+from workers.model.native_families import NOT_NATIVE
 from workers.model.shape import model_shape
 from workers.native.library import load_library
 from workers.tls import TlsFolder
@@ -246,6 +247,11 @@ def _check_quantization(config: ServeConfig, checkpoint: CheckpointInfo) -> None
         return
     if load_library() is None:
         raise ConfigError(f"--quantization {config.quantization} needs the native decoder, which was not built here.")
+    if reason := NOT_NATIVE.get(checkpoint.model_type):
+        raise ConfigError(
+            f"--quantization {config.quantization} needs a model that the native decoder runs; this one"
+            f" ({checkpoint.model_type}) is none: {reason}."
+        )
     if checkpoint.dtype == "float16":
         raise ConfigError(f"--quantization {config.quantization} goes with --dtype float32 or bfloat16, not float16.")
 

@@ -90,6 +90,17 @@ def test_quantization_of_float16_is_refused_before_a_worker_starts(monkeypatch: 
         startup.make_plan(config, Path("model"))
 
 
+def test_quantization_of_a_family_that_is_not_native_is_refused_before_a_worker_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    experts = replace(CHECKPOINT, architecture="MixtralForCausalLM", model_type="mixtral")
+    monkeypatch.setattr(startup, "describe_checkpoint", lambda *_args, **_kwargs: experts)
+    monkeypatch.setattr(startup, "load_library", lambda: object())
+    config = load_config({"quantization": "int8", "device": "cpu"})
+    with pytest.raises(ConfigError, match=r"^--quantization int8 .* \(mixtral\) is none: .* experts"):
+        startup.make_plan(config, Path("model"))
+
+
 def test_a_model_that_a_profile_s_device_cannot_hold_is_refused_with_how_much_it_needs() -> None:
     config = load_config({"decode_device_profile": "tiny.yaml", "kv_cache_memory_bytes": "8MiB"})
     shape = replace(make_shape(make_spec()), weight_bytes=3 << 20, head_bytes=1 << 20)
