@@ -223,12 +223,11 @@ class WorkerCosts:
     def two_steps_seconds(self, batch_size: int, context_tokens: int) -> tuple[float, float]:
         """A decode step, and one with a sequence more whose context is still to be counted: in one call."""
         step, sequence, per_linear, per_attention = self._decode_usual
-        seconds = self._decode_linear.seconds
-        joined = batch_size + 1
+        linear_s, joined_linear_s = self._decode_linear.two_seconds(batch_size)
         attention_s = per_attention * (self._kv_token_s * context_tokens)
         return (
-            step + sequence * batch_size + per_linear * seconds(batch_size) + attention_s,
-            step + sequence * joined + per_linear * seconds(joined) + attention_s,
+            step + sequence * batch_size + per_linear * linear_s + attention_s,
+            step + sequence * (batch_size + 1) + per_linear * joined_linear_s + attention_s,
         )
 
     def transfer_seconds(self, receiver: WorkerCosts, num_tokens: int) -> float:
@@ -310,6 +309,15 @@ class LinearTimes:
     def seconds(self, rows: float) -> float:
         index = bisect_right(self.rows, rows) - 1
         return self.at_rows[index] + self.slopes[index] * (rows - self.rows[index])
+
+    def two_seconds(self, rows: int) -> tuple[float, float]:
+        """Of so many rows, and of one more: mostly on the same line."""
+        index = bisect_right(self.rows, rows) - 1
+        at, slope, first = self.at_rows[index], self.slopes[index], self.rows[index]
+        joined = rows + 1
+        if index + 1 < len(self.rows) and self.rows[index + 1] <= joined:
+            return at + slope * (rows - first), self.seconds(joined)
+        return at + slope * (rows - first), at + slope * (joined - first)
 
 
 def prefill_times(device: DeviceProfile, shape: ModelShape) -> LinearTimes:

@@ -116,7 +116,7 @@ class CostPlacement:
             if holder.role is not _DECODE and holder not in prefilling:
                 prefilling.append(holder)
         decodes = [self._decode(worker, asked) for worker in decoding]
-        prefills = [self._prefill(worker, asked) for worker in prefilling]
+        prefills = [self._prefill(worker, _cached_tokens(worker, asked), asked) for worker in prefilling]
         best = (
             self._cheapest(asked, decodes, prefills)
             or self._earliest(asked, decodes, prefills, keeping_pace=True)
@@ -127,10 +127,9 @@ class CostPlacement:
         elsewhere = prefill.worker if prefill.worker is not decode else None
         return Choice(decode, elsewhere, prefill.num_cached_tokens, prefill.own_s)
 
-    def _prefill(self, worker: WorkerState, asked: _Asked) -> _Prefill:
+    def _prefill(self, worker: WorkerState, num_cached_tokens: int, asked: _Asked) -> _Prefill:
         """Those that decode there stand still meanwhile, chunk by chunk; and somebody may join them at any moment."""
         info, num_tokens = worker.info, asked.num_prompt_tokens
-        num_cached_tokens = asked.cache.cached_tokens(info, asked.prefixes, num_tokens)
         costs = self._costs[worker.worker_id]
         ready_s = own_s = costs.prefill_seconds(num_tokens, num_cached_tokens)
         if worker.free_at_s > asked.now:
@@ -178,22 +177,24 @@ class CostPlacement:
             slack_s = self._ttft_target_s - wait_s
             if not keeps_pace or slack_s < 0:
                 continue
-            num_sent_tokens = -1  # not looked up yet
+            num_cached_tokens = -1  # not looked up yet
             for prefill in able:
                 cost = decode_cost + prefill.cost
                 if cost >= best_cost:
                     break
                 if prefill.ready_s > slack_s or not prefill.keeps_pace or not _fits(prefill.worker, decode):
                     continue
-                if num_sent_tokens < 0:
-                    num_sent_tokens = _num_sent_tokens(decode, asked)
-                transfer_s = self._transfer_s(prefill.worker, decode, num_sent_tokens)
+                if num_cached_tokens < 0:
+                    num_cached_tokens = _cached_tokens(decode, asked)
+                transfer_s = self._transfer_s(prefill.worker, decode, asked.num_prompt_tokens - num_cached_tokens)
                 cost += prefill.price * transfer_s
                 if prefill.ready_s + transfer_s <= slack_s and cost < best_cost:
                     best, best_cost = (decode, prefill), cost
             least_s = self._costs[decode.worker_id].least_prefill_s
             if decode_cost + price * least_s * (1 + decode.batch_size) < best_cost:
-                own = self._prefill(decode, asked)
+                if num_cached_tokens < 0:
+                    num_cached_tokens = _cached_tokens(decode, asked)
+                own = self._prefill(decode, num_cached_tokens, asked)
                 cost = decode_cost + own.cost
                 if own.keeps_pace and own.ready_s <= slack_s and cost < best_cost:
                     best, best_cost = (decode, own), cost
@@ -210,16 +211,17 @@ class CostPlacement:
         for _, _, rest_s, _, keeps_pace, decode in decodes:
             if keeping_pace and not keeps_pace:
                 continue
-            own = self._prefill(decode, asked)
+            num_cached_tokens = _cached_tokens(decode, asked)
+            own = self._prefill(decode, num_cached_tokens, asked)
             finish_s = rest_s + own.delay_s
             if (own.keeps_pace or not keeping_pace) and finish_s < best_s:
                 best, best_s = (decode, own), finish_s
-            num_sent_tokens = _num_sent_tokens(decode, asked)
             for prefill in able:
                 finish_s = rest_s + prefill.delay_s
                 if finish_s >= best_s:
                     break
                 if _fits(prefill.worker, decode):
+                    num_sent_tokens = asked.num_prompt_tokens - num_cached_tokens
                     finish_s += self._transfer_s(prefill.worker, decode, num_sent_tokens)
                     if finish_s < best_s:
                         best, best_s = (decode, prefill), finish_s
@@ -230,9 +232,8 @@ class CostPlacement:
         return costs[prefill.worker_id].transfer_seconds(costs[decode.worker_id], num_tokens)
 
 
-def _num_sent_tokens(decode: WorkerState, asked: _Asked) -> int:
-    num_tokens = asked.num_prompt_tokens
-    return num_tokens - asked.cache.cached_tokens(decode.info, asked.prefixes, num_tokens)
+def _cached_tokens(worker: WorkerState, asked: _Asked) -> int:
+    return asked.cache.cached_tokens(worker.info, asked.prefixes, asked.num_prompt_tokens)
 
 
 def _fits(prefill: WorkerState, decode: WorkerState) -> bool:
