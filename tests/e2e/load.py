@@ -15,6 +15,7 @@ import httpx
 from tests.cluster import TinyCheckpoint
 
 MAX_CONNECTIONS = 1000
+RETRY_S = 0.5
 KEEPALIVE_S = 2.0  # below the server's five: a connection that both sides use up and close at once is an error
 
 
@@ -94,24 +95,27 @@ class Load:
         body |= {"cache_salt": f"{id(self)}-{number}"} | self.options
         return body, self.tiny.greedy(prompt, self.max_tokens)
 
-    async def closed(self, client: httpx.AsyncClient, num_clients: int, until_s: float) -> None:
-        """So many clients, each of which asks again as soon as it is answered."""
+    async def closed(
+        self, client: httpx.AsyncClient, num_clients: int, until_s: float, *, streams: bool = False
+    ) -> None:
+        """So many clients, each of which asks again as soon as it is answered, or a little after it was refused."""
+        ask = self.stream if streams else self.ask
 
         async def ask_on() -> None:
             while time.monotonic() < until_s:
-                await self.ask(client)
+                if (await ask(client)).status != 200:
+                    await asyncio.sleep(RETRY_S)
 
         await asyncio.gather(*(ask_on() for _ in range(num_clients)))
 
-    async def open(self, client: httpx.AsyncClient, per_s: float, until_s: float, *, streams: bool = False) -> None:
+    async def open(self, client: httpx.AsyncClient, per_s: float, until_s: float) -> None:
         """At an even pace; returns when all are answered."""
-        ask = self.stream if streams else self.ask
         began_s, asking = time.monotonic(), []
         for number in itertools.count():
             await asyncio.sleep(max(0.0, began_s + number / per_s - time.monotonic()))
             if time.monotonic() >= until_s:
                 break
-            asking.append(asyncio.create_task(ask(client)))
+            asking.append(asyncio.create_task(self.ask(client)))
         await asyncio.gather(*asking)
 
     def know_answers(self) -> None:
