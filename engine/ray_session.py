@@ -66,7 +66,7 @@ def ray_session(num_processes: int) -> Iterator[None]:
                 logging_level=logging.WARNING,
                 _temp_dir=str(folder),
             )
-        except (RayError, OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # also bare ones: of a node that is not up in time, for one
             raise ResourceError(f"Ray could not start: {error}") from error
         check_interrupted()
         yield

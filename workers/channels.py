@@ -14,6 +14,7 @@ KEEPALIVE_OPTIONS = (
     # A peer that vanished without a word (a cut link, a stopped process) is noticed after ten seconds.
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # else a minute, and the line above counts for nothing
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )

@@ -43,6 +43,7 @@ CHANNEL_OPTIONS = (
 )
 MESSAGES_HELD = 2  # of a transfer: one that is made and sent, and gRPC's copy of it
 MESSAGES_TOGETHER = 4  # to one receiver: more would only be fresh memory, which costs page faults
+STALL_S = 0.1  # a message that takes longer does not count among them: nobody waits for a handoff that nobody reads
 SERVICE = "twinpool.kv.KVTransfer"
 
 
@@ -168,8 +169,12 @@ class _GrpcOutlet:
         """
         data = self._chunk_message(message) if isinstance(message, Chunk) else encode_message(message)
         self._message, self._room = b"", memoryview(b"")
-        with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):  # ended already: the receipt tells why
-            await self._call.write(data)
+        stalled = asyncio.get_running_loop().call_later(STALL_S, self._give_turn_back)
+        try:
+            with suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):  # ended already: the receipt tells why
+                await self._call.write(data)
+        finally:
+            stalled.cancel()
         self._give_turn_back()
 
     def _chunk_message(self, chunk: Chunk) -> bytes:

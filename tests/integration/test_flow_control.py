@@ -221,10 +221,10 @@ def test_transfers_that_are_given_up_leave_their_turn_to_others(port: PortName) 
 
 @pytest.mark.parametrize(
     ("port", "num_stalled"),
-    [("grpc", 3), pytest.param("shm", 1, marks=pytest.mark.skipif(not HAS_SHM, reason="Linux only"))],
+    [("grpc", 6), pytest.param("shm", 1, marks=pytest.mark.skipif(not HAS_SHM, reason="Linux only"))],
 )
 def test_a_transfer_ends_beside_stalled_ones_that_leave_it_a_place(port: PortName, num_stalled: int) -> None:
-    """Over gRPC a stalled one holds one of four turns, through shared memory two of four slots."""
+    """Over gRPC a stalled one gives its turn back, through shared memory it holds two of four slots."""
 
     async def scenario() -> None:
         async with joined(port) as ends:

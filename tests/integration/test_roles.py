@@ -92,5 +92,6 @@ def test_roles_follow_a_load_that_turns_and_no_request_is_lost(checkpoint: TinyC
         ):
             await load_until(cluster, 1, 10, 60)
             await load_until(cluster, 2, 400, 1)
+            assert await num_prefill_workers(cluster) == 2
 
     asyncio.run(scenario())

@@ -147,6 +147,7 @@ def test_a_decode_worker_lost_while_nothing_is_ready_to_be_sent_ends_the_lease_o
             (lease,) = cluster.workers["prefill-0"].manager.leases
             await cluster.kill("decode-0")
             await until(lambda: not lease.is_open, "the lease to end, whose term is 30 s")
+            assert not list(cluster.workers["prefill-0"].manager.leases)
             await call.error(within_s=5)
             gate.open()
             await until(lambda: not cluster.keeps("victim"), "the prefill worker to give its blocks back")

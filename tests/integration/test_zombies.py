@@ -186,9 +186,8 @@ def test_a_decode_worker_that_comes_back_after_two_leases_accepts_nothing_of_the
     asyncio.run(scenario())
 
 
-@pytest.mark.slow
 def test_the_other_decode_worker_answers_while_one_is_stopped(checkpoint: TinyCheckpoint) -> None:
-    """It is found to be lost by the pings of its client's connection, which takes a minute and more."""
+    """It is found to be lost by the pings of its client's connection, after some ten seconds."""
 
     async def scenario() -> None:
         async with (
@@ -197,7 +196,7 @@ def test_the_other_decode_worker_answers_while_one_is_stopped(checkpoint: TinyCh
         ):
             request = await stop_in_the_middle(cluster, zombie)
             expected = checkpoint.greedy(checkpoint.prompt(PROMPT_TOKENS), NUM_TOKENS)
-            assert (await request).token_ids == expected
+            assert (await asyncio.wait_for(request, 40)).token_ids == expected  # without a time-out of pings it is 65
             assert zombie.state == "T"
             placed = [placement.decode.worker_id for placement in cluster.scheduler.placements]
             assert placed == [DECODE_ZOMBIE, "decode-0"]
