@@ -65,6 +65,7 @@ def narrow(tiny: TinyCheckpoint) -> Iterator[RunningServer]:
         yield server
 
 
+@pytest.mark.slow
 def test_batch_work_fills_what_chats_leave_and_gives_way_to_them(narrow: RunningServer, tiny: TinyCheckpoint) -> None:
     """A chat never waits for the batch jobs before it, which go on whenever there is none."""
     jobs = Load(narrow.url, tiny, 10, 200, {"service_tier": "flex"})
