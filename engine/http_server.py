@@ -28,6 +28,7 @@ from engine.tokenizer import Tokenizer
 from scheduler.ray_actor import RayScheduler
 
 END_GRACE_S = 5  # for the error frames of requests that did not end in time
+KEEP_ALIVE_S = 75  # longer than clients keep idle connections, or a request now and then meets one that is closing
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ async def _serve(
             log_config=None,
             access_log=False,
             lifespan="off",
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=round(config.shutdown_timeout) + END_GRACE_S,
         ),
         engine,

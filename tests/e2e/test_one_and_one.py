@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -181,6 +184,17 @@ def test_status_shows_both_workers_with_measured_rates(server: RunningServer) ->
         assert word in shown
     assert all(worker.info.device.gemm_gflop_s > 1 for worker in server.cluster().workers)
     assert all(worker.info.device.read_gb_s > 0.1 for worker in server.cluster().workers)
+
+
+def test_a_connection_that_was_idle_for_a_while_still_serves(server: RunningServer) -> None:
+    """Clients keep theirs for five seconds, as uvicorn would by default: some requests would meet a closing one."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", httpx.URL(server.url).port, timeout=30)) as idle:
+        for _ in range(2):
+            idle.request("GET", "/health")
+            assert idle.getresponse().read() is not None
+            opened = idle.sock
+            time.sleep(6)
+        assert idle.sock is opened is not None
 
 
 def test_metrics_have_the_names_that_dashboards_know(server: RunningServer) -> None:
