@@ -80,6 +80,7 @@ async def load_until(cluster: LocalCluster, count: int, prompt_tokens: int, outp
     await asyncio.gather(*(ask_on(client) for client in range(NUM_CLIENTS)))
 
 
+@pytest.mark.slow  # how soon the load shows depends on the machine; tests/unit/scheduler/test_three_devices.py is exact
 @pytest.mark.usefixtures("hasty")
 def test_roles_follow_a_load_that_turns_and_no_request_is_lost(checkpoint: TinyCheckpoint) -> None:
     async def scenario() -> None:
