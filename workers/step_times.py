@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from scheduler.batching import ScheduledChunk
+from scheduler.step_times import step_times
 from scheduler.types import StepTimes, TransferTimes
 
 MAX_KINDS = 16  # of steps in one heartbeat; of more kinds the rarest are left out
@@ -26,20 +27,6 @@ class StepLedger:
         """All since the last call."""
         kinds, self._kinds = self._kinds, {}
         return tuple(sorted(kinds.values(), key=lambda kind: -kind.num_steps)[:MAX_KINDS])
-
-
-def step_times(chunks: Iterable[ScheduledChunk], seconds: float) -> StepTimes:
-    """One step. Tokens that are computed again after a preemption count as a prompt's: they cost as much."""
-    prompt_tokens = prompt_pairs = decode_tokens = context_tokens = 0
-    for chunk in chunks:
-        num_tokens = len(chunk.token_ids)
-        if num_tokens == 1 and not chunk.num_prompt_tokens:
-            decode_tokens += 1
-            context_tokens += chunk.end
-        else:
-            prompt_tokens += num_tokens
-            prompt_pairs += num_tokens * chunk.start + num_tokens * (num_tokens + 1) // 2
-    return StepTimes(1, prompt_tokens, prompt_pairs, decode_tokens, context_tokens, seconds)
 
 
 def _sum(one: StepTimes, other: StepTimes) -> StepTimes:

@@ -13,6 +13,7 @@ from scheduler.batching import STEPS_PER_FIRST_TOKEN, Batcher, BatchLimits, Samp
 from scheduler.cache_index import pack_names
 from scheduler.cost_model import CostModel
 from scheduler.request import Request, SamplingParams
+from scheduler.step_times import step_times
 from scheduler.tenants import DEFAULT_TENANT
 from scheduler.types import CacheDelta, Placement, WorkerInfo, WorkerLoad
 from scheduler.urgency import ORDINARY, Urgency
@@ -133,20 +134,11 @@ class SimulatedWorker:
         Prompts of one step go through the linear layers together, and each has its own pairs of attention: the cost
         model is asked for one prompt with as many tokens and as many pairs.
         """
-        num_decoding = context_tokens = num_tokens = pairs = 0
-        for chunk in plan.chunks:
-            count = len(chunk.token_ids)
-            if count == 1 and not chunk.num_prompt_tokens:
-                num_decoding += 1
-                context_tokens += chunk.end
-            else:
-                num_tokens += count
-                pairs += count * chunk.start + count * (count + 1) // 2
-        seconds = 0.0
-        if num_decoding:
-            seconds += self._costs.decode_step_seconds(self.info.worker_id, num_decoding, context_tokens)
-        if num_tokens:
-            end = round(pairs / num_tokens + (num_tokens - 1) / 2)
+        counts, seconds = step_times(plan.chunks, 0.0), 0.0
+        if counts.decode_tokens:
+            seconds += self._costs.decode_step_seconds(self.info.worker_id, counts.decode_tokens, counts.context_tokens)
+        if num_tokens := counts.prompt_tokens:
+            end = round(counts.prompt_pairs / num_tokens + (num_tokens - 1) / 2)
             seconds += self._costs.prefill_seconds(self.info.worker_id, end, end - num_tokens)
         return seconds
 

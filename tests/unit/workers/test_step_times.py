@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from scheduler.batching import ScheduledChunk
+from scheduler.step_times import step_times
 from scheduler.types import StepTimes, TransferTimes
 from tests.builders import make_scheduled
-from workers.step_times import MAX_KINDS, StepLedger, TransferLedger, step_times
+from workers.step_times import MAX_KINDS, StepLedger, TransferLedger
 
 
 def decoding(request_id: str, position: int) -> ScheduledChunk:
