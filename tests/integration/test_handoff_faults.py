@@ -50,10 +50,12 @@ def lost_by_grpc(error: grpc.aio.AioRpcError) -> bool:
     return error.code() is grpc.StatusCode.INTERNAL and "execute_batch" in error.debug_error_string()
 
 
-async def expect_refusal(cluster: LocalCluster, messages: Messages) -> grpc.aio.AioRpcError:
+async def expect_refusal(cluster: LocalCluster, messages: Messages, fault: TransferFault) -> None:
+    before = cluster.failures("decode-0")
     with pytest.raises(grpc.aio.AioRpcError) as refusal:
         await send(cluster.channel("decode-0"), messages)
-    return refusal.value
+    assert lost_by_grpc(refusal.value) or fault_in(refusal.value) == fault.value
+    assert cluster.failures("decode-0") == {**before, fault.value: before.get(fault.value, 0) + 1}
 
 
 @pytest.mark.parametrize(("tamper", "fault"), REFUSED, ids=[tamper.__name__ for tamper, _ in REFUSED])
@@ -65,8 +67,7 @@ def test_a_bad_handoff_is_refused_and_touches_nobody_else(
             other = asyncio.ensure_future(cluster.check_greedy(checkpoint.prompt(40), NUM_TOKENS))
             call = call_through(cluster, fake)
             handoff = await fake.handoffs.get()
-            refusal = await expect_refusal(cluster, tamper(handoff, checkpoint.spec))
-            assert lost_by_grpc(refusal) or fault_in(refusal) == fault.value
+            await expect_refusal(cluster, tamper(handoff, checkpoint.spec), fault)
             assert cluster.failures("decode-0") == {fault.value: 1}
             handoff.end(grpc.StatusCode.UNAVAILABLE)
             if tamper is no_commit:  # all was verified, and the request goes on from that
@@ -130,8 +131,8 @@ def test_a_sender_that_vanishes_before_its_commit_leaves_nothing(checkpoint: Tin
                     await sending.write(message)
                 await until(lambda: lease.state == "sending", "the decode worker to receive")
             await until(lambda: not lease.is_open, "the decode worker to notice", 1.0)
-            refusal = await expect_refusal(cluster, handoff.messages(checkpoint.spec))
-            assert fault_in(refusal) == TransferFault.STALE_EPOCH.value  # nobody can go on with it
+            # Nobody can go on with it.
+            await expect_refusal(cluster, handoff.messages(checkpoint.spec), TransferFault.STALE_EPOCH)
             handoff.end(grpc.StatusCode.UNAVAILABLE)
             assert (await call.error()).code() is grpc.StatusCode.ABORTED
 
@@ -145,8 +146,7 @@ def test_a_handoff_cannot_be_sent_twice(checkpoint: TinyCheckpoint) -> None:
             handoff = await fake.handoffs.get()
             messages = handoff.messages(checkpoint.spec)
             await send(cluster.channel("decode-0"), messages)
-            refusal = await expect_refusal(cluster, messages)
-            assert fault_in(refusal) == TransferFault.STALE_EPOCH.value
+            await expect_refusal(cluster, messages, TransferFault.STALE_EPOCH)
             handoff.end(grpc.StatusCode.OK)
             assert await call.finished() == (7,)
 
@@ -180,7 +180,7 @@ def test_chunks_of_one_handoff_are_refused_in_the_stream_of_another(checkpoint: 
             calls = [call_through(cluster, fake, request_id) for request_id in ("first", "second")]
             first, second = [await fake.handoffs.get() for _ in calls]
             mixed = [first.opening(checkpoint.spec), *second.messages(checkpoint.spec)[1:]]
-            assert fault_in(await expect_refusal(cluster, mixed)) == TransferFault.UNKNOWN_TRANSFER.value
+            await expect_refusal(cluster, mixed, TransferFault.UNKNOWN_TRANSFER)
             await send(cluster.channel("decode-0"), second.messages(checkpoint.spec))  # untouched by it
             first.end(grpc.StatusCode.UNAVAILABLE)
             second.end(grpc.StatusCode.OK)
@@ -223,8 +223,8 @@ def test_a_silent_prefill_worker_lets_the_lease_run_out(checkpoint: TinyCheckpoi
             assert 0.4 <= time.monotonic() - started < 2
             assert not cluster.keeps("victim")
             await until(lambda: fake.cancelled == 1, "the prefill worker to be told")
-            refusal = await expect_refusal(cluster, handoff.messages(checkpoint.spec))  # the zombie's late words
-            assert fault_in(refusal) == TransferFault.STALE_EPOCH.value
+            # The zombie's late words.
+            await expect_refusal(cluster, handoff.messages(checkpoint.spec), TransferFault.STALE_EPOCH)
             await cluster.check_greedy(checkpoint.prompt(40), NUM_TOKENS)
 
     asyncio.run(scenario())
