@@ -181,12 +181,14 @@ class Batcher:
         """Gives blocks to waiting sequences whose prompt another worker computes, in order.
 
         They are in WAITING_FOR_KV afterwards; the caller starts their handoffs. Their first
-        ``num_computed_tokens`` tokens are cached here and need not be sent.
+        ``num_computed_tokens`` tokens are cached here and need not be sent. May be called while a step runs: then
+        nobody is preempted for them.
         """
         reserved = []
         while self._waiting and self._waiting[0].remote_prefill:
             request = self._waiting[0]
-            self._make_room(request)
+            if not self._in_step:
+                self._make_room(request)
             if not self._admit(request):
                 break
             self._waiting.pop(0)

@@ -114,7 +114,8 @@ class StepLoop:
             await self.bring_back(request)
 
     def submit(self, request: Request) -> TokenStream:
-        """Queues a sequence. The caller calls ``release`` in the end, whatever happens.
+        """Queues a sequence. The caller calls ``release`` in the end, whatever happens; and ``reserve_handoffs`` next
+        for one that is prefilled elsewhere.
 
         Raises:
             RequestError, OverloadedError: as ``Batcher.add``.
@@ -122,8 +123,16 @@ class StepLoop:
         self.batcher.add(request)
         stream = TokenStream(request)
         self._streams[request.request_id] = self._unbegun[request.request_id] = stream
-        self.wake()
+        if not request.remote_prefill:
+            self.wake()
         return stream
+
+    def reserve_handoffs(self) -> None:
+        """Starts the handoffs there is room for: at once, for what another worker computes need not wait for the step
+        that runs here, nor does that step's successor change. The others wait for its end."""
+        self._start_handoffs()
+        if self.batcher.num_waiting:
+            self.wake()
 
     def release(self, request_id: str) -> None:
         """Ends a sequence if it has not ended, and forgets its stream."""
@@ -162,14 +171,17 @@ class StepLoop:
             self._work.clear()
             self._has_changed = False
             started_s = time.monotonic()
-            if self.on_reserved is not None:
-                for request in self.batcher.reserve_handoffs():
-                    self.on_reserved(request)
+            self._start_handoffs()
             plan = self.batcher.plan(self.prefill_rate.per_second)
             if plan is None:
                 await self._work.wait()
             else:
                 await self._compute(plan, started_s)
+
+    def _start_handoffs(self) -> None:
+        if self.on_reserved is not None:
+            for request in self.batcher.reserve_handoffs():
+                self.on_reserved(request)
 
     def _note_begun(self, plan: StepPlan, now: float) -> None:
         for chunk in plan.chunks if self._unbegun else ():

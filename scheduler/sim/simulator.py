@@ -149,11 +149,11 @@ class Simulator:
         self._go_on(decode)
 
     def _go_on(self, worker: SimulatedWorker) -> None:
-        """Between two steps, as ``workers.step_loop``."""
-        if worker.is_stepping:
-            return
+        """As ``workers.step_loop``: handoffs begin at any time, steps after each other."""
         for reserved in worker.batcher.reserve_handoffs():
             self._prefill(self._requests[reserved.request_id])
+        if worker.is_stepping:
+            return
         plan = worker.plan()
         if plan is not None:
             self.time.after(worker.begin_step(plan), lambda: self._end_step(worker, plan))

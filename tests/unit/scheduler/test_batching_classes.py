@@ -66,6 +66,23 @@ def test_batch_sequences_give_their_blocks_to_an_interactive_handoff(make_engine
     check_outputs(engine)
 
 
+def test_a_step_that_runs_loses_no_sequence_to_an_interactive_handoff(make_engine: MakeEngine) -> None:
+    engine = make_engine(num_blocks=8)
+    engine.add("batch", 20, 8, urgency=BATCH)
+    engine.step()
+
+    def arrive() -> None:
+        engine.add("chat", 16, 4, remote_prefill=True)
+        assert engine.batcher.reserve_handoffs() == []
+
+    engine.step(meanwhile=arrive)
+    assert engine.requests["batch"].num_preemptions == 0
+    assert [request.request_id for request in engine.batcher.reserve_handoffs()] == ["chat"]
+    assert engine.requests["batch"].num_preemptions == 1
+    engine.attach("chat")
+    check_outputs(engine)
+
+
 def test_no_batch_sequence_is_preempted_when_that_would_not_help(make_engine: MakeEngine) -> None:
     engine = make_engine(num_blocks=8)
     engine.add("chat a", 12, 12)

@@ -54,6 +54,20 @@ def test_a_handoff_whose_first_token_is_the_last_ends_at_once(make_engine: MakeE
     assert engine.manager.num_free == 32
 
 
+def test_a_handoff_is_reserved_while_a_step_runs(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.add("a", 6, max_tokens=5)
+
+    def arrive() -> None:
+        request = engine.add("b", 6, max_tokens=5, remote_prefill=True)
+        assert engine.batcher.reserve_handoffs() == [request]
+
+    engine.step(meanwhile=arrive)
+    engine.attach("b")
+    engine.run()
+    assert [engine.tokens(each) for each in "ab"] == [engine.expected(each) for each in "ab"]
+
+
 def test_handoffs_are_reserved_in_order_while_blocks_last(make_engine: MakeEngine) -> None:
     engine = make_engine(num_blocks=6)
     for request_id, num_prompt_tokens in [("a", 12), ("b", 16), ("c", 16)]:
