@@ -13,7 +13,7 @@ import grpc
 from kvcache.errors import TransferError, TransferFault
 from kvcache.transfer import kv_transfer_pb2 as pb
 from kvcache.transfer.allocator import bytes_to_fill
-from kvcache.transfer.port import Outlet, Patience
+from kvcache.transfer.port import STALL_S, Outlet, Patience
 from kvcache.transfer.receiver import KVReceiver
 from kvcache.transfer.sender import OutgoingTransfer
 from kvcache.transfer.turns import Turns
@@ -42,8 +42,8 @@ CHANNEL_OPTIONS = (
     ("grpc.experimental.tcp_max_read_chunk_size", 1 << 20),
 )
 MESSAGES_HELD = 2  # of a transfer: one that is made and sent, and gRPC's copy of it
+HELD_BESIDE_BYTES = 64 << 10  # by gRPC with each of them: what it has read ahead
 MESSAGES_TOGETHER = 4  # to one receiver: more would only be fresh memory, which costs page faults
-STALL_S = 0.1  # a message that takes longer does not count among them: nobody waits for a handoff that nobody reads
 SERVICE = "twinpool.kv.KVTransfer"
 
 
@@ -129,7 +129,7 @@ class _GrpcOutlet:
         self._is_asking = False
         self._has_news = asyncio.Event()
         self._transfer = transfer
-        self._room_bytes = transfer.slot_bytes(MESSAGES_HELD)
+        self._room_bytes = transfer.slot_bytes(MESSAGES_HELD, HELD_BESIDE_BYTES)
         self._num_before = 0
         self._message, self._room = b"", memoryview(b"")  # of the next chunk
         self._on_end = on_end

@@ -10,6 +10,8 @@ from kvcache.errors import TransferError, TransferFault
 from kvcache.transfer.sender import OutgoingTransfer
 from kvcache.transfer.wire import Chunk, Message
 
+STALL_S = 0.1  # a receiver that takes nothing for so long is not waited for by others' handoffs
+
 
 class Patience(Protocol):
     """With a receiver that takes nothing of a handoff."""

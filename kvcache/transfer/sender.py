@@ -74,10 +74,10 @@ class OutgoingTransfer:
         self._is_opened = False
         self.is_finished = False  # the commit was taken
 
-    def slot_bytes(self, num_slots: int) -> int:
-        """Whole blocks, one at least: ``num_slots`` of them are no longer than two chunks of ``max_chunk_bytes``, and
-        none is longer than what this transfer has."""
-        num_blocks = 2 * self._max_chunk_bytes // num_slots // self.block_bytes
+    def slot_bytes(self, num_slots: int, beside_bytes: int = 0) -> int:
+        """Whole blocks, one at least: ``num_slots`` of them, each with ``beside_bytes``, are no longer than two chunks
+        of ``max_chunk_bytes``, and none is longer than what this transfer has."""
+        num_blocks = (2 * self._max_chunk_bytes // num_slots - beside_bytes) // self.block_bytes
         return max(1, min(num_blocks, self._blocks_per_chunk, self._num_layer_blocks)) * self.block_bytes
 
     def next_payload_bytes(self, room_bytes: int) -> int:

@@ -32,7 +32,7 @@ from google.protobuf.message import DecodeError
 from kvcache.errors import TransferError, TransferFault
 from kvcache.transfer import kv_transfer_pb2 as pb
 from kvcache.transfer.packets import MAX_PACKET_BYTES, POLL_S
-from kvcache.transfer.port import Outlet, Patience
+from kvcache.transfer.port import STALL_S, Outlet, Patience
 from kvcache.transfer.port_choice import HAS_SHM
 from kvcache.transfer.sender import OutgoingTransfer
 from kvcache.transfer.slot_pool import SLOTS_PER_TRANSFER, SlotPool
@@ -126,6 +126,8 @@ class _ShmOutlet:
         self._on_gone = on_gone
         self._slot: int | None = None  # to be filled
         self._sent: set[int] = set()  # slots that the receiver has not given back
+        self._num_taken = 0  # slots that it has given back
+        self._watch: asyncio.TimerHandle | None = None  # over the slots that it has
         self._is_asking = False
         self._loop = asyncio.get_running_loop()
         self._outcome: asyncio.Future[int] = self._loop.create_future()
@@ -178,6 +180,7 @@ class _ShmOutlet:
             packet = pb.ShmMessage(chunk=told)
             self._sent.add(self._slot)
             self._slot = None
+            self._watch_slots()
         elif isinstance(message, pb.TransferOpen):
             packet = pb.ShmMessage(open=message)
         else:
@@ -187,6 +190,17 @@ class _ShmOutlet:
             await self._loop.sock_sendall(self._peer, packet.SerializeToString())
         except OSError:
             self._read()  # the other side has ended: it may have said why
+
+    def _watch_slots(self) -> None:
+        """One timer for a tenth of a second, not one for each chunk: that costs as much as to frame it."""
+        if self._watch is None and self._sent:
+            self._watch = self._loop.call_later(STALL_S, self._replace_slots, self._num_taken)
+
+    def _replace_slots(self, num_taken: int) -> None:
+        self._watch = None
+        for slot in self._sent if num_taken == self._num_taken else ():
+            self._pool.turns.get_stuck(slot)
+        self._watch_slots()
 
     def _give_slot_back(self) -> None:
         """The one that was not filled."""
@@ -226,6 +240,8 @@ class _ShmOutlet:
         self._leave()
 
     def _leave(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
         for slot in self._sent:
             self._pool.turns.give_back(slot)
         self._loop.remove_reader(self._peer)
@@ -254,6 +270,7 @@ class _ShmOutlet:
         match reply.WhichOneof("reply"):
             case "taken" if reply.taken.slot in self._sent:
                 self._sent.discard(reply.taken.slot)
+                self._num_taken += 1
                 self._pool.turns.give_back(reply.taken.slot)
                 self._has_news.set()
             case "receipt":

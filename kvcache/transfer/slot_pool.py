@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-from kvcache.transfer.slot_ring import SlotRing
+from kvcache.transfer.slot_ring import MAX_SLOTS, SlotRing
 from kvcache.transfer.turns import Turns
 
-NUM_SLOTS = 4  # so few that they stay in the processor's caches, however many transfers there are
+NUM_SLOTS = 4  # in use: so few that they stay in the processor's caches, however many transfers there are
 SLOTS_PER_TRANSFER = 2  # one is filled while the other is taken
 
 
@@ -15,7 +15,8 @@ class SlotPool:
     """``turns`` says whose which slot is; the one that was free last, which is in the caches, is taken first.
 
     A slot may be given back only when the receiver will not look into it any more: what it has verified it then
-    copies, and that must still be the same. Belongs to one event loop.
+    copies, and that must still be the same. Those that a stalled receiver keeps are replaced, out of memory that is
+    not touched before. Belongs to one event loop.
     """
 
     def __init__(self, slot_bytes: int) -> None:
@@ -23,9 +24,9 @@ class SlotPool:
         Raises:
             OSError: there is no memory.
         """
-        self._ring, self.descriptor = SlotRing.create(slot_bytes, NUM_SLOTS)
+        self._ring, self.descriptor = SlotRing.create(slot_bytes, MAX_SLOTS)
         self.slots = self._ring.slots
-        self.turns = Turns(NUM_SLOTS)
+        self.turns = Turns(NUM_SLOTS, MAX_SLOTS - NUM_SLOTS)
         self._num_users = 0
 
     @property

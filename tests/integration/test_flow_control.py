@@ -219,16 +219,13 @@ def test_transfers_that_are_given_up_leave_their_turn_to_others(port: PortName) 
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(
-    ("port", "num_stalled"),
-    [("grpc", 6), pytest.param("shm", 1, marks=pytest.mark.skipif(not HAS_SHM, reason="Linux only"))],
-)
-def test_a_transfer_ends_beside_stalled_ones_that_leave_it_a_place(port: PortName, num_stalled: int) -> None:
-    """Over gRPC a stalled one gives its turn back, through shared memory it holds two of four slots."""
+@pytest.mark.parametrize("port", PORTS)
+def test_a_transfer_ends_beside_stalled_ones(port: PortName) -> None:
+    """Over gRPC a stalled one gives its turn back, through shared memory its two slots are replaced."""
 
     async def scenario() -> None:
         async with joined(port) as ends:
-            stalled = {name: ends.begin(name, BLOCKS // 8) for name in map("stalled-{}".format, range(num_stalled))}
+            stalled = {name: ends.begin(name, BLOCKS // 8) for name in map("stalled-{}".format, range(6))}
             await until(lambda: set(ends.receiver.taken) == set(stalled), "all of them to have begun")
             live = ends.begin(LIVE, BLOCKS // 8)
             assert await asyncio.wait_for(live, 20) == SPEC.handoff_bytes(BLOCKS // 8 * SPEC.block_size)

@@ -155,6 +155,9 @@ def test_the_slots_of_a_transfer_are_no_longer_than_two_chunks(num_blocks: int, 
     assert slot_bytes % transfer.block_bytes == 0
     assert transfer.block_bytes <= slot_bytes <= transfer.max_payload_bytes
     assert num_slots * slot_bytes <= 2 * max_chunk_bytes
+    beside_bytes = SPEC.layer_block_bytes
+    assert slot_bytes >= transfer.slot_bytes(num_slots, beside_bytes) >= transfer.block_bytes
+    assert num_slots * (transfer.slot_bytes(num_slots, beside_bytes) + beside_bytes) <= 2 * max_chunk_bytes
 
 
 @pytest.mark.parametrize("room_blocks", [1, 3, 8, 100])
