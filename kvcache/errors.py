@@ -104,6 +104,7 @@ class TransferFault(StrEnum):
     BAD_LENGTH = "bad_length"
     OUT_OF_BOUNDS = "out_of_bounds"
     REPEATED = "repeated"
+    OUT_OF_ORDER = "out_of_order"
     INCOMPLETE = "incomplete"
     EXPIRED = "expired"
     ABORTED = "aborted"

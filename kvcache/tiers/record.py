@@ -17,7 +17,7 @@ from kvcache.errors import TransferError, TransferFault
 from kvcache.spec import KVCacheSpec
 from kvcache.transfer.wire import Chunk, ChunkRange, chunk_checksum, decode_message, encode_message, make_chunk
 
-FORMAT = 1
+FORMAT = 2  # 1 had chunks without an index
 _LENGTH = struct.Struct("<I")
 _ONE_BLOCK_OF = 0, 1
 
@@ -26,7 +26,7 @@ def encode_block(name: bytes, layers: Sequence[bytes | memoryview]) -> bytes:
     """``layers[l]`` is the block in layer ``l``, as the storage gives it."""
     parts = []
     for layer, payload in enumerate(layers):
-        message = encode_message(make_chunk(name.hex(), FORMAT, ChunkRange(layer, *_ONE_BLOCK_OF), payload))
+        message = encode_message(make_chunk(name.hex(), FORMAT, layer, ChunkRange(layer, *_ONE_BLOCK_OF), payload))
         parts += [_LENGTH.pack(len(message)), message]
     return b"".join(parts)
 
@@ -57,6 +57,6 @@ def _payload_of(message: object, name: bytes, layer: int, spec: KVCacheSpec) -> 
         raise TransferError(TransferFault.UNKNOWN_TRANSFER, "a record of another block")
     if len(message.payload) != spec.layer_block_bytes:
         raise TransferError(TransferFault.BAD_LENGTH, "a record of blocks of another size")
-    if chunk_checksum(message.transfer_id, FORMAT, where, message.payload) != message.checksum:
+    if chunk_checksum(message.transfer_id, FORMAT, layer, where, message.payload) != message.checksum:
         raise TransferError(TransferFault.BAD_CHECKSUM, f"layer {layer} of a record")
     return message.payload

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"kvcache/transfer/kv_transfer.proto\x12\x0btwinpool.kv\"\x9d\x01\n\x0fTransferMessage\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.twinpool.kv.TransferOpenH\x00\x12%\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x14.twinpool.kv.KVChunkH\x00\x12-\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x1b.twinpool.kv.TransferCommitH\x00\x42\t\n\x07message\"~\n\x0cTransferOpen\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12!\n\x04spec\x18\x03 \x01(\x0b\x32\x13.twinpool.kv.KVSpec\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x05 \x01(\r\"h\n\x06KVSpec\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x11\n\thead_size\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\"\x9c\x01\n\x07KVChunk\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x06\x12\x0f\n\x07payload\x18\x07 \x01(\x0c\x12\x12\n\nnum_layers\x18\x08 \x01(\r\"\x8d\x01\n\x0eTransferCommit\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nnum_chunks\x18\x03 \x01(\r\x12\x16\n\x0e\x66irst_token_id\x18\x04 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\x06\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\r\"(\n\x0fTransferReceipt\x12\x15\n\rpayload_bytes\x18\x01 \x01(\x04\"\xbf\x01\n\nShmMessage\x12$\n\x04ring\x18\x01 \x01(\x0b\x32\x14.twinpool.kv.ShmRingH\x00\x12)\n\x04open\x18\x02 \x01(\x0b\x32\x19.twinpool.kv.TransferOpenH\x00\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x15.twinpool.kv.ShmChunkH\x00\x12-\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x1b.twinpool.kv.TransferCommitH\x00\x42\t\n\x07message\"0\n\x07ShmRing\x12\x11\n\tnum_slots\x18\x01 \x01(\r\x12\x12\n\nslot_bytes\x18\x02 \x01(\r\"T\n\x08ShmChunk\x12#\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x14.twinpool.kv.KVChunk\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x15\n\rpayload_bytes\x18\x03 \x01(\r\"\x9d\x01\n\x08ShmReply\x12&\n\x05taken\x18\x01 \x01(\x0b\x32\x15.twinpool.kv.ShmTakenH\x00\x12/\n\x07receipt\x18\x02 \x01(\x0b\x32\x1c.twinpool.kv.TransferReceiptH\x00\x12/\n\x07refusal\x18\x03 \x01(\x0b\x32\x1c.twinpool.kv.TransferRefusalH\x00\x42\x07\n\x05reply\"\x18\n\x08ShmTaken\x12\x0c\n\x04slot\x18\x01 \x01(\r\"1\n\x0fTransferRefusal\x12\r\n\x05\x66\x61ult\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xc1\x01\n\x0bRdmaMessage\x12%\n\x04ring\x18\x01 \x01(\x0b\x32\x15.twinpool.kv.RdmaRingH\x00\x12)\n\x04open\x18\x02 \x01(\x0b\x32\x19.twinpool.kv.TransferOpenH\x00\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x15.twinpool.kv.ShmChunkH\x00\x12-\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x1b.twinpool.kv.TransferCommitH\x00\x42\t\n\x07message\"S\n\x08RdmaRing\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x04\x12\x11\n\tnum_slots\x18\x03 \x01(\r\x12\x12\n\nslot_bytes\x18\x04 \x01(\r\"m\n\tRdmaReply\x12&\n\x05taken\x18\x01 \x01(\x0b\x32\x15.twinpool.kv.ShmTakenH\x00\x12/\n\x07receipt\x18\x02 \x01(\x0b\x32\x1c.twinpool.kv.TransferReceiptH\x00\x42\x07\n\x05reply2\x9a\x01\n\nKVTransfer\x12\x44\n\x04Send\x12\x1c.twinpool.kv.TransferMessage\x1a\x1c.twinpool.kv.TransferReceipt(\x01\x12\x46\n\x0eSendFromMemory\x12\x18.twinpool.kv.RdmaMessage\x1a\x16.twinpool.kv.RdmaReply(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"kvcache/transfer/kv_transfer.proto\x12\x0btwinpool.kv\"\x9d\x01\n\x0fTransferMessage\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.twinpool.kv.TransferOpenH\x00\x12%\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x14.twinpool.kv.KVChunkH\x00\x12-\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x1b.twinpool.kv.TransferCommitH\x00\x42\t\n\x07message\"~\n\x0cTransferOpen\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12!\n\x04spec\x18\x03 \x01(\x0b\x32\x13.twinpool.kv.KVSpec\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x05 \x01(\r\"h\n\x06KVSpec\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x11\n\thead_size\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\"\xab\x01\n\x07KVChunk\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\x06\x12\x0f\n\x07payload\x18\x07 \x01(\x0c\x12\x12\n\nnum_layers\x18\x08 \x01(\r\x12\r\n\x05index\x18\t \x01(\r\"\x8d\x01\n\x0eTransferCommit\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nnum_chunks\x18\x03 \x01(\r\x12\x16\n\x0e\x66irst_token_id\x18\x04 \x01(\r\x12\x10\n\x08\x63hecksum\x18\x05 \x01(\x06\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\r\"(\n\x0fTransferReceipt\x12\x15\n\rpayload_bytes\x18\x01 \x01(\x04\"\xbf\x01\n\nShmMessage\x12$\n\x04ring\x18\x01 \x01(\x0b\x32\x14.twinpool.kv.ShmRingH\x00\x12)\n\x04open\x18\x02 \x01(\x0b\x32\x19.twinpool.kv.TransferOpenH\x00\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x15.twinpool.kv.ShmChunkH\x00\x12-\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x1b.twinpool.kv.TransferCommitH\x00\x42\t\n\x07message\"0\n\x07ShmRing\x12\x11\n\tnum_slots\x18\x01 \x01(\r\x12\x12\n\nslot_bytes\x18\x02 \x01(\r\"T\n\x08ShmChunk\x12#\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x14.twinpool.kv.KVChunk\x12\x0c\n\x04slot\x18\x02 \x01(\r\x12\x15\n\rpayload_bytes\x18\x03 \x01(\r\"\x9d\x01\n\x08ShmReply\x12&\n\x05taken\x18\x01 \x01(\x0b\x32\x15.twinpool.kv.ShmTakenH\x00\x12/\n\x07receipt\x18\x02 \x01(\x0b\x32\x1c.twinpool.kv.TransferReceiptH\x00\x12/\n\x07refusal\x18\x03 \x01(\x0b\x32\x1c.twinpool.kv.TransferRefusalH\x00\x42\x07\n\x05reply\"\x18\n\x08ShmTaken\x12\x0c\n\x04slot\x18\x01 \x01(\r\"1\n\x0fTransferRefusal\x12\r\n\x05\x66\x61ult\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xc1\x01\n\x0bRdmaMessage\x12%\n\x04ring\x18\x01 \x01(\x0b\x32\x15.twinpool.kv.RdmaRingH\x00\x12)\n\x04open\x18\x02 \x01(\x0b\x32\x19.twinpool.kv.TransferOpenH\x00\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x15.twinpool.kv.ShmChunkH\x00\x12-\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x1b.twinpool.kv.TransferCommitH\x00\x42\t\n\x07message\"S\n\x08RdmaRing\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x04\x12\x11\n\tnum_slots\x18\x03 \x01(\r\x12\x12\n\nslot_bytes\x18\x04 \x01(\r\"m\n\tRdmaReply\x12&\n\x05taken\x18\x01 \x01(\x0b\x32\x15.twinpool.kv.ShmTakenH\x00\x12/\n\x07receipt\x18\x02 \x01(\x0b\x32\x1c.twinpool.kv.TransferReceiptH\x00\x42\x07\n\x05reply2\x9a\x01\n\nKVTransfer\x12\x44\n\x04Send\x12\x1c.twinpool.kv.TransferMessage\x1a\x1c.twinpool.kv.TransferReceipt(\x01\x12\x46\n\x0eSendFromMemory\x12\x18.twinpool.kv.RdmaMessage\x1a\x16.twinpool.kv.RdmaReply(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,29 +38,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVSPEC']._serialized_start=339
   _globals['_KVSPEC']._serialized_end=443
   _globals['_KVCHUNK']._serialized_start=446
-  _globals['_KVCHUNK']._serialized_end=602
-  _globals['_TRANSFERCOMMIT']._serialized_start=605
-  _globals['_TRANSFERCOMMIT']._serialized_end=746
-  _globals['_TRANSFERRECEIPT']._serialized_start=748
-  _globals['_TRANSFERRECEIPT']._serialized_end=788
-  _globals['_SHMMESSAGE']._serialized_start=791
-  _globals['_SHMMESSAGE']._serialized_end=982
-  _globals['_SHMRING']._serialized_start=984
-  _globals['_SHMRING']._serialized_end=1032
-  _globals['_SHMCHUNK']._serialized_start=1034
-  _globals['_SHMCHUNK']._serialized_end=1118
-  _globals['_SHMREPLY']._serialized_start=1121
-  _globals['_SHMREPLY']._serialized_end=1278
-  _globals['_SHMTAKEN']._serialized_start=1280
-  _globals['_SHMTAKEN']._serialized_end=1304
-  _globals['_TRANSFERREFUSAL']._serialized_start=1306
-  _globals['_TRANSFERREFUSAL']._serialized_end=1355
-  _globals['_RDMAMESSAGE']._serialized_start=1358
-  _globals['_RDMAMESSAGE']._serialized_end=1551
-  _globals['_RDMARING']._serialized_start=1553
-  _globals['_RDMARING']._serialized_end=1636
-  _globals['_RDMAREPLY']._serialized_start=1638
-  _globals['_RDMAREPLY']._serialized_end=1747
-  _globals['_KVTRANSFER']._serialized_start=1750
-  _globals['_KVTRANSFER']._serialized_end=1904
+  _globals['_KVCHUNK']._serialized_end=617
+  _globals['_TRANSFERCOMMIT']._serialized_start=620
+  _globals['_TRANSFERCOMMIT']._serialized_end=761
+  _globals['_TRANSFERRECEIPT']._serialized_start=763
+  _globals['_TRANSFERRECEIPT']._serialized_end=803
+  _globals['_SHMMESSAGE']._serialized_start=806
+  _globals['_SHMMESSAGE']._serialized_end=997
+  _globals['_SHMRING']._serialized_start=999
+  _globals['_SHMRING']._serialized_end=1047
+  _globals['_SHMCHUNK']._serialized_start=1049
+  _globals['_SHMCHUNK']._serialized_end=1133
+  _globals['_SHMREPLY']._serialized_start=1136
+  _globals['_SHMREPLY']._serialized_end=1293
+  _globals['_SHMTAKEN']._serialized_start=1295
+  _globals['_SHMTAKEN']._serialized_end=1319
+  _globals['_TRANSFERREFUSAL']._serialized_start=1321
+  _globals['_TRANSFERREFUSAL']._serialized_end=1370
+  _globals['_RDMAMESSAGE']._serialized_start=1373
+  _globals['_RDMAMESSAGE']._serialized_end=1566
+  _globals['_RDMARING']._serialized_start=1568
+  _globals['_RDMARING']._serialized_end=1651
+  _globals['_RDMAREPLY']._serialized_start=1653
+  _globals['_RDMAREPLY']._serialized_end=1762
+  _globals['_KVTRANSFER']._serialized_start=1765
+  _globals['_KVTRANSFER']._serialized_end=1919
 # @@protoc_insertion_point(module_scope)

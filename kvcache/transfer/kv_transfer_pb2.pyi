@@ -44,7 +44,7 @@ class KVSpec(_message.Message):
     def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_size: _Optional[int] = ..., block_size: _Optional[int] = ..., dtype: _Optional[str] = ...) -> None: ...
 
 class KVChunk(_message.Message):
-    __slots__ = ("transfer_id", "epoch", "layer", "first_block", "num_blocks", "checksum", "payload", "num_layers")
+    __slots__ = ("transfer_id", "epoch", "layer", "first_block", "num_blocks", "checksum", "payload", "num_layers", "index")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class KVChunk(_message.Message):
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
     transfer_id: str
     epoch: int
     layer: int
@@ -61,7 +62,8 @@ class KVChunk(_message.Message):
     checksum: int
     payload: bytes
     num_layers: int
-    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layer: _Optional[int] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., checksum: _Optional[int] = ..., payload: _Optional[bytes] = ..., num_layers: _Optional[int] = ...) -> None: ...
+    index: int
+    def __init__(self, transfer_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layer: _Optional[int] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., checksum: _Optional[int] = ..., payload: _Optional[bytes] = ..., num_layers: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
 
 class TransferCommit(_message.Message):
     __slots__ = ("transfer_id", "epoch", "num_chunks", "first_token_id", "checksum", "num_cached_tokens")

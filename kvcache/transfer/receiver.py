@@ -61,8 +61,11 @@ class IncomingTransfer:
         self._find_own_lease(chunk.transfer_id, chunk.epoch, now)
         where = chunk.where
         self._check_bounds(where, len(chunk.payload))
-        if chunk_checksum(chunk.transfer_id, chunk.epoch, where, chunk.payload) != chunk.checksum:
+        if chunk_checksum(chunk.transfer_id, chunk.epoch, chunk.index, where, chunk.payload) != chunk.checksum:
             raise TransferError(TransferFault.BAD_CHECKSUM, f"{where} of transfer {chunk.transfer_id}")
+        if chunk.index != self._num_chunks:
+            fault = TransferFault.REPEATED if chunk.index < self._num_chunks else TransferFault.OUT_OF_ORDER
+            raise TransferError(fault, f"chunk {chunk.index} where chunk {self._num_chunks} was due")
         start = where.first_block - self._first_block
         span = slice(start, start + where.num_blocks)
         cells = slice(where.layer, where.layer + where.num_layers), span

@@ -187,6 +187,7 @@ class OutgoingTransfer:
             layer = where.layer + index
             self._storage.read_blocks(layer, block_ids, slot[index * layer_bytes : (index + 1) * layer_bytes])
             self._sent[layer] += where.num_blocks
+        index = self._num_chunks
         self._num_chunks += 1
         payload = slot[: where.num_layers * layer_bytes]
-        return make_chunk(self.target.transfer_id, self.target.epoch, where, payload)
+        return make_chunk(self.target.transfer_id, self.target.epoch, index, where, payload)

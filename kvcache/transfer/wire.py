@@ -4,7 +4,7 @@ On the wire every message is a ``TransferMessage`` of the .proto, so that any pr
 nearly all payload, though, which protobuf would copy twice on each side; so its few bytes of framing are put before the
 payload by hand here, and taken off without a copy::
 
-    0x12 length │ KVChunk: fields 1 to 6 │ 0x3a length │ payload            a chunk with its payload last
+    0x12 length │ KVChunk: other fields  │ 0x3a length │ payload            a chunk with its payload last
     └ field 2 of TransferMessage           └ field 7 of KVChunk
 
 A chunk that is framed in another way that protobuf allows (fields in another order, say) is left to protobuf.
@@ -29,9 +29,9 @@ FAULT_METADATA_KEY = "twinpool-fault"
 
 _CHUNK_TAG = 0x12  # TransferMessage.chunk, length-delimited
 _PAYLOAD_TAG = 0x3A  # KVChunk.payload, length-delimited
-_MAX_HEADER_BYTES = 1 << 10  # of a chunk that is read by hand: a transfer id and six numbers
+_MAX_HEADER_BYTES = 1 << 10  # of a chunk that is read by hand: a transfer id and seven numbers
 
-_RANGE = struct.Struct("<QIIII")
+_CHUNK = struct.Struct("<QIIIII")
 _COMMIT = struct.Struct("<QIII")
 
 
@@ -58,6 +58,7 @@ class Chunk:
     checksum: int
     payload: bytes | memoryview
     num_layers: int = 1
+    index: int = 0  # of the transfer's chunks
 
     @property
     def where(self) -> ChunkRange:
@@ -117,12 +118,13 @@ def chunk_header(chunk: Chunk) -> pb.KVChunk:
         num_blocks=chunk.num_blocks,
         checksum=chunk.checksum,
         num_layers=chunk.num_layers,
+        index=chunk.index,
     )
 
 
 def chunk_from_header(header: pb.KVChunk, payload: bytes | memoryview) -> Chunk:
     numbers = (header.epoch, header.layer, header.first_block, header.num_blocks, header.checksum)
-    return Chunk(header.transfer_id, *numbers, payload, header.num_layers)
+    return Chunk(header.transfer_id, *numbers, payload, header.num_layers, header.index)
 
 
 def _decode_chunk(data: memoryview) -> Chunk | None:
@@ -179,14 +181,14 @@ def _varint(value: int) -> bytes:
     return bytes(encoded)
 
 
-def chunk_checksum(transfer_id: str, epoch: int, chunk: ChunkRange, payload: bytes | memoryview) -> int:
+def chunk_checksum(transfer_id: str, epoch: int, index: int, where: ChunkRange, payload: bytes | memoryview) -> int:
     """XXH3-64 over the header and the payload, so that a bit flipped in either is seen.
 
-    The header is the length of the transfer id (u32), the id in UTF-8, then epoch (u64), layer, layer count, first
-    block and block count (u32 each), little-endian.
+    The header is the length of the transfer id (u32), the id in UTF-8, then epoch (u64), index, layer, layer count,
+    first block and block count (u32 each), little-endian.
     """
     digest = _digest_of(transfer_id)
-    digest.update(_RANGE.pack(epoch, chunk.layer, chunk.num_layers, chunk.first_block, chunk.num_blocks))
+    digest.update(_CHUNK.pack(epoch, index, where.layer, where.num_layers, where.first_block, where.num_blocks))
     digest.update(payload)
     return digest.intdigest()
 
@@ -203,12 +205,11 @@ def _digest_of(transfer_id: str) -> xxhash.xxh3_64:
     return xxhash.xxh3_64(len(encoded).to_bytes(4, "little") + encoded)
 
 
-def make_chunk(transfer_id: str, epoch: int, where: ChunkRange, payload: bytes | memoryview) -> Chunk:
+def make_chunk(transfer_id: str, epoch: int, index: int, where: ChunkRange, payload: bytes | memoryview) -> Chunk:
     """Sealed with its checksum."""
-    checksum = chunk_checksum(transfer_id, epoch, where, payload)
-    return Chunk(
-        transfer_id, epoch, where.layer, where.first_block, where.num_blocks, checksum, payload, where.num_layers
-    )
+    checksum = chunk_checksum(transfer_id, epoch, index, where, payload)
+    numbers = (where.layer, where.first_block, where.num_blocks, checksum)
+    return Chunk(transfer_id, epoch, *numbers, payload, where.num_layers, index)
 
 
 def make_commit(

@@ -32,31 +32,31 @@ def flipped_header_bit(handoff: Handoff, spec: KVCacheSpec) -> Messages:
 
 def truncated_payload(handoff: Handoff, spec: KVCacheSpec) -> Messages:
     messages = handoff.messages(spec)
-    messages[2] = handoff.chunk(ChunkRange(1, 0, 5), messages[2].chunk.payload[:-4])
+    messages[2] = handoff.chunk(1, ChunkRange(1, 0, 5), messages[2].chunk.payload[:-4])
     return messages
 
 
 def oversized_payload(handoff: Handoff, spec: KVCacheSpec) -> Messages:
     messages = handoff.messages(spec)
-    messages[2] = handoff.chunk(ChunkRange(1, 0, 5), messages[2].chunk.payload + bytes(spec.layer_block_bytes))
+    messages[2] = handoff.chunk(1, ChunkRange(1, 0, 5), messages[2].chunk.payload + bytes(spec.layer_block_bytes))
     return messages
 
 
 def oversized_length(handoff: Handoff, spec: KVCacheSpec) -> Messages:
     messages = handoff.messages(spec)
-    messages[2] = handoff.chunk(ChunkRange(1, 0, 2**32 - 1), messages[2].chunk.payload)
+    messages[2] = handoff.chunk(1, ChunkRange(1, 0, 2**32 - 1), messages[2].chunk.payload)
     return messages
 
 
 def blocks_beyond_the_end(handoff: Handoff, spec: KVCacheSpec) -> Messages:
     messages = handoff.messages(spec)
-    messages[2] = handoff.chunk(ChunkRange(1, 1, 5), messages[2].chunk.payload)
+    messages[2] = handoff.chunk(1, ChunkRange(1, 1, 5), messages[2].chunk.payload)
     return messages
 
 
 def unknown_layer(handoff: Handoff, spec: KVCacheSpec) -> Messages:
     messages = handoff.messages(spec)
-    messages[2] = handoff.chunk(ChunkRange(spec.num_layers, 0, 5), messages[2].chunk.payload)
+    messages[2] = handoff.chunk(1, ChunkRange(spec.num_layers, 0, 5), messages[2].chunk.payload)
     return messages
 
 
@@ -102,6 +102,16 @@ def stale_epoch_in_the_commit(handoff: Handoff, spec: KVCacheSpec) -> Messages:
 def missing_chunk(handoff: Handoff, spec: KVCacheSpec) -> Messages:
     messages = handoff.messages(spec)
     return [*messages[:2], *messages[3:]]
+
+
+def missing_last_chunk(handoff: Handoff, spec: KVCacheSpec) -> Messages:
+    messages = handoff.messages(spec)
+    return [*messages[:-2], messages[-1]]
+
+
+def reordered_chunks(handoff: Handoff, spec: KVCacheSpec) -> Messages:
+    messages = handoff.messages(spec)
+    return [messages[0], messages[2], messages[1], *messages[3:]]
 
 
 def miscounted_chunks(handoff: Handoff, spec: KVCacheSpec) -> Messages:
@@ -156,7 +166,9 @@ REFUSED: tuple[tuple[Tamper, TransferFault], ...] = (
     (wrong_transfer_id_in_a_chunk, TransferFault.UNKNOWN_TRANSFER),
     (stale_epoch, TransferFault.STALE_EPOCH),
     (stale_epoch_in_the_commit, TransferFault.STALE_EPOCH),
-    (missing_chunk, TransferFault.INCOMPLETE),
+    (missing_chunk, TransferFault.OUT_OF_ORDER),
+    (missing_last_chunk, TransferFault.INCOMPLETE),
+    (reordered_chunks, TransferFault.OUT_OF_ORDER),
     (miscounted_chunks, TransferFault.INCOMPLETE),
     (chunk_behind_the_commit, TransferFault.INCOMPLETE),
     (no_commit, TransferFault.PEER_LOST),

@@ -73,10 +73,10 @@ class Handoff:
         missing = self.missing(spec)
         payload = bytes(len(missing) * spec.layer_block_bytes)
         ranges = (ChunkRange(layer, missing.start, len(missing)) for layer in range(spec.num_layers))
-        return [self.chunk(where, payload) for where in ranges]
+        return [self.chunk(index, where, payload) for index, where in enumerate(ranges)]
 
-    def chunk(self, where: ChunkRange, payload: bytes) -> kv_pb.TransferMessage:
-        chunk = chunk_header(make_chunk(self.request.transfer_id, self.request.epoch, where, payload))
+    def chunk(self, index: int, where: ChunkRange, payload: bytes) -> kv_pb.TransferMessage:
+        chunk = chunk_header(make_chunk(self.request.transfer_id, self.request.epoch, index, where, payload))
         chunk.payload = payload
         return kv_pb.TransferMessage(chunk=chunk)
 

@@ -267,7 +267,7 @@ def test_a_sender_cannot_write_to_blocks_that_are_held_already(checkpoint: TinyC
             call = GenerateCall(cluster, "decode-0", "victim", prompt, greedily(1), fake.address)
             handoff = await fake.handoffs.get()
             assert handoff.request.num_held_tokens == 4 * checkpoint.spec.block_size
-            bad = handoff.chunk(where, bytes(where.num_blocks * checkpoint.spec.layer_block_bytes))
+            bad = handoff.chunk(0, where, bytes(where.num_blocks * checkpoint.spec.layer_block_bytes))
             with pytest.raises(grpc.aio.AioRpcError) as refusal:
                 await send(cluster.channel("decode-0"), [handoff.opening(checkpoint.spec), bad])
             metadata = dict(refusal.value.trailing_metadata() or ())

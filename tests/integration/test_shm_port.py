@@ -339,7 +339,7 @@ def test_a_slot_that_the_receiver_may_still_read_is_nobody_elses_until_it_has_en
         gone = asyncio.Event()
         outlet = shm_port._ShmOutlet(ours, pool, lambda: None, gone.set)
         slot = await outlet.slot(CountedPatience())
-        await outlet.put(make_chunk("t", 1, ChunkRange(0, 0, 1), slot[:8]))
+        await outlet.put(make_chunk("t", 1, 0, ChunkRange(0, 0, 1), slot[:8]))
         sent = kv_pb.ShmMessage.FromString(theirs.recv(4096)).chunk.slot
         outlet.close()
         free: list[int] = []

@@ -267,21 +267,17 @@ def test_heartbeats_keep_a_lease_while_a_step_of_the_prefill_worker_takes_longer
 
 
 def test_heartbeats_keep_a_lease_while_a_step_of_the_decode_worker_takes_longer(checkpoint: TinyCheckpoint) -> None:
-    """Leases are opened between steps, so the step that is held is the first that finds one. The prefill worker is held
-    too, or all would be there at once; what it sends arrives while the step goes on."""
+    """The lease is opened, and KV arrives, while the step goes on. The prefill worker is held too, or all would be there
+    at once."""
 
     async def scenario() -> None:
         async with local_cluster(checkpoint, prefill=1, decode=1, lease_ttl_s=0.4) as cluster:
             leases = cluster.workers["decode-0"].manager.leases
-            at_first = cluster.hold_steps("decode-0", lambda plan: True)
+            decoding = cluster.hold_steps("decode-0", lambda plan: True)
             first = asyncio.create_task(cluster.check_greedy(checkpoint.prompt(20), NUM_TOKENS))
-            await at_first.holding()
+            await decoding.holding()
             prefilling = cluster.hold_steps("prefill-0", lambda plan: True)
             second = asyncio.create_task(cluster.check_greedy(checkpoint.prompt(PROMPT_TOKENS), NUM_TOKENS))
-            await until(lambda: cluster.load("decode-0").waiting == 1, "the second request to wait for its blocks")
-            decoding = cluster.hold_steps("decode-0", lambda plan: len(leases) > 0)
-            at_first.open()
-            await decoding.holding()
             await prefilling.holding()
             (lease,) = leases
             await outlive(lease)

