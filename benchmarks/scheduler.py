@@ -131,12 +131,16 @@ def measure_cost_part(_settings: Settings) -> Report:
 
 
 def measure_mixed_part(settings: Settings) -> Report:
+    """Written after each round too: all of them take long, and may be stopped."""
     assert settings.load is not None, "checked with the command line"
-    result = measure_mixed(settings.servers, settings.load, settings.rounds)
-    for name, numbers in result.items():
-        print(name, numbers["median"], file=sys.stderr, flush=True)
     load = {key: value for key, value in asdict(settings.load).items() if key != "script"}
-    return {"mixed": {"load": load | {"rounds": settings.rounds}, "servers": result}}
+    report: Report = {}
+    for rounds, servers in enumerate(measure_mixed(settings.servers, settings.load, settings.rounds), 1):
+        for name, numbers in servers.items():
+            print(name, numbers["median"], file=sys.stderr, flush=True)
+        report = {"mixed": {"load": load | {"rounds": rounds}, "servers": servers}}
+        write_json(settings.json, report | _circumstances())
+    return report
 
 
 def measure_capacity_part(settings: Settings) -> Report:
@@ -145,6 +149,10 @@ def measure_capacity_part(settings: Settings) -> Report:
     for name, numbers in result.items():
         print(name, numbers["highest_chat_rate"], file=sys.stderr, flush=True)
     return {"capacity": result}
+
+
+def _circumstances() -> Report:
+    return {"machine": describe_machine(), "versions": describe_versions("ray")}
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -159,8 +167,7 @@ def run(arguments: Sequence[str]) -> int:
     report: Report = {}
     for part in settings.parts:
         report |= measures[part](settings)
-    report |= {"machine": describe_machine(), "versions": describe_versions("ray")}
-    write_json(settings.json, report)
+    write_json(settings.json, report | _circumstances())
     return 0
 
 

@@ -96,8 +96,8 @@ def _target(name: str, what: str, port: int) -> Target:
     return Target(name, f"http://127.0.0.1:{port}", what.replace("{port}", str(port)))
 
 
-def measure_mixed(servers: Sequence[Target], load: MixedLoad, rounds: int) -> dict[str, dict[str, object]]:
-    """Of each server the median over the rounds, and all of them.
+def measure_mixed(servers: Sequence[Target], load: MixedLoad, rounds: int) -> Iterator[dict[str, dict[str, object]]]:
+    """After each round, of each server the median over the rounds so far, and all of them.
 
     Raises:
         ResourceError: a server did not start, or the script failed.
@@ -109,7 +109,7 @@ def measure_mixed(servers: Sequence[Target], load: MixedLoad, rounds: int) -> di
             with running(server):
                 numbers = run_load(server.url, load, seed=number)
                 runs[server.name].append(numbers | stage_times(_page(f"{server.url}/metrics")))
-    return {name: {"median": medians(of_one), "rounds": of_one} for name, of_one in runs.items()}
+        yield {name: {"median": medians(of_one), "rounds": of_one} for name, of_one in runs.items()}
 
 
 def measure_capacity(

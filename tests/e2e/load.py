@@ -64,8 +64,10 @@ class Load:
         outcome.status = answer.status_code
         outcome.retry_after = answer.headers.get("Retry-After")
         if answer.status_code == 200:
-            outcome.token_ids = tuple(answer.json()["choices"][0]["token_ids"])
+            told = answer.json()
+            outcome.token_ids = tuple(told["choices"][0]["token_ids"])
             assert outcome.token_ids == expected
+            assert told["usage"]["completion_tokens"] == len(expected)
         else:
             outcome.limit = answer.json()["error"]["type"]
         return outcome

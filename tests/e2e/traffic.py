@@ -31,7 +31,9 @@ def ask(server: RunningServer, tiny: TinyCheckpoint, seed: int, num_tokens: int 
     body = {"prompt": list(prompt), "max_tokens": num_tokens, "temperature": 0, "return_token_ids": True}
     answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
     assert answer.status_code == 200, answer.text
-    assert tuple(answer.json()["choices"][0]["token_ids"]) == tiny.greedy(prompt, num_tokens)
+    told = answer.json()
+    assert tuple(told["choices"][0]["token_ids"]) == tiny.greedy(prompt, num_tokens)
+    assert (told["usage"]["prompt_tokens"], told["usage"]["completion_tokens"]) == (len(prompt), num_tokens)
 
 
 @contextlib.contextmanager
