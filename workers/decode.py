@@ -113,7 +113,6 @@ class DecodeRole:
             self._prefill_addresses[request_id] = prefill_address
             self._prefill_logprobs[request_id] = _PrefillLogprobs()
             self._stages[request_id] = stages
-            self._loop.reserve_handoffs()
         try:
             async for output in stream:
                 stages.token(self._clock(), stream.begun_s)

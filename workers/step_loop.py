@@ -114,8 +114,7 @@ class StepLoop:
             await self.bring_back(request)
 
     def submit(self, request: Request) -> TokenStream:
-        """Queues a sequence. The caller calls ``release`` in the end, whatever happens; and ``reserve_handoffs`` next
-        for one that is prefilled elsewhere.
+        """Queues a sequence. The caller calls ``release`` in the end, whatever happens.
 
         Raises:
             RequestError, OverloadedError: as ``Batcher.add``.
@@ -123,16 +122,11 @@ class StepLoop:
         self.batcher.add(request)
         stream = TokenStream(request)
         self._streams[request.request_id] = self._unbegun[request.request_id] = stream
-        if not request.remote_prefill:
+        if request.remote_prefill:
+            asyncio.get_running_loop().call_soon(self._begin_handoff)  # the caller has yet to note what it needs
+        else:
             self.wake()
         return stream
-
-    def reserve_handoffs(self) -> None:
-        """Starts the handoffs there is room for: at once, for what another worker computes need not wait for the step
-        that runs here, nor does that step's successor change. The others wait for its end."""
-        self._start_handoffs()
-        if self.batcher.num_waiting:
-            self.wake()
 
     def release(self, request_id: str) -> None:
         """Ends a sequence if it has not ended, and forgets its stream."""
@@ -177,6 +171,13 @@ class StepLoop:
                 await self._work.wait()
             else:
                 await self._compute(plan, started_s)
+
+    def _begin_handoff(self) -> None:
+        """At once where there is room: what another worker computes need not wait for the step that runs here, nor
+        does it change that step's successor."""
+        self._start_handoffs()
+        if self.batcher.num_waiting:
+            self.wake()
 
     def _start_handoffs(self) -> None:
         if self.on_reserved is not None:
