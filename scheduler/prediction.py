@@ -9,7 +9,7 @@ from scheduler.cost_model import CostModel
 from scheduler.types import Placement, Prediction
 
 MAX_OPEN = 1024
-JOINING_STEPS = 0.5  # a worker takes up what is new between two steps: a handoff, and then the sequence
+JOINING_STEPS = 0.5  # a worker takes a sequence up between two steps
 FEWEST_TOKENS = 8  # of an answer that tells how long a token took: shorter ones are all beginning and end
 
 
@@ -73,7 +73,7 @@ def predict(
     ttft_s = prefill.backlog_s(now, prefill_s) + prefill_s + costs.start_seconds(prefill_id)
     if placement.prefill is not None:
         ttft_s += costs.transfer_seconds(prefill_id, decode_id, sizes.prompt - sizes.held)
-    if decode.decoding_size:
+    elif decode.decoding_size:
         ttft_s += step_s * JOINING_STEPS
     num_steps = max(1, sizes.output - 1)
     others = decode.others_beside(now, now + ttft_s, num_steps * step_s)

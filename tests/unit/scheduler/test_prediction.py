@@ -114,11 +114,14 @@ def test_a_prompt_in_place_is_not_handed_over(costs: CostModel) -> None:
     assert predicted(costs, IN_PLACE, books, books, now=4.0).ttft_s == costs.prefill_seconds("d", 100)
 
 
-def test_a_busy_decode_worker_takes_a_request_up_between_two_steps(costs: CostModel) -> None:
-    """So does its first token's handoff, and then the first step of its own."""
-    idle, busy = (predicted(costs, HANDED_OVER, Books(), Books(size, 120 * size)) for size in (0, 8))
+@pytest.mark.parametrize(("placement", "steps"), [(HANDED_OVER, 0.0), (IN_PLACE, 0.5)])
+def test_a_busy_decode_worker_takes_a_request_up_between_two_steps(
+    costs: CostModel, placement: Placement, steps: float
+) -> None:
+    """Its prompt, where that is computed there, and then the first token of its own; a handoff begins at once."""
+    idle, busy = (predicted(costs, placement, Books(), Books(size, 120 * size)) for size in (0, 8))
     step_s = costs.decode_step_seconds("d", 9, 9 * 120)
-    assert busy.ttft_s - idle.ttft_s == pytest.approx(step_s / 2)
+    assert busy.ttft_s - idle.ttft_s == pytest.approx(steps * step_s)
     assert busy.tpot_s == pytest.approx((39 + 0.5) / 39 * step_s)
 
 
