@@ -96,7 +96,7 @@ def test_batch_work_fills_what_chats_leave_and_gives_way_to_them(narrow: Running
     assert preemptions > 0, "no batch job gave its place"
 
 
-MOST_MIB_PER_MINUTE = 4.0
+MOST_MIB_PER_MINUTE = 10.0  # the gateway collects garbage about once a minute, and then gives 5 MiB back
 SHED_FLAGS = {
     "the queue is full": (),
     "the first token would be late": ("--refuse-late", "--ttft-target-ms", "1500"),
@@ -225,8 +225,8 @@ def test_a_flood_is_shed_at_once_and_the_rest_is_served(narrow: RunningServer, t
 def test_a_minute_of_twice_the_capacity(tiny: TinyCheckpoint, shed_because: str) -> None:
     """F16. Goodput is beside the capacity that was measured in the same run.
 
-    A client on the same two cores cannot show that a refusal takes below 100 ms, nor a tail of latencies; and within a
-    minute the memory of four processes moves by more than 1 MiB without a leak.
+    A client on the same two cores cannot show that every refusal takes below 100 ms, nor a tail of latencies; and within
+    a minute the memory of four processes moves by some MiB without a leak.
     """
     flags = (*COST, *NARROW, "--max-queued-requests", str(QUEUE), *SHED_FLAGS[shed_because])
     with serving(str(tiny.path), *flags, *SMALL, expected_workers=2) as server:
