@@ -14,6 +14,7 @@ from benchmarks.scheduler_mixed import (
     MixedLoad,
     Target,
     measure_capacity,
+    measure_mixed,
     medians,
     run_load,
     running,
@@ -69,6 +70,14 @@ def test_rates_grow_until_a_server_cannot_keep_up(monkeypatch: pytest.MonkeyPatc
     found = measure_capacity([Target("a", "http://there:1")], LOAD, [0.5, 1.0, 1.5, 2.0])
     assert found["a"]["highest_chat_rate"] == 1.0
     assert list(found["a"]["runs"]) == ["0.5", "1.0", "1.5"]  # type: ignore[call-overload]
+
+
+def test_the_mixed_load_is_told_after_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_mixed, "run_load", lambda _url, _load, seed: {"itl_p50": 10.0 * seed})
+    monkeypatch.setattr(scheduler_mixed, "_page", lambda _url: "")
+    told = measure_mixed([Target("a", "http://there:1"), Target("b", "http://here:1")], LOAD, rounds=3)
+    medians_of = [{name: numbers["median"] for name, numbers in so_far.items()} for so_far in told]
+    assert medians_of == [{name: {"itl_p50": median} for name in "ab"} for median in (0.0, 5.0, 10.0)]
 
 
 def test_our_servers_are_told_the_targets_of_the_load() -> None:
