@@ -28,21 +28,21 @@ from kvcache.transfer.wire import (
     encode_message,
 )
 
+MESSAGES_HELD = 2  # of a transfer: one that is made and sent, and gRPC's copy of it
+HELD_BESIDE_BYTES = 64 << 10  # by gRPC with each of them: what it has read ahead
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # What a stream may send ahead of its reader. Left to itself gRPC takes all of a handoff that nobody reads.
     # A whole message: with less the rest of it only leaves when the reader has asked for it, and waits.
     ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", MAX_CHUNK_BYTES + (1 << 12)),
+    ("grpc.http2.lookahead_bytes", MAX_CHUNK_BYTES - HELD_BESIDE_BYTES + (1 << 12)),
     # A message comes in a few long pieces, not in frames of 16 KiB: each piece is copied twice more in Python.
     ("grpc.http2.max_frame_size", 4 << 20),
     ("grpc.experimental.tcp_min_read_chunk_size", 128 << 10),
     ("grpc.experimental.tcp_read_chunk_size", 512 << 10),
     ("grpc.experimental.tcp_max_read_chunk_size", 1 << 20),
 )
-MESSAGES_HELD = 2  # of a transfer: one that is made and sent, and gRPC's copy of it
-HELD_BESIDE_BYTES = 64 << 10  # by gRPC with each of them: what it has read ahead
 MESSAGES_TOGETHER = 4  # to one receiver: more would only be fresh memory, which costs page faults
 SERVICE = "twinpool.kv.KVTransfer"
 
