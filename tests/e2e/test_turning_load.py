@@ -225,8 +225,8 @@ def test_a_flood_is_shed_at_once_and_the_rest_is_served(narrow: RunningServer, t
 def test_a_minute_of_twice_the_capacity(tiny: TinyCheckpoint, shed_because: str) -> None:
     """F16. Goodput is beside the capacity that was measured in the same run.
 
-    A client on the same two cores cannot show that every refusal takes below 100 ms, nor a tail of latencies; and within
-    a minute the memory of four processes moves by some MiB without a leak.
+    A client on the same two cores cannot show that every refusal takes below 100 ms, nor a tail of latencies; and
+    within a minute the memory of four processes moves by some MiB without a leak.
     """
     flags = (*COST, *NARROW, "--max-queued-requests", str(QUEUE), *SHED_FLAGS[shed_because])
     with serving(str(tiny.path), *flags, *SMALL, expected_workers=2) as server:

@@ -267,8 +267,8 @@ def test_heartbeats_keep_a_lease_while_a_step_of_the_prefill_worker_takes_longer
 
 
 def test_heartbeats_keep_a_lease_while_a_step_of_the_decode_worker_takes_longer(checkpoint: TinyCheckpoint) -> None:
-    """The lease is opened, and KV arrives, while the step goes on. The prefill worker is held too, or all would be there
-    at once."""
+    """The lease is opened, and KV arrives, while the step goes on. The prefill worker is held too, or all would be
+    there at once."""
 
     async def scenario() -> None:
         async with local_cluster(checkpoint, prefill=1, decode=1, lease_ttl_s=0.4) as cluster:
