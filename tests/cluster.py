@@ -79,16 +79,21 @@ def tiny_llama(vocab_size: int) -> PreTrainedConfig:
 class TinyCheckpoint:
     """A model of random weights, and the answers that ``transformers`` gives with it."""
 
-    def __init__(self, folder: Path, make_config: Callable[[int], PreTrainedConfig] = tiny_llama) -> None:
-        """Writes the checkpoint into ``folder``; its vocabulary is the tokenizer's."""
+    def __init__(
+        self, folder: Path, make_config: Callable[[int], PreTrainedConfig] = tiny_llama, dtype: str = "float32"
+    ) -> None:
+        """Writes the checkpoint into ``folder``; its vocabulary is the tokenizer's.
+
+        Weights and KV are in ``dtype``; the answers are always those of float32.
+        """
         torch.set_num_threads(1)
         self.path = folder
         self.tokenizer = Tokenizer(tiny_backend())
-        save_model(folder, make_config(self.tokenizer.vocab_size))
+        save_model(folder, make_config(self.tokenizer.vocab_size), getattr(torch, dtype))
         config = load_config(folder)
         check_architecture(folder, config, [])
         sizes = read_sizes(folder, config)
-        self.spec = KVCacheSpec(sizes.num_layers, sizes.num_kv_heads, sizes.head_size, BLOCK_SIZE, "float32")
+        self.spec = KVCacheSpec(sizes.num_layers, sizes.num_kv_heads, sizes.head_size, BLOCK_SIZE, dtype)
         self.max_model_len = sizes.max_position_embeddings
         self._reference = load_reference(folder)
         self._answers: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = {}

@@ -143,19 +143,19 @@ FAMILIES: dict[str, Callable[[int], PreTrainedConfig]] = {
 }
 
 
-def save_model(folder: Path, config: PreTrainedConfig) -> None:
-    """Writes a checkpoint of random weights."""
+def save_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> None:
+    """Writes a checkpoint of random weights, stored in ``dtype``."""
     torch.manual_seed(11)
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name:  # ones and zeros would hide that they are used
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
 
 
-def load_reference(folder: Path) -> Any:
-    """The model as transformers computes it, with the plainest of its attentions and experts."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+def load_reference(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model as transformers computes it in ``dtype``, with the plainest of its attentions and experts."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
     return model.eval()

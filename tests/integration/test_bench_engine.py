@@ -6,7 +6,8 @@ import asyncio
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import engine as bench
 from benchmarks.engine import main
+from benchmarks.engine_limits import MachineLimits
+from benchmarks.engine_options import DecodeCase
 from benchmarks.engine_ready import main as fresh_process
 from benchmarks.engine_ready import measure_fresh_process
-from benchmarks.engine_work import EngineSettings, StepTimes, num_blocks_needed, open_engine
+from benchmarks.engine_work import Engine, EngineSettings, StepTimes, num_blocks_needed, open_engine
 from kvcache.errors import ResourceError
 from workers.model.checkpoint import describe_checkpoint
+from workers.model.fused_decoder import FusedDecoder
 from workers.native.library import load_library
 
 pytestmark = pytest.mark.integration
@@ -86,6 +91,46 @@ def test_one_run_writes_every_figure_and_shows_where_the_time_goes(
     assert str(tmp_path.parent) not in json.dumps(result)
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("prefill 520", "decode 32", "linears", "attention", "sampling"))
+
+
+# Bytes of a weight, scales included, and the dtype of the KV.
+WEIGHTS = {"bfloat16": (2.0, "bfloat16"), "int8": (1 + 2 / 64, "float32")}
+
+
+@pytest.mark.skipif(load_library() is None, reason="no native build for this processor")
+@pytest.mark.parametrize("dtype", WEIGHTS)
+def test_rounded_weights_are_what_is_measured_and_what_the_limits_are_of(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    weight_bytes, kv_dtype = WEIGHTS[dtype]
+    opened: list[Engine] = []
+
+    @asynccontextmanager
+    async def watched(settings: EngineSettings, num_blocks: int, max_seqs: int) -> AsyncIterator[Engine]:
+        async with open_engine(settings, num_blocks, max_seqs) as engine:
+            opened.append(engine)
+            yield engine
+
+    monkeypatch.setattr(bench, "open_engine", watched)
+    monkeypatch.setattr(bench, "measure_limits", lambda: MachineLimits(gemm_gflops=1.0, read_gb_s=1.0))
+    json_path = tmp_path / "r.json"
+    flags = ["--model", str(tiny_llama), "--json", str(json_path), "--runs", "1", "--context", "5", "--dtype", dtype]
+    assert main([*flags, "--prefill-tokens", "9", "--batches", "2"]) == 0
+    (engine,) = opened
+    assert isinstance(engine.step_model, FusedDecoder)
+    assert engine.step_model.weight_format.name.lower() == dtype
+    assert engine.storage.spec.dtype == kv_dtype
+    result = json.loads(json_path.read_bytes())
+    assert (result["model"], result["dtype"], result["kv_cache_dtype"]) == ("tiny-llama", dtype, "auto")
+    assert result["step_model"] == "fused"
+    assert set(result["prefill_tok_s"]) == {"9"} and set(result["decode_tok_s"]) == {"2"}
+    assert all(0 < number < math.inf for number in numbers_in(result))
+    # Query and output 32 x 32, key and value 16 x 32, gate, up and down 32 x 32; the head 64 x 32.
+    weights = 2 * 1024 + 2 * 512 + 3 * 1024 + 2048
+    token_bytes = 2 * 16 * engine.storage.layers[0].element_size()
+    needed = weights * weight_bytes + 2 * DecodeCase(2, 5).mean_attended * token_bytes
+    told = result["fraction_of_limit"]["decode_of_read"]["2"] * 1e9 / (result["decode_tok_s"]["2"] / 2)
+    assert told == pytest.approx(needed)
 
 
 @pytest.mark.parametrize("step_model", ["auto", "transformers"])
