@@ -15,9 +15,9 @@ OWN_CPU = 0.01  # of Ray's CPUs: on a machine of our own the threads are shared 
 
 
 def device_of_cluster(config: ServeConfig, num_gpus: int) -> Device:
-    """``auto`` is a GPU where the cluster has one for each worker."""
+    """``auto`` is a GPU where the cluster has one for each rank of each worker."""
     if config.device == "auto":
-        return "cuda" if num_gpus >= config.num_workers else "cpu"
+        return "cuda" if num_gpus >= config.num_ranks else "cpu"
     return config.device
 
 

@@ -51,8 +51,8 @@ class StartupPlan:
 
     @property
     def num_gpus(self) -> int:
-        """GPUs that the workers take."""
-        return sum(options.device == "cuda" for options in self.workers)
+        """GPUs that the workers take: one for each of their ranks."""
+        return sum(options.tensor_parallel_size for options in self.workers if options.device == "cuda")
 
 
 def check_installation() -> None:
@@ -230,14 +230,12 @@ def _check_device(config: ServeConfig, device: Device, num_gpus: int) -> None:
         return
     if config.quantization != "none":
         raise ConfigError(f"--quantization {config.quantization} is for CPUs; add --device cpu or leave it out.")
-    for role in WorkerRole:
-        size = config.tensor_parallel_size_of(role)
-        if config.num_workers_of(role) and size > 1:
-            option = flag_of(config.option_of(role, "tensor_parallel_size"))
-            raise ConfigError(f"{option} is {size}: tensor parallelism is not run on a GPU yet; add --device cpu.")
-    if config.num_workers > num_gpus:
+    if config.num_ranks > num_gpus:
+        who = f"{config.num_workers} workers"
+        if config.num_ranks > config.num_workers:
+            who += f" with {config.num_ranks} ranks in all"
         raise ResourceError(
-            f"{config.num_workers} workers need a GPU each and {num_gpus} can be used here; start fewer"
+            f"{who} need a GPU each and {num_gpus} can be used here; start fewer"
             " (--colocated 1 does both phases on one), or add --device cpu."
         )
 

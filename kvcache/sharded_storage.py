@@ -9,7 +9,7 @@ import numpy as np
 from kvcache.errors import InvariantError
 from kvcache.heads import Shard
 from kvcache.spec import KVCacheSpec
-from kvcache.storage import PagedStorage
+from kvcache.storage import BlockStorage
 
 
 class ShardedStorage:
@@ -24,8 +24,8 @@ class ShardedStorage:
     read or written here.
     """
 
-    def __init__(self, spec: KVCacheSpec, shards: Sequence[PagedStorage]) -> None:
-        """``shards[rank]`` is the storage of that rank, of which this process has the memory too."""
+    def __init__(self, spec: KVCacheSpec, shards: Sequence[BlockStorage]) -> None:
+        """``shards[rank]`` is the storage of that rank, or how to reach it from here."""
         self.spec = spec
         self.num_blocks = shards[0].num_blocks
         self._shards = tuple(shards)

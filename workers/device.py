@@ -31,3 +31,27 @@ def count_gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def gpu_of_rank(rank: int) -> str:
+    """The GPU on which a rank of a tensor-parallel group computes, as torch calls it.
+
+    Under Ray it is the only one that the rank's process sees, elsewhere that of the rank's number.
+
+    Raises:
+        ResourceError: this process does not see so many.
+    """
+    num_gpus = count_gpus()
+    if num_gpus == 1:
+        return "cuda:0"
+    if rank >= num_gpus:
+        raise ResourceError(f"Rank {rank} of a tensor-parallel group needs a GPU of its own; torch sees {num_gpus}.")
+    return f"cuda:{rank}"
+
+
+def use_device(device: str) -> None:
+    """Makes it the current one of this thread, as torch calls it; a CPU always is."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import (
+    PlacementGroup,
     get_current_placement_group,
     placement_group,
     placement_group_table,
@@ -174,9 +175,7 @@ class WorkerActor:
         assert group is not None, "a worker is started in one"
         actor_class: ActorHandle = ray.remote(FollowerActor)
         self._followers = [
-            actor_class.options(num_cpus=0, scheduling_strategy=PlacementGroupSchedulingStrategy(group, rank)).remote(
-                self._options, rank
-            )
+            actor_class.options(**_place_of(rank, group, self._options)).remote(self._options, rank)
             for rank in range(1, self._options.tensor_parallel_size)
         ]
         running = [follower.run.remote(address) for follower in self._followers]
@@ -248,10 +247,8 @@ class RayWorker:
         actor_class: ActorHandle = ray.remote(WorkerActor)
         # No runtime environment: it would keep Ray from taking one of the processes that it has started already.
         self._actor = actor_class.options(
-            num_cpus=0,
-            num_gpus=int(options.device == "cuda"),  # its own, and the only one it sees
             max_concurrency=4,  # it says how far it is while ``run`` waits and ``join`` measures
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, 0),
+            **_place_of(0, self._group, options),
         ).remote(options, incarnation)
         self._running = self._actor.run.remote()
         self._asked: ray.ObjectRef[LoadProgress] | None = None
@@ -297,6 +294,15 @@ class RayWorker:
         """Ends the process if it has not ended, and gives its room back."""
         ray.kill(self._actor)
         remove_placement_group(self._group)
+
+
+def _place_of(rank: int, group: PlacementGroup, options: WorkerOptions) -> dict[str, Any]:
+    """What Ray is told of where a rank's process runs: with its worker's other ranks, on a GPU of its own if on any."""
+    return {
+        "num_cpus": 0,
+        "num_gpus": int(options.device == "cuda"),  # the only one that the process sees
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, rank),
+    }
 
 
 def _is_answered(reference: ray.ObjectRef[Any]) -> bool:

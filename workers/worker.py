@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import grpc
 import torch
@@ -26,20 +25,17 @@ from kvcache.transfer.receiver import KVReceiver, ReceivedKV
 from kvcache.transfer.shm_service import ShmService
 from scheduler.batching import Batcher
 from scheduler.events import WorkerReported
-from scheduler.types import DeviceProfile, Phase, WorkerInfo, WorkerLoad
+from scheduler.types import DeviceProfile, WorkerInfo, WorkerLoad
 from workers import worker_pb2_grpc
 from workers.cache_news import CacheNews
 from workers.channels import SERVER_OPTIONS, ChannelPool
 from workers.decode import DecodeRole
 from workers.kv_tiers import make_tiers
-from workers.model.cuda_model import choose_cuda_model, kv_cache_bytes, largest_step, record_decode
+from workers.model.cuda_model import load_on_gpu
 from workers.model.identity import checkpoint_digest
 from workers.model.runner import ModelRunner, load_step_model
-from workers.model.step_model import StepModel
-from workers.model.transformers_model import load_model
 from workers.offers import OfferMaker, OfferTaker
 from workers.parallel.leader import GroupModel, LeaderGroup, StartFollowers
-from workers.parallel.rank import RankLostError
 from workers.prefill import PrefillRole
 from workers.probe import probe_device, probed_model
 from workers.service import SequenceLimits, WorkerService
@@ -255,64 +251,25 @@ def build_worker(
         assert start_followers is not None, "a tensor-parallel worker has other ranks"
         return _build_leader(options, start_followers, report)
     if options.device == "cuda":
-        model = load_model(Path(options.model_path), options.dtype, options.device, report=report)
-        step_model, storage = run_on_gpu(options, model)
+        step_model, storage = load_on_gpu(options, report=report)
     else:
         step_model = load_step_model(options, report=report)
-        storage = _take_storage(options, options.given_num_blocks)
+        storage = _take_storage(options)
     return Worker(options, ModelRunner(step_model, storage), storage)
 
 
-def run_on_gpu(options: WorkerOptions, model: Any) -> tuple[StepModel, PagedStorage]:
-    """The best way to run a loaded model on its GPU, and a KV cache that may get what memory is left.
-
-    Raises:
-        ModelError: the model does not give its own results here.
-        ResourceError: not enough memory for the KV cache.
-    """
-    step_model = choose_cuda_model(model, options.spec, options.max_model_len, options.device)
-    num_blocks = options.num_blocks if options.num_blocks is not None else _fitting_blocks(options, step_model)
-    storage = _take_storage(options, num_blocks, with_scratch_block=True)
-    if not (options.role.takes(Phase.DECODE) or options.changes_role):
-        return step_model, storage
-    return record_decode(step_model, storage, options.limits, options.max_model_len), storage
-
-
-def _fitting_blocks(options: WorkerOptions, step_model: StepModel) -> int:
-    spec, max_model_len = options.spec, options.max_model_len
-    largest_plan = largest_step(options.limits, max_model_len, spec.block_size)
-    available = kv_cache_bytes(step_model, spec, largest_plan, options.gpu_memory_utilization, options.device)
-    num_blocks = available // spec.block_bytes - 1  # the scratch block
-    needed = spec.num_blocks_for(max_model_len)
-    if num_blocks < needed:
-        raise ResourceError(
-            f"Too little GPU memory: {available >> 20} MiB are left for the KV cache, and one sequence of"
-            f" {max_model_len} tokens needs {needed * spec.block_bytes >> 20} MiB;"
-            " lower --max-model-len or raise --gpu-memory-utilization."
-        )
-    return num_blocks
-
-
-def _take_storage(options: WorkerOptions, num_blocks: int, *, with_scratch_block: bool = False) -> PagedStorage:
+def _take_storage(options: WorkerOptions) -> PagedStorage:
     try:
-        return PagedStorage(options.spec, num_blocks, options.device, with_scratch_block=with_scratch_block)
+        return PagedStorage(options.spec, options.given_num_blocks)
     except RuntimeError as error:  # torch's allocator
-        raise ResourceError(f"No memory for {num_blocks} KV blocks: {error}") from error
+        raise ResourceError(f"No memory for {options.given_num_blocks} KV blocks: {error}") from error
 
 
 def _build_leader(options: WorkerOptions, start_followers: StartFollowers, report: Callable[[float], None]) -> Worker:
     group = LeaderGroup(options, start_followers)
     try:
-        model = _load_share(options, group, report)
-        group.await_ready()
+        model = group.load(report)
     except BaseException:
         group.close()  # the followers end
         raise
-    return Worker(options, ModelRunner(GroupModel(group, model), group.shards[0]), group.storage, group)
-
-
-def _load_share(options: WorkerOptions, group: LeaderGroup, report: Callable[[float], None]) -> StepModel:
-    try:
-        return load_step_model(options, group.rank, report)
-    except (RuntimeError, RankLostError) as error:  # gloo's or ours: another rank did not come along
-        raise group.start_error() from error
+    return Worker(options, ModelRunner(model, group.own_storage), group.storage, group)

@@ -1,4 +1,7 @@
-"""Groups of ranks without Ray: they compute what one rank computes, hand KV over between any degrees, and end whole."""
+"""Groups of ranks without Ray: they compute what one rank computes, hand KV over between any degrees, and end whole.
+
+"GPUs" are stood in for: gloo for NCCL, and the CPU's memory for theirs. All else is the code that runs on GPUs.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import psutil
@@ -14,27 +18,39 @@ import pytest
 import torch
 
 from kvcache.errors import ModelError, ResourceError
+from kvcache.heads import Shard
+from kvcache.storage import PagedStorage
 from kvcache.transfer.port_choice import PortName
+from scheduler.batching import StepPlan
+from scheduler.request import SamplingParams
 from scheduler.types import WorkerRole
-from tests.builders import make_shape
+from tests.builders import make_scheduled, make_shape
 from tests.cluster import MAX_MODEL_LEN, ROOMY, TinyCheckpoint, local_cluster
 from tests.integration.ports import Came
-from tests.ranks import ProcessRanks, ThreadRanks, load_one_at_a_time
-from workers.model import runner
+from tests.ranks import ProcessRanks, ThreadRanks, load_one_at_a_time, stand_in_for_gpus
+from workers.device import Device
+from workers.model import cuda_model, runner
 from workers.model.attention_layers import own_logits
 from workers.model.fused_decoder import FusedDecoder
-from workers.model.runner import load_step_model, relative_differences
-from workers.model.step_model import StepModel
+from workers.model.runner import relative_differences
 from workers.model.transformers_model import TransformersModel, load_model
+from workers.parallel import follower
 from workers.parallel.leader import GroupModel, LeaderGroup
-from workers.parallel.rank import RankLostError
+from workers.parallel.rank import Rank, RankLostError, join_store, open_store, reduce_bytes
 from workers.worker import build_worker
 from workers.worker_options import WorkerOptions
 
 pytestmark = pytest.mark.integration
+DEVICES: list[Device] = ["cpu", "cuda"]
+GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 
 
-def options_of(checkpoint: TinyCheckpoint, size: int) -> WorkerOptions:
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_for_gpus(monkeypatch.setattr)
+
+
+def options_of(checkpoint: TinyCheckpoint, size: int, device: Device = "cpu") -> WorkerOptions:
     return WorkerOptions(
         worker_id="worker",
         role=WorkerRole.COLOCATED,
@@ -48,23 +64,24 @@ def options_of(checkpoint: TinyCheckpoint, size: int) -> WorkerOptions:
         dtype="float32",
         limits=ROOMY,
         tensor_parallel_size=size,
+        device=device,
     )
 
 
 @contextmanager
-def running_group(options: WorkerOptions, ranks: ThreadRanks | ProcessRanks) -> Iterator[tuple[LeaderGroup, StepModel]]:
-    """A group and its leader's own model."""
+def running_group(
+    options: WorkerOptions, ranks: ThreadRanks | ProcessRanks
+) -> Iterator[tuple[LeaderGroup, GroupModel]]:
+    """A group and the model that it computes."""
     group = LeaderGroup(options, ranks.start, timeout_s=30)
     try:
-        model = load_step_model(options, group.rank)
-        group.await_ready()
-        yield group, model
+        yield group, group.load()
     finally:
         group.close()
         ranks.join()
 
 
-@pytest.mark.parametrize("level", ["native", "transformers"])
+@pytest.mark.parametrize("level", ["native", "transformers", "GPUs"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_group_gives_the_logits_of_one_rank(
     checkpoint: TinyCheckpoint, size: int, level: str, monkeypatch: pytest.MonkeyPatch
@@ -73,12 +90,11 @@ def test_a_group_gives_the_logits_of_one_rank(
     load_one_at_a_time(monkeypatch)
     if level == "transformers":
         monkeypatch.setattr(runner, "find_misfit", lambda *_: "the test says so")
-    options = options_of(checkpoint, size)
-    model = load_model(checkpoint.path, "float32")
-    expected = own_logits(model, runner.compared_tokens(checkpoint.vocab_size))
-    with running_group(options, ThreadRanks(options)) as (group, model):
-        assert isinstance(model, FusedDecoder if level == "native" else TransformersModel)
-        whole = GroupModel(group, model)
+    options = options_of(checkpoint, size, "cuda" if level == "GPUs" else "cpu")
+    expected = own_logits(load_model(checkpoint.path, "float32"), runner.compared_tokens(checkpoint.vocab_size))
+    with running_group(options, ThreadRanks(options)) as (group, whole):
+        assert isinstance(whole.own, FusedDecoder if level == "native" else TransformersModel)
+        assert group.rank.is_on_gpu == (level == "GPUs")
         assert max(relative_differences(expected, whole, checkpoint.spec, checkpoint.vocab_size)) < 1e-5
 
 
@@ -106,38 +122,71 @@ def test_the_pools_may_have_different_degrees(
     asyncio.run(scenario())
 
 
-def test_a_killed_follower_ends_the_step_and_the_group(checkpoint: TinyCheckpoint) -> None:
-    """The reasons to wait are a sum in the shared memory and an answer on the socket: neither may hang."""
-    options = options_of(checkpoint, 2)
-    ranks = ProcessRanks(options)
+@pytest.mark.parametrize("size", [2, 4])
+def test_kv_on_gpus_is_read_and_written_as_that_of_one_rank(
+    checkpoint: TinyCheckpoint, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt's first chunk, whose logits nobody wants; its blocks to other places; then the rest of it from there."""
+    load_one_at_a_time(monkeypatch)
+    options = options_of(checkpoint, size, "cuda")
+    alone = TransformersModel(load_model(checkpoint.path, "float32"))
+    prompt = checkpoint.prompt(41)
+    first = StepPlan((make_scheduled("prompt", prompt[:40], 0, [7, 3, 9], None),))
+    rest = StepPlan((make_scheduled("prompt", prompt[40:], 40, [1, 4, 2], GREEDY),))
+    storage = PagedStorage(options.spec, options.given_num_blocks)
+    with running_group(options, ThreadRanks(options)) as (group, whole):
+        alone.logits(first, storage)
+        assert whole.logits(first, group.own_storage).shape == (0, checkpoint.vocab_size)
+        for layer in range(options.spec.num_layers):
+            found = bytes(group.storage.read_blocks(layer, [7, 3, 9]))
+            expected = bytes(storage.read_blocks(layer, [7, 3, 9]))
+            torch.testing.assert_close(as_floats(found), as_floats(expected), rtol=1e-4, atol=1e-4)
+            for kept in (group.storage, storage):
+                kept.write_blocks(layer, [1, 4, 2], expected)
+                kept.write_blocks(layer, [7, 3, 9], bytes(len(expected)))
+        torch.testing.assert_close(
+            whole.logits(rest, group.own_storage), alone.logits(rest, storage), rtol=1e-4, atol=1e-4
+        )
+
+
+def as_floats(payload: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(payload), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_killed_follower_ends_the_step_and_the_group(checkpoint: TinyCheckpoint, device: Device) -> None:
+    """The reasons to wait are a sum, in the shared memory or of torch, and an answer on the socket: none may hang."""
+    options = options_of(checkpoint, 2, device)
+    ranks = ProcessRanks(options, without_gpu=True)
     lost: list[str] = []
-    with running_group(options, ranks) as (group, model):
+    with running_group(options, ranks) as (group, whole):
         group.watch(lost.append)
-        whole = GroupModel(group, model)
         plan = runner._comparison_plans(checkpoint.spec.block_size, runner.compared_tokens(checkpoint.vocab_size))[0]
-        whole.logits(plan, group.shards[0])
+        whole.logits(plan, group.own_storage)
         follower = ranks.processes[0]
         psutil.Process(follower.pid).suspend()  # so that the step surely waits for it
         killer = threading.Timer(0.5, follower.kill)
         killer.start()
         started = time.monotonic()
         with pytest.raises(RankLostError):
-            whole.logits(plan, group.shards[0])
+            whole.logits(plan, group.own_storage)
         assert time.monotonic() - started < 20, "the wait ended by its timeout and not by the loss"
         assert len(lost) == 1
 
 
-def test_followers_end_when_their_leader_is_gone(checkpoint: TinyCheckpoint) -> None:
-    options = options_of(checkpoint, 2)
-    ranks = ProcessRanks(options)
+@pytest.mark.parametrize("device", DEVICES)
+def test_followers_end_when_their_leader_is_gone(checkpoint: TinyCheckpoint, device: Device) -> None:
+    options = options_of(checkpoint, 2, device)
+    ranks = ProcessRanks(options, without_gpu=True)
     with running_group(options, ranks):
         shared = {name for name in os.listdir("/dev/shm") if "twinpool" in name}
         assert not shared, "shared memory with a name outlives a killed process"
     assert [process.returncode for process in ranks.processes] == [0]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 def test_what_a_follower_cannot_load_is_said_by_the_leader(
-    checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+    checkpoint: TinyCheckpoint, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_one_at_a_time(monkeypatch)
     load = runner.load_model
@@ -147,9 +196,43 @@ def test_what_a_follower_cannot_load_is_said_by_the_leader(
             raise ModelError("a file of it is damaged")
         return load(*arguments, rank=rank, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(runner, "load_model", load_or_fail)
-    options = options_of(checkpoint, 2)
+    for module in (runner, cuda_model):
+        monkeypatch.setattr(module, "load_model", load_or_fail)
+    options = options_of(checkpoint, 2, device)
     ranks = ThreadRanks(options)
     with pytest.raises(ResourceError, match="Rank 1 of 2 could not start: a file of it is damaged"):
         build_worker(options, ranks.start)
     ranks.join()
+
+
+def test_gpus_that_a_group_does_not_see_are_refused_by_the_rank(
+    checkpoint: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gpu_of_rank(rank: int) -> str:
+        raise ResourceError(f"Rank {rank} needs a GPU.")
+
+    monkeypatch.setattr(follower, "gpu_of_rank", gpu_of_rank)
+    options = options_of(checkpoint, 2, "cuda")
+    ranks = ThreadRanks(options)
+    with pytest.raises(ResourceError, match="Rank 1"):
+        LeaderGroup(options, ranks.start, timeout_s=2)
+    ranks.join()
+
+
+@pytest.mark.parametrize("vocab_size", [4, 7])
+def test_gathered_logits_lie_in_the_order_of_the_vocabulary(vocab_size: int) -> None:
+    """Shares that differ by a token too, which gloo by itself does not take."""
+    size, (store, port) = 3, open_store(3)
+    memory = torch.zeros(reduce_bytes(size), dtype=torch.uint8)
+    logits = torch.arange(2 * vocab_size, dtype=torch.float32).view(2, vocab_size)
+
+    def gather(number: int) -> torch.Tensor:
+        own_store = store if number == 0 else join_store(port, size)
+        shard = Shard(number, size)
+        rank = Rank(shard, own_store, memory, 20, gpu="cpu")
+        tokens = shard.of(vocab_size)
+        return rank.gather_logits(logits[:, tokens.start : tokens.stop], vocab_size)
+
+    with ThreadPoolExecutor(size) as threads:
+        for gathered in threads.map(gather, range(size)):
+            assert torch.equal(gathered, logits)

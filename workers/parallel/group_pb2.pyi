@@ -73,3 +73,13 @@ class Command(_message.Message):
     step: Step
     measure: Measure
     def __init__(self, step: _Optional[_Union[Step, _Mapping]] = ..., measure: _Optional[_Union[Measure, _Mapping]] = ...) -> None: ...
+
+class Blocks(_message.Message):
+    __slots__ = ("layer", "block_ids", "are_written")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    ARE_WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    are_written: bool
+    def __init__(self, layer: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., are_written: _Optional[bool] = ...) -> None: ...

@@ -9,19 +9,22 @@ from collections.abc import Callable
 
 import torch
 
-from kvcache.errors import ResourceError
+from kvcache.errors import ModelError, ResourceError
 from kvcache.heads import Shard
 from kvcache.sharded_storage import ShardedStorage
-from kvcache.spec import KVCacheSpec
-from kvcache.storage import PagedStorage
+from kvcache.storage import BlockStorage, PagedStorage
 from scheduler.batching import StepPlan
 from scheduler.types import DeviceProfile
+from workers.device import gpu_of_rank
+from workers.model.cuda_model import load_on_gpu
+from workers.model.runner import load_step_model
 from workers.model.step_model import StepModel
 from workers.parallel import group_pb2 as pb
 from workers.parallel.channel import Channel, Listener, LossWatch
+from workers.parallel.kv_shares import KVShares, MappedShares, ServedShares
 from workers.parallel.messages import profile_from_wire, step_to_wire
 from workers.parallel.rank import COLLECTIVE_TIMEOUT_S, Rank, RankLostError, end_waits, open_store, reduce_bytes
-from workers.parallel.shared_memory import create_shared_memory, map_shared_memory, whole_pages
+from workers.parallel.shared_memory import create_shared_memory, map_shared_memory
 from workers.probe import ProbedModel, add_profiles, probe_device
 from workers.step_progress import StepProgress
 from workers.worker_options import WorkerOptions
@@ -34,8 +37,9 @@ StartFollowers = Callable[[str], Callable[[], bool]]
 
 
 class LeaderGroup:
-    """The followers of one worker, and the memory that all its ranks share. They live and die together.
+    """The followers of one worker, and what all its ranks share. They live and die together.
 
+    ``shards`` are the ranks' KV, by rank, and ``storage`` is all of it as one; on GPUs they are there after ``load``.
     When a follower is lost before ``close``, waits end in every rank and whoever ``watch``es is told.
     """
 
@@ -51,34 +55,66 @@ class LeaderGroup:
         self._on_lost: Callable[[str], None] | None = None
         self._lost_reason: str | None = None
         self._loss = threading.Lock()
-        self._vocab_size = options.vocab_size
+        self._options = options
         self._timeout_s = timeout_s
+        self._abort: Callable[[], None] = lambda: None  # until there is a rank
         self._lock = threading.Lock()  # commands come from the step's thread and from the one that measures
-        rank_bytes = rank_kv_bytes(options.spec, options.given_num_blocks, size)
-        descriptors = [
-            create_shared_memory("twinpool-kv", rank_bytes * size),
-            create_shared_memory("twinpool-sums", reduce_bytes(size)),
-        ]
+        on_gpu = options.device == "cuda"
+        gpu = gpu_of_rank(0) if on_gpu else None
+        self._kv: KVShares = ServedShares(options, timeout_s, self.lose) if on_gpu else MappedShares(options)
+        sums = create_shared_memory("twinpool-sums", reduce_bytes(size))
+        self._channels: list[Channel] = []
         try:
-            self._sums = map_shared_memory(descriptors[1], reduce_bytes(size))
-            self.shards = [map_rank_storage(options, rank, descriptors[0]) for rank in range(size)]
+            self._sums = map_shared_memory(sums, reduce_bytes(size))
             store, port = open_store(size)
             self._channels = _gather(size, start_followers)
-            for channel in self._channels:
-                channel.send(pb.Welcome(store_port=port).SerializeToString(), descriptors)
+            welcome = pb.Welcome(store_port=port).SerializeToString()
+            for rank, channel in enumerate(self._channels, start=1):
+                channel.send(welcome, [self._kv.descriptor_of(rank), sums])
         except RankLostError as error:
-            raise ResourceError(f"A tensor-parallel group of {size} ranks could not start: {error}.") from error
+            problem = ResourceError(f"A tensor-parallel group of {size} ranks could not start: {error}.")
+            if self._channels:
+                problem = self.start_error(error)  # a rank that has gone has said why
+            for channel in (*self._channels, *self._kv.channels):
+                channel.close()
+            raise problem from error
         finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
-        self._watch = LossWatch(self._channels, lambda: self.lose("the process of a rank has ended"))
+            self._kv.close_descriptors()
+            os.close(sums)
+        watched = [*self._channels, *self._kv.channels]
+        self._watch = LossWatch(watched, lambda: self.lose("the process of a rank has ended"))
         try:
-            self.rank = Rank(Shard(0, size), store, self._sums, timeout_s)
+            self.rank = Rank(Shard(0, size), store, self._sums, timeout_s, gpu)
         except RuntimeError as error:  # gloo's
-            problem = self.start_error()
+            problem = self.start_error(error)
             self.close()
             raise problem from error
-        self.storage = ShardedStorage(options.spec, self.shards)
+        self._abort = self.rank.abort
+        if self._kv.own is not None:
+            self._take(self._kv.own)
+
+    def load(self, report: Callable[[float], None] = lambda _part: None) -> GroupModel:
+        """Loads the leader's share while the followers load theirs; returns when all have.
+
+        Raises:
+            ModelError: the checkpoint cannot be loaded or cut.
+            ResourceError: not enough memory for KV, or why another rank cannot start.
+        """
+        try:
+            model, own = load_share(self._options, self.rank, self._kv.own, report)
+        except (RuntimeError, RankLostError, ModelError) as error:
+            if isinstance(error, ModelError) and self._lost_reason is None:
+                raise
+            # Another rank did not come along: the first two say so, and what a GPU computes then means nothing.
+            raise self.start_error(error) from error
+        self._take(own)
+        self.await_ready()
+        return GroupModel(self, model)
+
+    def _take(self, own: PagedStorage) -> None:
+        self.own_storage = own
+        self.shards: list[BlockStorage] = self._kv.all_of(own)
+        self.storage = ShardedStorage(self._options.spec, self.shards)
 
     def await_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Returns when every follower has loaded its share. ``timeout_s`` for each.
@@ -96,13 +132,15 @@ class LeaderGroup:
                 raise ResourceError(f"Rank {number} of {len(self._channels) + 1} could not start: {error}")
             channel.set_timeout(self._timeout_s)
 
-    def start_error(self) -> ResourceError:
-        """What to raise when the ranks could not compute together while they were starting."""
+    def start_error(self, cause: Exception) -> ResourceError:
+        """What to raise when the ranks could not compute together while they were starting: what a follower says, or
+        the ``cause`` as it is seen here."""
         try:
             self.await_ready(EXPLANATION_TIMEOUT_S)
         except ResourceError as error:
             return error
-        return ResourceError("The ranks of a tensor-parallel group do not reach each other.")
+        reason = " ".join(str(cause).split())[:300]
+        return ResourceError(f"The ranks of a tensor-parallel group do not reach each other: {reason}")
 
     def logits(self, model: StepModel, plan: StepPlan, progress: StepProgress | None = None) -> torch.Tensor:
         """Runs one step in all ranks. When it returns, every rank's KV of the step is written, and when ``progress``
@@ -114,8 +152,13 @@ class LeaderGroup:
         with self._lock:
             try:
                 self._send(step_to_wire(plan))
-                own = model.logits(plan, self.shards[0], progress).float()
-                return torch.cat([own, *(self._receive_logits(rank, len(own)) for rank in self._followers())], dim=1)
+                own = model.logits(plan, self.own_storage, progress)
+                if self.rank.is_on_gpu:
+                    logits = self.rank.gather_logits(own, self._options.vocab_size)
+                    self._await_step_end()
+                    return logits
+                others = [self._receive_logits(rank, len(own)) for rank in self._followers()]
+                return torch.cat([own.float(), *others], dim=1)
             except BaseException as error:
                 # Whatever it was: the other ranks are somewhere in the step, and nobody knows where.
                 self.lose(f"a step failed: {type(error).__name__}: {error}")
@@ -129,7 +172,7 @@ class LeaderGroup:
         """
         with self._lock:
             self._send(pb.Command(measure=pb.Measure()))
-            own = probe_device(model)
+            own = probe_device(model, self.rank.device)
             rates = [pb.Rates.FromString(bytes(channel.receive())) for channel in self._channels]
         return add_profiles(own, [profile_from_wire(own, rate) for rate in rates])
 
@@ -142,6 +185,7 @@ class LeaderGroup:
             end_waits(self._sums)
             if self._on_lost is not None:
                 self._on_lost(reason)
+        self._abort()  # not under the lock: it may take a while
 
     def watch(self, on_lost: Callable[[str], None]) -> None:
         """``on_lost`` is called with the reason when the group is lost, or now if it is already. From any thread."""
@@ -153,7 +197,7 @@ class LeaderGroup:
     def close(self) -> None:
         """Lets the followers end. No step may be running."""
         self._watch.stop()
-        for channel in self._channels:
+        for channel in (*self._channels, *self._kv.channels):
             channel.close()
 
     def _followers(self) -> range:
@@ -164,9 +208,14 @@ class LeaderGroup:
         for channel in self._channels:
             channel.send(payload)
 
+    def _await_step_end(self) -> None:
+        """Of the followers: what they compute on a GPU may take longer than their logits."""
+        for channel in self._channels:
+            channel.receive()
+
     def _receive_logits(self, rank: int, num_rows: int) -> torch.Tensor:
         payload = self._channels[rank - 1].receive()
-        width = len(Shard(rank, len(self.shards)).of(self._vocab_size))
+        width = len(Shard(rank, len(self.shards)).of(self._options.vocab_size))
         if not num_rows:
             return torch.empty(0, width)
         return torch.frombuffer(payload, dtype=torch.float32).view(num_rows, width)
@@ -180,22 +229,27 @@ class GroupModel:
         self.own = model  # this rank's part
 
     def logits(self, plan: StepPlan, storage: PagedStorage, progress: StepProgress | None = None) -> torch.Tensor:
-        """See ``StepModel.logits``; in float32."""
+        """See ``StepModel.logits``; on CPUs in float32."""
         return self._group.logits(self.own, plan, progress)
 
 
-def rank_kv_bytes(spec: KVCacheSpec, num_blocks: int, size: int) -> int:
-    """Shared memory of one rank's KV, in whole pages."""
-    return whole_pages(PagedStorage.bytes_of(Shard(0, size).of_spec(spec), num_blocks))
+def load_share(
+    options: WorkerOptions,
+    rank: Rank,
+    mapped: PagedStorage | None,
+    report: Callable[[float], None] = lambda _part: None,
+) -> tuple[StepModel, PagedStorage]:
+    """One rank's share of the model and its KV: ``mapped`` on a CPU, what its GPU has room for on a GPU.
 
+    All ranks call this at the same time.
 
-def map_rank_storage(options: WorkerOptions, rank: int, descriptor: int) -> PagedStorage:
-    """One rank's KV in the memory that the group shares."""
-    shard = Shard(rank, options.tensor_parallel_size)
-    spec = shard.of_spec(options.spec)
-    stride = rank_kv_bytes(options.spec, options.given_num_blocks, shard.size)
-    num_bytes = PagedStorage.bytes_of(spec, options.given_num_blocks)
-    return PagedStorage(spec, options.given_num_blocks, memory=map_shared_memory(descriptor, num_bytes, rank * stride))
+    Raises:
+        ModelError, ResourceError: as ``load_step_model`` and ``load_on_gpu``.
+        RuntimeError, RankLostError: another rank did not come along.
+    """
+    if mapped is None:
+        return load_on_gpu(options, rank, report)
+    return load_step_model(options, rank, report), mapped
 
 
 def _gather(size: int, start_followers: StartFollowers) -> list[Channel]:
@@ -206,12 +260,12 @@ def _gather(size: int, start_followers: StartFollowers) -> list[Channel]:
         has_one_ended = start_followers(listener.address)
         deadline = time.monotonic() + START_TIMEOUT_S
         while len(channels) < size - 1:
-            if has_one_ended() or time.monotonic() > deadline:
-                raise RankLostError(f"{size - 1 - len(channels)} did not come")
             channel = listener.accept(timeout_s=0.5)
             if channel is not None:
                 channel.set_timeout(EXPLANATION_TIMEOUT_S)
                 channels[pb.Hello.FromString(bytes(channel.receive())).rank] = channel
+            elif has_one_ended() or time.monotonic() > deadline:  # one that has ended may have come before
+                raise RankLostError(f"{size - 1 - len(channels)} did not come")
     finally:
         listener.close()
     return [channels[rank] for rank in range(1, size)]

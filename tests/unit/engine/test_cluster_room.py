@@ -56,6 +56,20 @@ def test_threads_that_were_not_given_are_what_the_nodes_allow() -> None:
 def test_auto_is_a_gpu_where_the_cluster_has_one_for_each_worker() -> None:
     assert [device_of_cluster(joined(), number) for number in (0, 1, 2)] == ["cpu", "cpu", "cuda"]
     assert device_of_cluster(joined(device="cuda"), 0) == "cuda"
+    of_ranks = joined(decode_tensor_parallel_size="2")
+    assert [device_of_cluster(of_ranks, number) for number in (2, 3)] == ["cpu", "cuda"]
+
+
+def test_the_ranks_of_a_worker_have_a_gpu_each_on_one_node() -> None:
+    config = joined(decode_tensor_parallel_size="2", threads_per_worker="2", device="cuda")
+    room = room_in_cluster(config, DECODE, "cuda", [], 100)
+    assert (room.num_ranks, room.total["GPU"]) == (2, 2.0)
+    rooms = {DECODE: room}
+    check_room(config, [node("a", 4, GPU=2.0)], rooms)
+    with pytest.raises(
+        ResourceError, match=r"each needs for its 2 ranks 2 GPU \(the most that a node has left: 1 GPU\)"
+    ):
+        check_room(config, [node("a", 4, GPU=1.0), node("b", 4, GPU=1.0)], rooms)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], list[Node], str]] = {

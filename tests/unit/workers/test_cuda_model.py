@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from kvcache.errors import ResourceError
+from kvcache.heads import Shard
 from scheduler.batching import BatchLimits
 from scheduler.types import WorkerRole
 from tests.builders import make_shape
@@ -20,9 +22,8 @@ from workers.model import cuda_model
 from workers.model.attention.flashinfer_backend import FlashInferAttention
 from workers.model.attention.torch_backend import TorchAttention
 from workers.model.cuda_graphs import GraphedModel, Replay
-from workers.model.cuda_model import budget_bytes, choose_cuda_model, largest_step
+from workers.model.cuda_model import budget_bytes, choose_cuda_model, largest_step, run_on_gpu
 from workers.model.transformers_model import TransformersModel
-from workers.worker import run_on_gpu
 from workers.worker_options import WorkerOptions
 
 SPEC = tiny_spec(head_size=64, dtype="bfloat16")
@@ -82,6 +83,36 @@ def test_a_flashinfer_that_does_not_do_is_left_with_the_reason(
     assert isinstance(choose(model, monkeypatch, library), TorchAttention)
     (record,) = caplog.records
     assert words in record.getMessage()
+
+
+class Others:
+    """The other ranks of a group, from one of them: what they answer when the largest value is asked for."""
+
+    def __init__(self, *answers: float) -> None:
+        self.shard = Shard()
+        self.told: list[float] = []
+        self._answers = iter(answers)
+
+    def largest(self, value: float) -> float:
+        self.told.append(value)
+        return max(value, next(self._answers))
+
+
+def test_a_rank_tells_the_others_that_its_flashinfer_failed(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    others: Any = Others(1.0, 0.0, 0.0)  # of the model's own logits, with FlashInfer, and portable
+    monkeypatch.setattr(cuda_model, "import_flashinfer", BrokenFlashInfer)
+    chosen = choose_cuda_model(model, SPEC, MAX_MODEL_LEN, "cpu", others)
+    assert isinstance(chosen.attention, TorchAttention) and others.told[1] == math.inf
+    assert "Could not find nvcc" in caplog.text
+
+
+def test_what_failed_in_another_rank_is_left_here_too(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    others: Any = Others(1.0, math.inf, 0.0)
+    monkeypatch.setattr(cuda_model, "import_flashinfer", FakeFlashInfer)
+    assert isinstance(choose_cuda_model(model, SPEC, MAX_MODEL_LEN, "cpu", others).attention, TorchAttention)
+    assert others.told[1] < 0.05, "it was FlashInfer here that was wrong"
 
 
 @pytest.mark.parametrize(
@@ -158,11 +189,22 @@ def test_a_worker_takes_the_blocks_that_fit_but_one_and_records_what_it_decodes(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, role: WorkerRole, kind: type
 ) -> None:
     gpu_of(21, monkeypatch)
-    step_model, storage = run_on_gpu(options_for(role), model)
+    step_model, storage = run_on_gpu(options_for(role), model, "cpu")
     assert (type(step_model), storage.num_blocks, storage.scratch_block) == (kind, 20, 20)
 
 
 def test_a_gpu_that_cannot_hold_one_sequence_is_refused(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_of(8, monkeypatch)  # a sequence of 32 tokens needs 8, and the scratch block is the ninth
     with pytest.raises(ResourceError, match=r"Too little GPU memory: .*--max-model-len"):
-        run_on_gpu(options_for(WorkerRole.COLOCATED), model)
+        run_on_gpu(options_for(WorkerRole.COLOCATED), model, "cpu")
+
+
+@pytest.mark.parametrize(("here", "in_another"), [(21, 13), (13, 21)])
+def test_ranks_take_the_blocks_that_fit_in_each_and_decode_without_graphs(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, here: int, in_another: int
+) -> None:
+    gpu_of(here, monkeypatch)
+    others: Any = Others(1.0, 0.0, -in_another * SPEC.block_bytes)
+    step_model, storage = run_on_gpu(options_for(WorkerRole.DECODE), model, "cpu", others)
+    assert (type(step_model), storage.num_blocks) == (TransformersModel, 12)
+    assert len(storage.layers[0]) == 12, "a scratch block is for graphs"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from kvcache.errors import ModelError
 from tests.builders import make_options
 from workers import ray_worker
+from workers.device import Device
 from workers.ray_worker import WorkerActor
 from workers.worker_options import WorkerOptions
 
@@ -62,3 +64,16 @@ def test_progress_raises_why_a_worker_cannot_be_loaded(
     end_of_loading()
     with pytest.raises(type(error), match=str(error)):
         worker.progress()
+
+
+@pytest.mark.parametrize(("device", "num_gpus"), [("cpu", 0), ("cuda", 1)])
+def test_every_rank_is_placed_in_its_part_of_the_worker_s_room_with_a_gpu_of_its_own(
+    device: Device, num_gpus: int
+) -> None:
+    group: Any = object()
+    options = replace(OPTIONS, device=device, tensor_parallel_size=3)
+    for rank in range(3):
+        place = ray_worker._place_of(rank, group, options)
+        strategy = place["scheduling_strategy"]
+        assert (place["num_cpus"], place["num_gpus"]) == (0, num_gpus)
+        assert (strategy.placement_group, strategy.placement_group_bundle_index) == (group, rank)
