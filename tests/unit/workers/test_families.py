@@ -43,12 +43,12 @@ def sequences() -> list[list[int]]:
     return [random.Random(seed).choices(range(VOCAB_SIZE), k=LENGTH) for seed in range(3)]
 
 
-def spec_of(model: Any) -> KVCacheSpec:
+def spec_of(model: Any, dtype: str = "float32") -> KVCacheSpec:
     config = model.config
     num_heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    return KVCacheSpec(config.num_hidden_layers, num_kv_heads, head_size, BLOCK_SIZE, "float32")
+    return KVCacheSpec(config.num_hidden_layers, num_kv_heads, head_size, BLOCK_SIZE, dtype)
 
 
 # (sequence, start, end) of the chunks of each step
@@ -91,6 +91,26 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, name: str) -> None:
         for step in steps:
             found = paged.logits(plan_of(step), storage)
             assert_close(found, torch.stack([expected[which][end - 1] for which, _, end in step]))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3"])
+def test_bfloat16_is_as_close_to_float32_as_that_of_transformers(tmp_path: Path, name: str) -> None:
+    """Within twice the largest difference: sums are added up in another order."""
+    save_model(tmp_path, FAMILIES[name](VOCAB_SIZE))
+    exact, rounded = (load_reference(tmp_path, dtype) for dtype in (torch.float32, torch.bfloat16))
+    model = load_model(tmp_path, "bfloat16")
+    paged = TransformersModel(model)
+    for steps in (PREFILL_AND_DECODE, CHUNKED_AND_MIXED):
+        storage = PagedStorage(spec_of(model, "bfloat16"), 3 * -(-LENGTH // BLOCK_SIZE))
+        found, expected, theirs = [], [], []
+        for step in steps:
+            found.append(paged.logits(plan_of(step), storage).float())
+            for logits, reference in ((expected, exact), (theirs, rounded)):
+                logits += [reference_logits(reference, sequences()[which])[end - 1].float() for which, _, end in step]
+        off, usual = (
+            float((logits - torch.stack(expected)).abs().max()) for logits in (torch.cat(found), torch.stack(theirs))
+        )
+        assert 0 < off <= 2 * usual
 
 
 @pytest.mark.parametrize(
