@@ -61,5 +61,20 @@ def test_a_stream_that_outlives_the_shutdown_ends_with_an_error_frame() -> None:
         assert "Traceback" not in server.output.read_text()
 
 
+@pytest.mark.slow
+def test_int8_weights_answer(reference: list[ReferenceCase]) -> None:
+    """Given the same text, int8 chooses 19 of 20 tokens as float32 does (README)."""
+    short = [case for case in reference if 15 <= len(case.prompt_token_ids) <= 200]
+    pools = ("--quantization", "int8", "--placement-policy", "least_loaded")
+    with serving(*pools, expected_workers=2) as server:
+        answers = asyncio.run(complete_all(server.url, short, at_once=8))
+        assert sum(answers[case.name][0] == case.output_token_ids[0] for case in short) >= 0.8 * len(short)
+        assert answers != expected(short), "float32 answered"
+        workers = server.wait_until_idle().workers
+        assert sum(worker.load.transfers for worker in workers) == len(short)
+        for shape in (worker.info.shape for worker in workers):  # 2 FLOP per weight; a byte, and 2 for the scale of 64
+            assert shape.weight_bytes == pytest.approx(shape.linear_flops / 2 * (1 + 2 / 64))
+
+
 def _ids(case: ReferenceCase) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return case.prompt_token_ids, case.output_token_ids
