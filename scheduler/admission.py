@@ -94,10 +94,8 @@ class AdmissionControl:
         self._arrived: dict[str, RequestArrived] = {}  # of those in the queue
         self._queued_tokens: Counter[ServiceClass] = Counter()  # of their prompts
         self._admitted: dict[str, _Admitted] = {}
-        self._running = dict.fromkeys(ServiceClass, 0)  # of the admitted
-        self._num_running = 0  # of all classes
-        self._prompt_tokens = dict.fromkeys(ServiceClass, 0)  # of admitted prompts whose first token is not out
-        self._num_prompt_tokens = 0  # of all classes
+        self._running: Counter[ServiceClass] = Counter()  # of the admitted
+        self._prompt_tokens: Counter[ServiceClass] = Counter()  # of admitted prompts whose first token is not out
         self._prefill_pace = Pace()  # prompt tokens
         self._place_pace = Pace()  # sequences that end
         self._mean_output: dict[str, float] = {}  # tokens, by tenant
@@ -114,8 +112,7 @@ class AdmissionControl:
                 self._end_prefill(event.request_id, now)
             case RequestPlaced():
                 self._book_told(event, now)
-        commands = self._placer.handle(event, now)
-        return commands + self.advance(now) if len(self._queue) else commands
+        return [*self._placer.handle(event, now), *self.advance(now)]
 
     def advance(self, now: float) -> list[Command]:
         """Lets time pass: what has to leave the queue, and what may."""
@@ -153,7 +150,7 @@ class AdmissionControl:
             return [self._queued(event.request_id)]
         if event.is_continued:  # it has had its turn, and lost its worker
             return [self._admit(event, now)]
-        commands = self.advance(now) if len(self._queue) else []
+        commands = self.advance(now)
         if not self._has_waiting(event.urgency) and self._has_room(event, now):
             return [*commands, self._admit(event, now)]
         return commands + self._enqueue(event, now)
@@ -224,11 +221,9 @@ class AdmissionControl:
     def _book(self, admitted: _Admitted, now: float) -> None:
         self._admitted[admitted.command.placement.request_id] = admitted
         self._running[admitted.service_class] += 1
-        self._num_running += 1
         self._prompt_tokens[admitted.service_class] += admitted.num_prompt_tokens
-        self._num_prompt_tokens += admitted.num_prompt_tokens
         self._prefill_pace.begin(now)
-        if self._num_running >= self._placer.num_places:
+        if self._running.total() >= self._placer.num_places:
             self._place_pace.begin(now)
 
     def _end_prefill(self, request_id: str, now: float) -> None:
@@ -238,8 +233,7 @@ class AdmissionControl:
         admitted.is_prefilled = True
         num_tokens = admitted.num_prompt_tokens
         self._prompt_tokens[admitted.service_class] -= num_tokens
-        self._num_prompt_tokens -= num_tokens
-        self._prefill_pace.done(num_tokens, now, is_over=not self._num_prompt_tokens)
+        self._prefill_pace.done(num_tokens, now, is_over=not self._prompt_tokens.total())
 
     def _end(self, event: RequestEnded, now: float) -> None:
         item = self._queue.remove(event.request_id)
@@ -251,8 +245,7 @@ class AdmissionControl:
             return
         tenant, service_class = admitted.tenant, admitted.service_class
         self._running[service_class] -= 1
-        self._num_running -= 1
-        self._place_pace.done(1, now, is_over=self._num_running < self._placer.num_places)
+        self._place_pace.done(1, now, is_over=self._running.total() < self._placer.num_places)
         wrong = event.num_delivered_tokens - admitted.num_output_tokens
         self._queue.charge(tenant, service_class, OUTPUT_WEIGHT * wrong)
         if event.num_output_tokens:
@@ -270,7 +263,7 @@ class AdmissionControl:
         if not self._placer.num_places:
             return True  # whoever is asked next says that there is no worker
         is_batch = event.urgency.is_batch
-        running = self._num_running if is_batch else self._running[ServiceClass.INTERACTIVE]
+        running = self._running.total() if is_batch else self._running[ServiceClass.INTERACTIVE]
         if running >= self._placer.num_places:
             return False
         if not is_batch and not self._is_shared and not self._options.refuses_late:
@@ -304,7 +297,7 @@ class AdmissionControl:
             token_s = outlook.prefill_s / max(1, event.num_prompt_tokens) / max(1, outlook.num_prefill_workers)
             model_s = outlook.backlog_s + tokens_ahead * token_s
         prefill_s = self._prefill_pace.seconds_for(tokens_ahead + self._prompt_tokens[urgency.service_class])
-        is_full = self._num_running >= self._placer.num_places
+        is_full = self._running.total() >= self._placer.num_places
         place_s = self._place_pace.seconds_for(num_ahead + 1) if is_full else 0.0
         return max(model_s, prefill_s, place_s)
 

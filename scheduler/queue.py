@@ -99,13 +99,11 @@ class FairQueue:
 
         So who used capacity that nobody else wanted does not pay for it later.
         """
-        if self._lines:
-            if tenant not in self._lines:
-                self._lift(tenant)
-            self.charge(tenant, service)
-        else:
-            counter = max(self.counter(tenant), self._last_counter) + service / self._weight(tenant)
-            self._counters[tenant] = self._last_counter = counter
+        if tenant not in self._lines:
+            self._lift(tenant)
+        self.charge(tenant, service)
+        if not self._lines:
+            self._last_counter = self.counter(tenant)
 
     def counter(self, tenant: str) -> float:
         return self._counters.get(tenant, 0.0)
