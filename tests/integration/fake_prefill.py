@@ -8,11 +8,13 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import grpc
+import pytest
 
+from kvcache.errors import TransferFault
 from kvcache.spec import KVCacheSpec
 from kvcache.transfer import kv_transfer_pb2 as kv_pb
 from kvcache.transfer import kv_transfer_pb2_grpc as kv_pb_grpc
-from kvcache.transfer.wire import ChunkRange, chunk_header, make_chunk, make_commit, spec_to_wire
+from kvcache.transfer.wire import FAULT_METADATA_KEY, ChunkRange, chunk_header, make_chunk, make_commit, spec_to_wire
 from scheduler.request import SamplingParams
 from tests.cluster import LocalCluster
 from workers import worker_pb2 as pb
@@ -160,3 +162,22 @@ async def send(channel: grpc.aio.Channel, messages: Iterable[kv_pb.TransferMessa
         await call.done_writing()
     receipt: kv_pb.TransferReceipt = await call
     return receipt
+
+
+def fault_in(error: grpc.aio.AioRpcError) -> str | bytes | None:
+    return dict(error.trailing_metadata() or ()).get(FAULT_METADATA_KEY)
+
+
+def lost_by_grpc(error: grpc.aio.AioRpcError) -> bool:
+    """A write that meets the end of its call makes grpc forget how the call ended; the receiver's count tells."""
+    return error.code() is grpc.StatusCode.INTERNAL and "execute_batch" in error.debug_error_string()
+
+
+async def expect_refusal(
+    cluster: LocalCluster, messages: Iterable[kv_pb.TransferMessage], fault: TransferFault
+) -> None:
+    before = cluster.failures("decode-0")
+    with pytest.raises(grpc.aio.AioRpcError) as refusal:
+        await send(cluster.channel("decode-0"), messages)
+    assert lost_by_grpc(refusal.value) or fault_in(refusal.value) == fault.value
+    assert cluster.failures("decode-0") == {**before, fault.value: before.get(fault.value, 0) + 1}

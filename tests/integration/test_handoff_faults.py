@@ -13,10 +13,10 @@ import pytest
 from kvcache.errors import TransferFault
 from kvcache.transfer import kv_transfer_pb2_grpc as kv_pb_grpc
 from kvcache.transfer.sender import OutgoingTransfer
-from kvcache.transfer.wire import FAULT_METADATA_KEY, MAX_MESSAGE_BYTES, Chunk, ChunkRange, Message
+from kvcache.transfer.wire import MAX_MESSAGE_BYTES, Chunk, ChunkRange, Message
 from tests.cluster import BLOCK_SIZE, LocalCluster, TinyCheckpoint, greedily, local_cluster
-from tests.integration.bad_handoffs import PROMPT_TOKENS, REFUSED, Messages, Tamper, no_commit
-from tests.integration.fake_prefill import FakePrefill, GenerateCall, fake_prefill, send
+from tests.integration.bad_handoffs import PROMPT_TOKENS, REFUSED, Tamper, no_commit
+from tests.integration.fake_prefill import FakePrefill, GenerateCall, expect_refusal, fake_prefill, send
 from tests.leaks import until
 
 pytestmark = pytest.mark.integration
@@ -39,23 +39,6 @@ def call_through(cluster: LocalCluster, fake: FakePrefill, request_id: str = "vi
     """Asks the decode worker for one token, whose prompt the fake worker shall prefill."""
     prompt = cluster.checkpoint.prompt(PROMPT_TOKENS)
     return GenerateCall(cluster, "decode-0", request_id, prompt, greedily(1), fake.address)
-
-
-def fault_in(error: grpc.aio.AioRpcError) -> str | bytes | None:
-    return dict(error.trailing_metadata() or ()).get(FAULT_METADATA_KEY)
-
-
-def lost_by_grpc(error: grpc.aio.AioRpcError) -> bool:
-    """A write that meets the end of its call makes grpc forget how the call ended; the receiver's count tells."""
-    return error.code() is grpc.StatusCode.INTERNAL and "execute_batch" in error.debug_error_string()
-
-
-async def expect_refusal(cluster: LocalCluster, messages: Messages, fault: TransferFault) -> None:
-    before = cluster.failures("decode-0")
-    with pytest.raises(grpc.aio.AioRpcError) as refusal:
-        await send(cluster.channel("decode-0"), messages)
-    assert lost_by_grpc(refusal.value) or fault_in(refusal.value) == fault.value
-    assert cluster.failures("decode-0") == {**before, fault.value: before.get(fault.value, 0) + 1}
 
 
 @pytest.mark.parametrize(("tamper", "fault"), REFUSED, ids=[tamper.__name__ for tamper, _ in REFUSED])

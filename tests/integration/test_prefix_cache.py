@@ -9,10 +9,10 @@ import grpc
 import pytest
 
 from kvcache.errors import TransferFault
-from kvcache.transfer.wire import FAULT_METADATA_KEY, ChunkRange
+from kvcache.transfer.wire import ChunkRange
 from scheduler.request import SamplingParams
 from tests.cluster import BLOCK_SIZE, LocalCluster, TinyCheckpoint, greedily, local_cluster
-from tests.integration.fake_prefill import GenerateCall, fake_prefill, send
+from tests.integration.fake_prefill import GenerateCall, expect_refusal, fake_prefill
 from tests.leaks import until
 
 pytestmark = pytest.mark.integration
@@ -268,10 +268,7 @@ def test_a_sender_cannot_write_to_blocks_that_are_held_already(checkpoint: TinyC
             handoff = await fake.handoffs.get()
             assert handoff.request.num_held_tokens == 4 * checkpoint.spec.block_size
             bad = handoff.chunk(0, where, bytes(where.num_blocks * checkpoint.spec.layer_block_bytes))
-            with pytest.raises(grpc.aio.AioRpcError) as refusal:
-                await send(cluster.channel("decode-0"), [handoff.opening(checkpoint.spec), bad])
-            metadata = dict(refusal.value.trailing_metadata() or ())
-            assert metadata[FAULT_METADATA_KEY] == TransferFault.OUT_OF_BOUNDS.value
+            await expect_refusal(cluster, [handoff.opening(checkpoint.spec), bad], TransferFault.OUT_OF_BOUNDS)
             handoff.end(grpc.StatusCode.UNAVAILABLE)
             assert (await call.error()).code() is grpc.StatusCode.ABORTED
             assert await cluster.check_greedy(prompt, NUM_TOKENS) == 64
