@@ -6,18 +6,18 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from scheduler.types import WorkerRole
-from tests.builders import make_shape
-from tests.cluster import MAX_MODEL_LEN, ROOMY, TinyCheckpoint
+from tests.cluster import TinyCheckpoint
 from tests.e2e.client import complete_all, expected
 from tests.e2e.reference import ReferenceCase
 from tests.e2e.server import serving
+from tests.rank_groups import options_of, running_group
 from tests.ranks import ProcessRanks
 from workers.model import runner
 from workers.model.attention_layers import own_logits
@@ -25,7 +25,6 @@ from workers.model.runner import relative_differences
 from workers.model.transformers_model import load_model
 from workers.parallel.leader import GroupModel, LeaderGroup
 from workers.parallel.rank import RankLostError
-from workers.worker_options import WorkerOptions
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,29 +40,10 @@ def tiny(tmp_path: Path) -> TinyCheckpoint:
 
 @pytest.fixture
 def group_of_two(tiny: TinyCheckpoint) -> Iterator[tuple[LeaderGroup, GroupModel, ProcessRanks]]:
-    options = WorkerOptions(
-        worker_id="worker",
-        role=WorkerRole.COLOCATED,
-        model_path=str(tiny.path),
-        model_name="tiny",
-        spec=tiny.spec,
-        shape=make_shape(tiny.spec),
-        num_blocks=None,
-        max_model_len=MAX_MODEL_LEN,
-        vocab_size=tiny.vocab_size,
-        dtype="float32",
-        limits=ROOMY,
-        tensor_parallel_size=2,
-        device="cuda",
-        gpu_memory_utilization=0.5,
-    )
+    options = replace(options_of(tiny, 2, "cuda"), num_blocks=None, gpu_memory_utilization=0.5)
     ranks = ProcessRanks(options)
-    group = LeaderGroup(options, ranks.start, timeout_s=30)
-    try:
-        yield group, group.load(), ranks
-    finally:
-        group.close()
-        ranks.join()
+    with running_group(options, ranks) as (group, whole):
+        yield group, whole, ranks
 
 
 def test_two_gpus_give_the_logits_of_one_model(

@@ -9,9 +9,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import psutil
 import pytest
@@ -24,10 +22,16 @@ from kvcache.transfer.port_choice import PortName
 from scheduler.batching import StepPlan
 from scheduler.request import SamplingParams
 from scheduler.types import WorkerRole
-from tests.builders import make_scheduled, make_shape
-from tests.cluster import MAX_MODEL_LEN, ROOMY, TinyCheckpoint, local_cluster
+from tests.builders import make_scheduled
+from tests.cluster import TinyCheckpoint, local_cluster
 from tests.integration.ports import Came
-from tests.ranks import ProcessRanks, ThreadRanks, load_one_at_a_time, stand_in_for_gpus
+from tests.rank_groups import options_of, running_group
+from tests.ranks import (
+    ProcessRanks,
+    ThreadRanks,
+    load_one_at_a_time,
+    stand_in_for_gpus,
+)
 from workers.device import Device
 from workers.model import cuda_model, runner
 from workers.model.attention_layers import own_logits
@@ -35,10 +39,9 @@ from workers.model.fused_decoder import FusedDecoder
 from workers.model.runner import relative_differences
 from workers.model.transformers_model import TransformersModel, load_model
 from workers.parallel import follower
-from workers.parallel.leader import GroupModel, LeaderGroup
+from workers.parallel.leader import LeaderGroup
 from workers.parallel.rank import Rank, RankLostError, join_store, open_store, reduce_bytes
 from workers.worker import build_worker
-from workers.worker_options import WorkerOptions
 
 pytestmark = pytest.mark.integration
 DEVICES: list[Device] = ["cpu", "cuda"]
@@ -48,37 +51,6 @@ GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in_for_gpus(monkeypatch.setattr)
-
-
-def options_of(checkpoint: TinyCheckpoint, size: int, device: Device = "cpu") -> WorkerOptions:
-    return WorkerOptions(
-        worker_id="worker",
-        role=WorkerRole.COLOCATED,
-        model_path=str(checkpoint.path),
-        model_name="tiny",
-        spec=checkpoint.spec,
-        shape=make_shape(checkpoint.spec),
-        num_blocks=64,
-        max_model_len=MAX_MODEL_LEN,
-        vocab_size=checkpoint.vocab_size,
-        dtype="float32",
-        limits=ROOMY,
-        tensor_parallel_size=size,
-        device=device,
-    )
-
-
-@contextmanager
-def running_group(
-    options: WorkerOptions, ranks: ThreadRanks | ProcessRanks
-) -> Iterator[tuple[LeaderGroup, GroupModel]]:
-    """A group and the model that it computes."""
-    group = LeaderGroup(options, ranks.start, timeout_s=30)
-    try:
-        yield group, group.load()
-    finally:
-        group.close()
-        ranks.join()
 
 
 @pytest.mark.parametrize("level", ["native", "transformers", "GPUs"])
