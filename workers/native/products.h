@@ -29,6 +29,14 @@ class Ahead {
   int64_t step_;
 };
 
+// The same number one row on. The compiler must not know how it comes about: it would keep a pointer for each row of a
+// tile, which are more than there are registers, and moving them about cost a tenth of float32's rate.
+template <typename T>
+inline const T* next_row(const T* at, int64_t stride) {
+  asm("" : "+r"(stride));
+  return at + stride;
+}
+
 // The kernels are not inlined: among their callers' variables the compiler spills accumulators, at half the speed.
 
 // c[rows][kPanel] (+)= a[rows][depth] * panel[depth][kPanel]
@@ -38,12 +46,13 @@ void tile(const float* a, int64_t a_stride, const float* panel, int64_t depth, f
           const float* next) {
   Vec left[kRows] = {}, right[kRows] = {};
   Ahead<kRows> ahead(next, panel);
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t k = 0; k < depth; ++k, ++a) {
     const Vec b0 = load(panel + k * kPanel), b1 = load(panel + k * kPanel + kLanes);
     ahead.fetch(kPanel * sizeof(float));
+    const float* at = a;
 #pragma GCC unroll 12
-    for (int row = 0; row < kRows; ++row) {
-      const float value = a[row * a_stride + k];
+    for (int row = 0; row < kRows; ++row, at = next_row(at, a_stride)) {
+      const float value = *at;
       left[row] += value * b0;
       right[row] += value * b1;
     }
@@ -116,10 +125,11 @@ void tile16(const uint16_t* a, int64_t a_stride, const uint16_t* panel, int64_t 
   for (int64_t k = 0; k < depth; k += 2) {
     const __m512i b0 = _mm512_loadu_si512(panel + k * kPanel), b1 = _mm512_loadu_si512(panel + k * kPanel + 32);
     ahead.fetch(128);
+    const uint16_t* at = a + k;
 #pragma GCC unroll 12
-    for (int row = 0; row < kRows; ++row) {
+    for (int row = 0; row < kRows; ++row, at = next_row(at, a_stride)) {
       int32_t pair;
-      std::memcpy(&pair, a + row * a_stride + k, sizeof pair);
+      std::memcpy(&pair, at, sizeof pair);
       const __m512i value = _mm512_set1_epi32(pair);
       add_products(left[row], value, b0);
       add_products(right[row], value, b1);
