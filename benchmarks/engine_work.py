@@ -226,6 +226,7 @@ class Engine:
     def _attach(self, request: Request) -> None:
         first_token_id = request.prompt_token_ids[0]
         self.step_loop.deliver(self.step_loop.batcher.attach(request.request_id, first_token_id))
+        self.step_loop.wake()  # as KV that has come
 
     async def _run(self, requests: Sequence[Request]) -> list[StepTimes]:
         """Computes sequences that start together; every block is free before and after."""

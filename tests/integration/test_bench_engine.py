@@ -140,7 +140,9 @@ def test_prompts_come_in_chunks_and_only_decode_steps_after_the_warm_up_count(
     async def run() -> tuple[list[StepTimes], list[StepTimes]]:
         blocks = num_blocks_needed([1030], batches=[3], contexts=[20])
         async with open_engine(settings_for(tiny_llama, step_model), blocks, max_seqs=3) as engine:
-            return await engine.prefill(1030), await engine.decode(batch=3, context=20, num_steps=4)
+            await asyncio.sleep(0)  # the loop has found nothing to do and waits
+            decode = await engine.decode(batch=3, context=20, num_steps=4)
+            return await engine.prefill(1030), decode
 
     prefill, decode = asyncio.run(run())
     assert (len(prefill), len(decode)) == (3, 4)
