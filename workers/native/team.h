@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <vector>
 
 #include <sched.h>
 
@@ -14,12 +15,52 @@
 
 namespace {
 
+// Which cores the threads of a team run on. When the system wakes two of them on one core, it takes it some milliseconds,
+// the length of a step, to notice that another core is idle.
+class Cores {
+ public:
+  explicit Cores(int num_threads) : of_(num_threads) {
+    for (auto& core : of_) core = -1;
+  }
+
+  void note(int index) {
+#ifdef __linux__
+    of_[index].store(sched_getcpu(), std::memory_order_relaxed);
+#endif
+  }
+
+  // Moves this thread to a core where no other one was seen, if there is one and another one was seen on this thread's.
+  // The system may move it again.
+  void leave_shared(int index) const {
+#ifdef __linux__
+    const int own = sched_getcpu();
+    cpu_set_t allowed, free;
+    if (!is_taken(own, index) || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+    free = allowed;
+    for (const auto& core : of_)
+      if (core.load(std::memory_order_relaxed) >= 0) CPU_CLR(core.load(std::memory_order_relaxed), &free);
+    if (CPU_COUNT(&free) > 0 && sched_setaffinity(0, sizeof free, &free) == 0)
+      sched_setaffinity(0, sizeof allowed, &allowed);
+#endif
+  }
+
+ private:
+  bool is_taken(int core, int but_by) const {
+    for (int index = 0; index < static_cast<int>(of_.size()); ++index)
+      if (index != but_by && of_[index].load(std::memory_order_relaxed) == core) return true;
+    return false;
+  }
+
+  std::vector<std::atomic<int>> of_;  // of each thread, when it last came to a barrier; -1: not yet
+};
+
 class Barrier {
  public:
-  explicit Barrier(int size) : size_(size) {}
+  explicit Barrier(int size) : size_(size), cores_(size) {}
 
-  // Returns when all `size` threads have called it.
-  void wait() {
+  // Returns when all `size` threads have called it, each with an index of its own.
+  void wait(int index) {
+    cores_.note(index);
     const uint32_t round = round_.load(std::memory_order_relaxed);  // goes on only after this thread has come
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
       arrived_.store(0, std::memory_order_relaxed);
@@ -31,6 +72,7 @@ class Barrier {
       if (round_.load(std::memory_order_acquire) != round) return;
       relax();
     }
+    cores_.leave_shared(index);
     for (int spin = 0; spin < kYields; ++spin) {
       if (round_.load(std::memory_order_acquire) != round) return;
       sched_yield();  // whom we wait for may be waiting for this core
@@ -46,6 +88,7 @@ class Barrier {
   static constexpr int64_t kLongNapNs = 1'000'000'000;
 
   const int size_;
+  Cores cores_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<uint32_t> round_{0};
   alignas(64) std::atomic<int> sleepers_{0};
@@ -75,7 +118,7 @@ class Member {
   bool is_alone() const { return team_.size == 1; }
 
   void wait() {
-    if (!is_alone()) team_.barrier.wait();
+    if (!is_alone()) team_.barrier.wait(index_);
   }
 
   // This thread's part of `count` pieces of work that take equally long. Does not wait.

@@ -104,6 +104,29 @@ def test_any_block_size_and_two_threads_give_the_same(tmp_path: Path, build: str
     assert_same_logits(make_model(tmp_path, config), spec_of(config, block_size=block_size), num_threads=2)
 
 
+def allowed_cores() -> dict[int, set[int]]:
+    """Of each thread of this process."""
+    return {int(thread): os.sched_getaffinity(int(thread)) for thread in os.listdir("/proc/self/task")}
+
+
+@pytest.mark.parametrize("num_cores", [1, 2])
+def test_threads_that_make_room_for_each_other_may_use_the_same_cores_as_before(tmp_path: Path, num_cores: int) -> None:
+    config = CONFIGS["llama"]()
+    model, spec = make_model(tmp_path, config), spec_of(config)
+    assert_same_logits(model, spec, num_threads=2)  # the threads are there
+    before = allowed_cores()
+    try:
+        for thread, cores in before.items():
+            os.sched_setaffinity(thread, set(sorted(cores)[:num_cores]))
+        restricted = allowed_cores()
+        for _ in range(20):
+            assert_same_logits(model, spec, num_threads=2)
+        assert allowed_cores() == restricted
+    finally:
+        for thread, cores in before.items():
+            os.sched_setaffinity(thread, cores)
+
+
 LONG = 600  # several parts of a decoding sequence's keys, several blocks of a prompt's
 
 
