@@ -25,8 +25,9 @@ from kvcache.manager import KVCacheManager
 from kvcache.rows import encode_rows
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
-from scheduler.batching import Batcher, BatchLimits, StepOutput, StepPlan
+from scheduler.batching import Batcher, BatchLimits
 from scheduler.request import Request, SamplingParams
+from scheduler.step_plan import StepOutput, StepPlan
 from workers.model.checkpoint import CheckpointInfo
 from workers.model.fused_decoder import FusedDecoder
 from workers.model.runner import ModelRunner, choose_step_model

@@ -31,7 +31,7 @@ from kvcache.rows import decode_rows
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import ROW_DTYPES, PagedStorage
 from kvcache.transfer.compress import RoundedReads
-from scheduler.batching import ScheduledChunk, StepPlan
+from scheduler.step_plan import ScheduledChunk, StepPlan
 from workers.model.attention_layers import read_attention_layers
 from workers.model.checkpoint import DEFAULT_MODEL, describe_checkpoint, prepare_checkpoint
 from workers.model.fused_decoder import FusedDecoder, WeightFormat, find_misfit

@@ -15,22 +15,22 @@ prompt brings. So a short prompt does not wait for a long one that has begun, an
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate, chain, count
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from itertools import count
 
 from kvcache.errors import InvariantError, OverloadedError, RequestError
 from kvcache.lease import BlockLease
 from kvcache.manager import KVCacheManager
 from kvcache.prefix import HashChain
-from scheduler.request import FinishReason, Request, RequestStatus, SamplingParams, TokenHistory, TokenLogprobs
+from scheduler.request import FinishReason, Request, RequestStatus, TokenLogprobs
+from scheduler.step_plan import UNKNOWN_TOKEN, SampledToken, ScheduledChunk, StepOutput, StepPlan
 from scheduler.urgency import ServiceClass
 
 MAX_PROMPT_LOGITS = 128  # rows of one step: a row is as long as the vocabulary
 STEPS_PER_FIRST_TOKEN = 8  # that a TTFT target should hold where it limits steps
 PATIENCE = 4  # how many times its own work a prompt lets shorter ones go before it
 MIN_PROMPT_TOKENS = 64  # of a step, however slow: fewer cost nearly as much
-UNKNOWN_TOKEN = -1  # in a step that is planned ahead: the one before it will sample it
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,64 +41,6 @@ class BatchLimits:
     # Prompts are cut so that no step takes longer, for who arrives meanwhile waits for it; None: whatever it takes.
     max_step_s: float | None = None
     max_pause_s: float | None = None  # the same where others decode: they pause meanwhile
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledChunk:
-    """Tokens of one sequence to compute in this step; their KV goes to ``block_table``."""
-
-    request_id: str
-    token_ids: tuple[int, ...]
-    start: int  # position of the first of them
-    num_prompt_tokens: int  # how many of them belong to the prompt
-    block_table: tuple[int, ...]
-    sampling: SamplingParams | None  # None: a prompt chunk that is not the last; nothing is sampled
-    history: TokenHistory | None = None  # with ``sampling`` that depends on the tokens so far
-    prompt_targets: tuple[int, ...] = ()  # the prompt tokens whose logprobs are asked for, see ``num_logits``
-    num_prompt_logprobs: int = 0  # likeliest tokens told for each of them
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.token_ids)
-
-    @property
-    def num_logits(self) -> int:
-        """After so many of its last tokens logits are needed: first those for ``prompt_targets``, then to sample."""
-        return len(self.prompt_targets) + (self.sampling is not None)
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """Everything the model runner needs to know of one step. Decoding sequences come first."""
-
-    chunks: tuple[ScheduledChunk, ...]
-
-    @property
-    def logit_rows(self) -> list[int]:
-        """The tokens after which logits are needed, counted over the chunks in order."""
-        ends = accumulate(len(chunk.token_ids) for chunk in self.chunks)
-        ranges = (range(end - chunk.num_logits, end) for end, chunk in zip(ends, self.chunks, strict=True))
-        return list(chain.from_iterable(ranges))
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """What the runner made of one plan, by request id."""
-
-    tokens: Mapping[str, int] = field(default_factory=dict)  # of every chunk with ``sampling``
-    logprobs: Mapping[str, TokenLogprobs] = field(default_factory=dict)  # of those of them that ask
-    prompt_logprobs: Mapping[str, tuple[TokenLogprobs, ...]] = field(default_factory=dict)  # one per prompt target
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """One new token of one sequence, in the order they were sampled."""
-
-    request: Request
-    token_id: int
-    finish_reason: FinishReason | None
-    logprobs: TokenLogprobs | None = None
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # with the first token, where they were asked for
 
 
 @dataclass(slots=True)

@@ -12,8 +12,9 @@ from kvcache.manager import KVCacheManager
 from kvcache.rows import encode_rows
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
-from scheduler.batching import BatchLimits, ScheduledChunk
+from scheduler.batching import BatchLimits
 from scheduler.request import SamplingParams
+from scheduler.step_plan import ScheduledChunk
 from scheduler.types import DeviceProfile, ModelShape, WorkerInfo, WorkerRole
 from workers.worker_options import WorkerOptions
 

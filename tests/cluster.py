@@ -27,12 +27,13 @@ from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
 from kvcache.transfer.wire import Chunk, Message
 from scheduler.admission import AdmissionControl, AdmissionOptions
-from scheduler.batching import BatchLimits, StepOutput, StepPlan
+from scheduler.batching import BatchLimits
 from scheduler.controller import ClusterController
 from scheduler.delivery import Delivery
 from scheduler.events import Command, Event, PlaceRequest, WorkerRegistered
 from scheduler.placement import PlacementOptions
 from scheduler.request import FinishReason, SamplingParams, TokenLogprobs
+from scheduler.step_plan import StepOutput, StepPlan
 from scheduler.types import ClusterSnapshot, DeviceProfile, Placement, WorkerLoad, WorkerRole
 from tests.builders import make_shape
 from tests.fakes import MODEL_NAME, tiny_backend

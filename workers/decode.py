@@ -14,8 +14,8 @@ import grpc
 from kvcache.errors import InvariantError, MovedError, TransferError, TransferFault, TwinpoolError, UnavailableError
 from kvcache.lease import BlockLease
 from kvcache.transfer.receiver import ReceivedKV
-from scheduler.batching import SampledToken
 from scheduler.request import Request, TokenLogprobs
+from scheduler.step_plan import SampledToken
 from workers import worker_pb2 as pb
 from workers.channels import Peer
 from workers.messages import error_from_rpc, logprobs_from_wire, sampling_to_wire, urgency_to_wire

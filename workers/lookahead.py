@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, replace
 
-from scheduler.batching import StepOutput, StepPlan
+from scheduler.step_plan import StepOutput, StepPlan
 from workers.model.step_model import PreparedInputs
 
 

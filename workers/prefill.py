@@ -12,8 +12,8 @@ from kvcache.lease import BlockLease
 from kvcache.storage import BlockStorage
 from kvcache.transfer.port import KVPort, send_kv
 from kvcache.transfer.sender import OutgoingTransfer, PrefillOutcome, TransferTarget
-from scheduler.batching import SampledToken, ScheduledChunk, StepPlan
 from scheduler.request import Request
+from scheduler.step_plan import SampledToken, ScheduledChunk, StepPlan
 from workers import worker_pb2 as pb
 from workers.messages import logprobs_to_wire, prompt_logprobs_to_wire
 from workers.step_loop import StepLoop

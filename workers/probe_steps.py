@@ -15,7 +15,7 @@ import torch
 
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import TORCH_DTYPES, PagedStorage
-from scheduler.batching import ScheduledChunk, StepPlan
+from scheduler.step_plan import ScheduledChunk, StepPlan
 from scheduler.types import GemmRate
 from workers.model.fused_decoder import FusedDecoder
 from workers.model.runner import QUANTIZED

@@ -11,8 +11,8 @@ import grpc
 from kvcache.errors import RequestError, TwinpoolError
 from kvcache.prefix import MAX_SALT_BYTES
 from kvcache.transfer.sender import TransferTarget
-from scheduler.batching import SampledToken
 from scheduler.request import Request, check_sequence
+from scheduler.step_plan import SampledToken
 from workers import worker_pb2 as pb
 from workers import worker_pb2_grpc as pb_grpc
 from workers.decode import DecodeRole

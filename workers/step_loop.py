@@ -17,8 +17,9 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from kvcache.errors import RequestError, TwinpoolError
-from scheduler.batching import Batcher, SampledToken, StepOutput, StepPlan
+from scheduler.batching import Batcher
 from scheduler.request import Request
+from scheduler.step_plan import SampledToken, StepOutput, StepPlan
 from workers.lookahead import Lookahead, PreparedStep, with_tokens
 from workers.model.runner import ModelRunner
 from workers.model.step_model import PreparedInputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from scheduler.batching import ScheduledChunk
+from scheduler.step_plan import ScheduledChunk
 from scheduler.step_times import step_times
 from scheduler.types import StepTimes, TransferTimes
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from scheduler.admission import AdmissionControl, AdmissionOptions
-from scheduler.batching import SampledToken, StepPlan
 from scheduler.cache_index import hashes_of_prompt
 from scheduler.controller import ClusterController
 from scheduler.cost_model import CostModel
@@ -31,6 +30,7 @@ from scheduler.events import (
 from scheduler.placement import PlacementOptions
 from scheduler.request import Request
 from scheduler.sim.workers import SimulatedRequest, SimulatedWorker, prompt_of
+from scheduler.step_plan import SampledToken, StepPlan
 from scheduler.types import Placement, WorkerInfo
 
 HEARTBEAT_S = 0.5

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvcache.manager import KVCacheManager
-from scheduler.batching import STEPS_PER_FIRST_TOKEN, Batcher, BatchLimits, SampledToken, StepOutput, StepPlan
+from scheduler.batching import STEPS_PER_FIRST_TOKEN, Batcher, BatchLimits
 from scheduler.cache_index import pack_names
 from scheduler.cost_model import CostModel
 from scheduler.request import Request, SamplingParams
+from scheduler.step_plan import SampledToken, StepOutput, StepPlan
 from scheduler.step_times import step_times
 from scheduler.tenants import DEFAULT_TENANT
 from scheduler.types import CacheDelta, Placement, WorkerInfo, WorkerLoad

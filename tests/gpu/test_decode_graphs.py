@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from kvcache.storage import PagedStorage
-from scheduler.batching import BatchLimits, StepPlan
+from scheduler.batching import BatchLimits
+from scheduler.step_plan import StepPlan
 from tests.tiny_model import make_plan, tiny_llama, tiny_spec
 from workers.model.attention.flashinfer_backend import FlashInferAttention
 from workers.model.cuda_graphs import GraphedModel

@@ -12,7 +12,7 @@ import torch
 
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import TORCH_DTYPES
-from scheduler.batching import ScheduledChunk, StepPlan
+from scheduler.step_plan import ScheduledChunk, StepPlan
 from tests.builders import make_scheduled
 from tests.fake_flashinfer import DecodeWrapper, FakeFlashInfer, PrefillWrapper
 from tests.tiny_model import tiny_llama, tiny_spec

@@ -8,8 +8,9 @@ from contextlib import aclosing
 
 import pytest
 
-from scheduler.batching import BatchLimits, StepPlan
+from scheduler.batching import BatchLimits
 from scheduler.request import Request, RequestStatus
+from scheduler.step_plan import StepPlan
 from scheduler.types import Placement
 from tests.cluster import LocalCluster, TinyCheckpoint, greedily, local_cluster
 from tests.leaks import until

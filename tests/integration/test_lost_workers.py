@@ -8,8 +8,8 @@ from contextlib import aclosing
 import pytest
 
 from kvcache.errors import UnavailableError
-from scheduler.batching import StepPlan
 from scheduler.request import SamplingParams
+from scheduler.step_plan import StepPlan
 from tests.cluster import LocalCluster, StepGate, TinyCheckpoint, TransferGate, greedily, local_cluster
 from tests.leaks import until
 

@@ -9,7 +9,8 @@ import grpc
 import pytest
 import torch
 
-from scheduler.batching import BatchLimits, StepPlan
+from scheduler.batching import BatchLimits
+from scheduler.step_plan import StepPlan
 from tests.cluster import TinyCheckpoint, greedily, local_cluster
 from tests.integration.fake_prefill import GenerateCall
 from tests.leaks import until

@@ -19,8 +19,8 @@ from kvcache.errors import ModelError, ResourceError
 from kvcache.heads import Shard
 from kvcache.storage import PagedStorage
 from kvcache.transfer.port_choice import PortName
-from scheduler.batching import StepPlan
 from scheduler.request import SamplingParams
+from scheduler.step_plan import StepPlan
 from scheduler.types import WorkerRole
 from tests.builders import make_scheduled
 from tests.cluster import TinyCheckpoint, local_cluster

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from scheduler.batching import StepPlan
 from scheduler.request import FinishReason, SamplingParams
+from scheduler.step_plan import StepPlan
 from tests.cluster import LocalCluster, TinyCheckpoint, greedily, local_cluster
 from tests.leaks import until
 from workers.stages import Stage

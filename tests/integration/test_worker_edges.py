@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvcache.prefix import MAX_SALT_BYTES
-from scheduler.batching import BatchLimits, StepPlan
+from scheduler.batching import BatchLimits
 from scheduler.request import RequestStatus
+from scheduler.step_plan import StepPlan
 from tests.cluster import MAX_MODEL_LEN, TinyCheckpoint, greedily, local_cluster
 from tests.integration.fake_prefill import GenerateCall, fake_prefill
 from tests.leaks import until

@@ -9,7 +9,7 @@ import pytest
 from kvcache.errors import TransferFault
 from kvcache.lease import BlockLease, LeaseState
 from kvcache.transfer.port_choice import PortName
-from scheduler.batching import StepPlan
+from scheduler.step_plan import StepPlan
 from scheduler.types import WorkerRole
 from tests.cluster import ROOMY, Completion, LocalCluster, TinyCheckpoint, greedily, local_cluster
 from tests.integration.ports import BOTH_PORTS, Came, Opened

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from kvcache.storage import PagedStorage
-from scheduler.batching import ScheduledChunk, StepPlan
+from scheduler.step_plan import ScheduledChunk, StepPlan
 from workers.model.attention.flashinfer_backend import FlashInferAttention, FlashInferDecodeSlots
 from workers.model.transformers_model import TransformersModel
 from workers.step_progress import StepProgress

@@ -15,8 +15,9 @@ import torch
 from kvcache.errors import ResourceError
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
-from scheduler.batching import BatchLimits, ScheduledChunk, StepPlan
+from scheduler.batching import BatchLimits
 from scheduler.request import SamplingParams
+from scheduler.step_plan import ScheduledChunk, StepPlan
 from scheduler.types import Phase
 from workers.model.attention.choose import find_flashinfer_misfit, import_flashinfer
 from workers.model.attention.flashinfer_backend import FlashInferAttention

@@ -20,7 +20,7 @@ from torch import nn
 from kvcache.errors import InvariantError, ResourceError
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
-from scheduler.batching import StepPlan
+from scheduler.step_plan import StepPlan
 from workers.model.attention_layers import LayerAttention
 from workers.model.step_model import StepLogits
 from workers.native.library import SEQUENCE, Parts, Shape, Step, load_library

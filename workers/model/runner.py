@@ -16,8 +16,8 @@ import torch
 from kvcache.errors import ModelError
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
-from scheduler.batching import ScheduledChunk, StepOutput, StepPlan
 from scheduler.request import SamplingParams, TokenHistory, TokenLogprobs
+from scheduler.step_plan import ScheduledChunk, StepOutput, StepPlan
 from workers.model.attention_layers import own_logits
 from workers.model.fused_decoder import FusedDecoder, WeightFormat, find_misfit
 from workers.model.logprobs import token_logprobs

@@ -8,7 +8,7 @@ from itertools import groupby
 
 import torch
 
-from scheduler.batching import ScheduledChunk, StepPlan
+from scheduler.step_plan import ScheduledChunk, StepPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from kvcache.storage import PagedStorage
-from scheduler.batching import StepPlan
+from scheduler.step_plan import StepPlan
 from workers.step_progress import StepProgress
 
 

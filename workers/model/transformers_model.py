@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from kvcache.errors import ModelError
 from kvcache.storage import TORCH_DTYPES, PagedStorage
-from scheduler.batching import StepPlan
+from scheduler.step_plan import StepPlan
 from workers.model.attention.interface import AttentionBackend, StepAttention
 from workers.model.attention.torch_backend import TorchAttention
 from workers.model.attention_layers import LayerAttention, read_attention_layers

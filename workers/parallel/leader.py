@@ -13,7 +13,7 @@ from kvcache.errors import ModelError, ResourceError
 from kvcache.heads import Shard
 from kvcache.sharded_storage import ShardedStorage
 from kvcache.storage import BlockStorage, PagedStorage
-from scheduler.batching import StepPlan
+from scheduler.step_plan import StepPlan
 from scheduler.types import DeviceProfile
 from workers.device import gpu_of_rank
 from workers.model.cuda_model import load_on_gpu

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from scheduler.batching import ScheduledChunk, StepPlan
 from scheduler.request import SamplingParams
+from scheduler.step_plan import ScheduledChunk, StepPlan
 from scheduler.types import DeviceProfile, GemmRate
 from workers.parallel import group_pb2 as pb
 

@@ -12,7 +12,7 @@ from itertools import count, pairwise
 
 from kvcache.manager import KVCacheManager
 from scheduler.admission import AdmissionControl, AdmissionOptions
-from scheduler.batching import Batcher, BatchLimits, StepOutput, StepPlan
+from scheduler.batching import Batcher, BatchLimits
 from scheduler.controller import ClusterController
 from scheduler.cost_model import CostModel
 from scheduler.events import (
@@ -27,6 +27,7 @@ from scheduler.events import (
 )
 from scheduler.placement import PlacementOptions
 from scheduler.request import Request
+from scheduler.step_plan import StepOutput, StepPlan
 from scheduler.types import WorkerInfo
 from scheduler.urgency import ORDINARY, Urgency
 from tests.builders import make_sampling, make_spec, make_worker

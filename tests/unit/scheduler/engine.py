@@ -6,8 +6,9 @@ import zlib
 from collections.abc import Callable, Container, Sequence
 
 from kvcache.manager import KVCacheManager
-from scheduler.batching import Batcher, BatchLimits, SampledToken, ScheduledChunk, StepOutput, StepPlan
+from scheduler.batching import Batcher, BatchLimits
 from scheduler.request import Request, SamplingParams
+from scheduler.step_plan import SampledToken, ScheduledChunk, StepOutput, StepPlan
 from scheduler.urgency import ServiceClass, Urgency
 from tests.builders import BLOCK_SIZE, make_manager, make_sampling
 

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvcache.errors import OverloadedError, RequestError
-from scheduler.batching import BatchLimits, StepPlan
+from scheduler.batching import BatchLimits
 from scheduler.request import RequestStatus
+from scheduler.step_plan import StepPlan
 from scheduler.urgency import Urgency
 from tests.builders import check_interleavings
 from tests.unit.scheduler.engine import BATCH, INTERACTIVE, Engine

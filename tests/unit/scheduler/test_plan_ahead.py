@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from scheduler.batching import UNKNOWN_TOKEN, StepOutput, StepPlan
 from scheduler.request import FinishReason
+from scheduler.step_plan import UNKNOWN_TOKEN, StepOutput, StepPlan
 from tests.unit.scheduler.conftest import MakeEngine
 from tests.unit.scheduler.engine import Engine, ids
 

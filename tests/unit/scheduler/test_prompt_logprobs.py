@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from scheduler.batching import MAX_PROMPT_LOGITS, Batcher, BatchLimits, SampledToken, StepOutput, StepPlan
+from scheduler.batching import MAX_PROMPT_LOGITS, Batcher, BatchLimits
 from scheduler.request import Request, SamplingParams, TokenLogprobs
+from scheduler.step_plan import SampledToken, StepOutput, StepPlan
 from tests.builders import make_manager, make_sampling
 
 WITH_PROMPT = replace(make_sampling(max_tokens=6), prompt_logprobs=2)

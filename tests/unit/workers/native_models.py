@@ -11,8 +11,8 @@ from transformers import LlamaConfig, MistralConfig, Phi3Config, PreTrainedConfi
 
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
-from scheduler.batching import ScheduledChunk, StepPlan
 from scheduler.request import SamplingParams
+from scheduler.step_plan import ScheduledChunk, StepPlan
 from tests.families import save_model
 from workers.model.step_model import StepModel
 from workers.model.transformers_model import load_model

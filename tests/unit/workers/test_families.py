@@ -13,8 +13,8 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
-from scheduler.batching import ScheduledChunk, StepPlan
 from scheduler.request import SamplingParams
+from scheduler.step_plan import ScheduledChunk, StepPlan
 from tests.families import (
     FAMILIES,
     NO_SPECIAL_TOKENS,

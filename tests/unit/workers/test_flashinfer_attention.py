@@ -11,7 +11,7 @@ import torch
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from kvcache.spec import KVCacheSpec
-from scheduler.batching import ScheduledChunk, StepPlan
+from scheduler.step_plan import ScheduledChunk, StepPlan
 from tests.builders import BLOCK_SIZE, make_scheduled
 from tests.fake_flashinfer import FakeFlashInfer
 from tests.families import gemma2

@@ -17,8 +17,8 @@ from transformers import LlamaConfig
 
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
-from scheduler.batching import UNKNOWN_TOKEN, ScheduledChunk, StepPlan
 from scheduler.request import SamplingParams
+from scheduler.step_plan import UNKNOWN_TOKEN, ScheduledChunk, StepPlan
 from tests.unit.workers.native_models import (
     CONFIGS,
     SEQUENCE_LENGTH,

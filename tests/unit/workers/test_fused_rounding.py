@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from kvcache.storage import PagedStorage
-from scheduler.batching import StepPlan
+from scheduler.step_plan import StepPlan
 from tests.unit.workers.native_models import (
     CALM,
     CONFIGS,

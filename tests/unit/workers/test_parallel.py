@@ -27,8 +27,8 @@ from kvcache.errors import ModelError
 from kvcache.heads import Shard
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
-from scheduler.batching import StepPlan
 from scheduler.request import SamplingParams
+from scheduler.step_plan import StepPlan
 from tests.builders import make_scheduled
 from workers.model.attention_layers import LayerAttention
 from workers.model.fused_decoder import FusedDecoder, find_misfit

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from scheduler.batching import StepPlan
+from scheduler.step_plan import StepPlan
 from tests.builders import make_spec
 from workers import probe, probe_steps
 from workers.model.shape import WEIGHT_BYTES

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvcache.errors import ModelError
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
-from scheduler.batching import ScheduledChunk, StepPlan
 from scheduler.request import SamplingParams
+from scheduler.step_plan import ScheduledChunk, StepPlan
 from workers.model.runner import ModelRunner, choose_step_model
 from workers.model.sampler import NotFiniteError
 from workers.model.transformers_model import TransformersModel, load_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from scheduler.batching import ScheduledChunk, StepPlan
+from scheduler.step_plan import ScheduledChunk, StepPlan
 from tests.builders import BLOCK_SIZE, make_sampling, make_scheduled
 from workers.model.step_inputs import StepInputs, build_step_inputs
 

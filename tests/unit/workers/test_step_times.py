@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scheduler.batching import ScheduledChunk
+from scheduler.step_plan import ScheduledChunk
 from scheduler.step_times import step_times
 from scheduler.types import StepTimes, TransferTimes
 from tests.builders import make_scheduled

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvcache.rows import decode_rows, encode_rows
-from scheduler.batching import ScheduledChunk, StepPlan
+from scheduler.step_plan import ScheduledChunk, StepPlan
 from tests.builders import BLOCK_SIZE, make_scheduled
 from workers.model.attention import torch_backend
 from workers.model.attention.torch_backend import paged_attention

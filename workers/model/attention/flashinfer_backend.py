@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kvcache.spec import KVCacheSpec
-from scheduler.batching import ScheduledChunk, StepPlan
+from scheduler.step_plan import ScheduledChunk, StepPlan
 from workers.model.attention.page_tables import (
     PageTable,
     StepTables,

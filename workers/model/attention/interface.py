@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from kvcache.spec import KVCacheSpec
-from scheduler.batching import StepPlan
+from scheduler.step_plan import StepPlan
 from workers.model.attention_layers import LayerAttention
 from workers.model.step_inputs import StepInputs
 

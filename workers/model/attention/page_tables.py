@@ -8,7 +8,7 @@ from itertools import accumulate, chain
 
 import torch
 
-from scheduler.batching import ScheduledChunk, StepPlan
+from scheduler.step_plan import ScheduledChunk, StepPlan
 from workers.model.step_inputs import packed_chunks
 
 

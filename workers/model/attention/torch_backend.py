@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvcache.rows import decode_rows, encode_rows
 from kvcache.spec import KVCacheSpec
-from scheduler.batching import StepPlan
+from scheduler.step_plan import StepPlan
 from workers.model.attention_layers import LayerAttention
 from workers.model.step_inputs import DecodeGroup, PagedAttentionInputs, PromptSpan, StepInputs, build_step_inputs
 
