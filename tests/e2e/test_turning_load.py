@@ -96,7 +96,8 @@ def test_batch_work_fills_what_chats_leave_and_gives_way_to_them(narrow: Running
     assert preemptions > 0, "no batch job gave its place"
 
 
-MOST_MIB_PER_MINUTE = 10.0  # the gateway collects garbage about once a minute, and then gives 5 MiB back
+MOST_MIB_PER_MINUTE = 4.0
+WATCHED_S = 180.0  # a third of it has a collection of the gateway's garbage, once a minute, which gives 5 MiB back
 SHED_FLAGS = {
     "the queue is full": (),
     "the first token would be late": ("--refuse-late", "--ttft-target-ms", "1500"),
@@ -168,15 +169,16 @@ class Overload:
 
     @property
     def memory_slope(self) -> float:
-        """MiB per minute, by the medians of the first and last third: one step of an allocator is no slope."""
+        """MiB per minute, between the least of the first and of the last third: what comes and goes is none."""
         third = len(self.memory) // 3
-        (early_s, early), (late_s, late) = (_middle(part) for part in (self.memory[:third], self.memory[-third:]))
+        (early_s, early), (late_s, late) = (
+            min(part, key=_size) for part in (self.memory[:third], self.memory[-third:])
+        )
         return 60 * (late - early) / (late_s - early_s)
 
 
-def _middle(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    seconds, values = zip(*samples, strict=True)
-    return median(seconds), median(values)
+def _size(sample: tuple[float, float]) -> float:
+    return sample[1]
 
 
 def overload(server: RunningServer, tiny: TinyCheckpoint, calm_s: float, warm_up_s: float, flood_s: float) -> Overload:
@@ -222,7 +224,7 @@ def test_a_flood_is_shed_at_once_and_the_rest_is_served(narrow: RunningServer, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shed_because", SHED_FLAGS)
-def test_a_minute_of_twice_the_capacity(tiny: TinyCheckpoint, shed_because: str) -> None:
+def test_minutes_of_twice_the_capacity(tiny: TinyCheckpoint, shed_because: str) -> None:
     """F16. Goodput is beside the capacity that was measured in the same run.
 
     A client on the same two cores cannot show that every refusal takes below 100 ms, nor a tail of latencies; and
@@ -230,7 +232,7 @@ def test_a_minute_of_twice_the_capacity(tiny: TinyCheckpoint, shed_because: str)
     """
     flags = (*COST, *NARROW, "--max-queued-requests", str(QUEUE), *SHED_FLAGS[shed_because])
     with serving(str(tiny.path), *flags, *SMALL, expected_workers=2) as server:
-        run = overload(server, tiny, 10.0, 15.0, 60.0)
+        run = overload(server, tiny, 10.0, 15.0, WATCHED_S)
         check_shed(run, *((429, "ttft_target") if "--refuse-late" in flags else (503, "service_unavailable_error")))
         assert run.goodput >= 0.9
         assert run.memory_slope <= MOST_MIB_PER_MINUTE
