@@ -1,5 +1,7 @@
 """Packaging of Twinpool. Exact versions that were tested together stand in constraints.txt."""
 
+import os
+
 from setuptools import Extension, find_packages, setup
 
 # Lower bounds are what the code was written against; upper bounds stand where a major release is known to break.
@@ -107,6 +109,7 @@ setup(
     packages=find_packages(include=["kvcache*", "scheduler*", "workers*", "engine*", "benchmarks*"]),
     package_data={"": ["*.proto", "*.pyi", "*.h", "device_profiles.yaml"]},
     ext_modules=EXTENSIONS,
+    options={"build_ext": {"parallel": os.cpu_count()}},
     install_requires=INSTALL_REQUIRES,
     extras_require={
         "dev": [*DEV_REQUIRES, *PLOTS_REQUIRES],
