@@ -204,7 +204,8 @@ def test_the_other_decode_worker_answers_while_one_is_stopped(checkpoint: TinyCh
             await zombie.check_leaks()
             load = await zombie.load()
             assert sum(dict(load.transfer_failures).values()) >= 1
-            assert load.generation_tokens == 0
+            # It may have gone on for some tokens before it heard that its client is gone: the answer above has none.
+            assert (load.running, load.waiting, load.blocks_leased) == (0, 0, 0)
 
     asyncio.run(scenario())
 
