@@ -22,6 +22,7 @@ NUM_TOKENS = 12
 PROMPT_TOKENS = 300
 ZOMBIE = "a-prefill"  # the first to be chosen
 LEASE_TTL_S = 0.8
+LONG_ANSWER = 200  # tokens, of which a worker may compute some in vain
 
 
 @pytest.mark.parametrize("port", BOTH_PORTS)
@@ -140,13 +141,15 @@ def last_chunk(plan: StepPlan) -> bool:
     return any(chunk.end == PROMPT_TOKENS for chunk in plan.chunks)
 
 
-async def stop_in_the_middle(cluster: LocalCluster, zombie: WorkerProcess) -> asyncio.Task[Completion]:
+async def stop_in_the_middle(
+    cluster: LocalCluster, zombie: WorkerProcess, num_tokens: int = NUM_TOKENS
+) -> asyncio.Task[Completion]:
     """A request whose decode worker is stopped with some of its KV verified, for two leases. Returns with the prefill
     worker having given up, and all its blocks back."""
     prefill = cluster.workers["prefill-0"]
     gate = cluster.hold_steps("prefill-0", last_chunk)
     prompt = cluster.checkpoint.prompt(PROMPT_TOKENS)
-    request = asyncio.create_task(cluster.complete(prompt, greedily(NUM_TOKENS)))
+    request = asyncio.create_task(cluster.complete(prompt, greedily(num_tokens)))
     await gate.holding()
     assert (await zombie.load()).blocks_leased > 0
     (lease,) = prefill.manager.leases
@@ -194,8 +197,8 @@ def test_the_other_decode_worker_answers_while_one_is_stopped(checkpoint: TinyCh
             local_cluster(checkpoint, prefill=1, decode=1, lease_ttl_s=LEASE_TTL_S) as cluster,
             worker_process(cluster, DECODE_ZOMBIE, WorkerRole.DECODE, LEASE_TTL_S) as zombie,
         ):
-            request = await stop_in_the_middle(cluster, zombie)
-            expected = checkpoint.greedy(checkpoint.prompt(PROMPT_TOKENS), NUM_TOKENS)
+            request = await stop_in_the_middle(cluster, zombie, LONG_ANSWER)
+            expected = checkpoint.greedy(checkpoint.prompt(PROMPT_TOKENS), LONG_ANSWER)
             assert (await asyncio.wait_for(request, 40)).token_ids == expected  # without a time-out of pings it is 65
             assert zombie.state == "T"
             placed = [placement.decode.worker_id for placement in cluster.scheduler.placements]
@@ -204,8 +207,8 @@ def test_the_other_decode_worker_answers_while_one_is_stopped(checkpoint: TinyCh
             await zombie.check_leaks()
             load = await zombie.load()
             assert sum(dict(load.transfer_failures).values()) >= 1
-            # It may have gone on for some tokens before it heard that its client is gone: the answer above has none.
-            assert (load.running, load.waiting, load.blocks_leased) == (0, 0, 0)
+            # It may go on for some tokens before it hears that its client is gone, and ends there.
+            assert load.generation_tokens < LONG_ANSWER / 2
 
     asyncio.run(scenario())
 
