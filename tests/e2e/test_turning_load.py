@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from statistics import median
 
 import httpx
@@ -171,14 +172,9 @@ class Overload:
     def memory_slope(self) -> float:
         """MiB per minute, between the least of the first and of the last third: what comes and goes is none."""
         third = len(self.memory) // 3
-        (early_s, early), (late_s, late) = (
-            min(part, key=_size) for part in (self.memory[:third], self.memory[-third:])
-        )
+        parts = self.memory[:third], self.memory[-third:]
+        (early_s, early), (late_s, late) = (min(part, key=itemgetter(1)) for part in parts)
         return 60 * (late - early) / (late_s - early_s)
-
-
-def _size(sample: tuple[float, float]) -> float:
-    return sample[1]
 
 
 def overload(server: RunningServer, tiny: TinyCheckpoint, calm_s: float, warm_up_s: float, flood_s: float) -> Overload:
@@ -228,7 +224,7 @@ def test_minutes_of_twice_the_capacity(tiny: TinyCheckpoint, shed_because: str) 
     """F16. Goodput is beside the capacity that was measured in the same run.
 
     A client on the same two cores cannot show that every refusal takes below 100 ms, nor a tail of latencies; and
-    within a minute the memory of four processes moves by some MiB without a leak.
+    within minutes the memory of four processes moves by some MiB without a leak.
     """
     flags = (*COST, *NARROW, "--max-queued-requests", str(QUEUE), *SHED_FLAGS[shed_because])
     with serving(str(tiny.path), *flags, *SMALL, expected_workers=2) as server:

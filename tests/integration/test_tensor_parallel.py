@@ -26,12 +26,7 @@ from tests.builders import make_scheduled
 from tests.cluster import TinyCheckpoint, local_cluster
 from tests.integration.ports import Came
 from tests.rank_groups import options_of, running_group
-from tests.ranks import (
-    ProcessRanks,
-    ThreadRanks,
-    load_one_at_a_time,
-    stand_in_for_gpus,
-)
+from tests.ranks import ProcessRanks, ThreadRanks, load_one_at_a_time, stand_in_for_gpus
 from workers.device import Device
 from workers.model import cuda_model, runner
 from workers.model.attention_layers import own_logits
