@@ -83,8 +83,10 @@ def test_neither_side_leaks_when_the_other_dies_in_the_middle(checkpoint: TinyCh
             workers = dict(cluster.workers)
             assert all(worker.load().blocks_leased > 0 for worker in workers.values())
             await cluster.kill(killed)
-            gate.open()
             (survivor,) = cluster.workers.values()
+            # Only then: the rest of the offer has come already, and an open gate might let it be committed, whole.
+            await until(lambda: survivor.load().blocks_leased == 0, "the survivor to notice")
+            gate.open()
             await check_no_leaks([survivor])
             if killed == "prefill-0":
                 assert survivor.load().offers_dropped == 1
