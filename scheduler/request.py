@@ -108,6 +108,8 @@ def check_sampling(sampling: SamplingParams, *, vocab_size: int, num_delivered_t
         RequestError: names the field.
     """
     _check_count("stop_token_ids", len(sampling.stop_token_ids), MAX_STOP_TOKENS)
+    for token_id in sampling.stop_token_ids:
+        _check_token_id("stop_token_ids", token_id, vocab_size)
     _check_range("temperature", sampling.temperature, 0.0, 2.0)
     _check_range("top_p", sampling.top_p, 0.0, 1.0)
     _check_range("top_k", sampling.top_k, 0, vocab_size)

@@ -57,6 +57,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "penalty not a number": ({"frequency_penalty": float("nan")}, "frequency_penalty"),
     "bias beyond the vocabulary": ({"logit_bias": [pb.LogitBias(token_id=2**31, bias=1)]}, "logit_bias"),
     "allowed token beyond the vocabulary": ({"allowed_token_ids": [2**31]}, "allowed_token_ids"),
+    "stop token beyond the vocabulary": ({"stop_token_ids": [2**31], "min_tokens": 1}, "stop_token_ids"),
     "too many likeliest": ({"logprobs": 21}, "logprobs"),
     "priority out of bounds": ({"urgency": pb.Urgency(priority=1_000_001)}, "priority"),
     "more output delivered than there is": ({"num_delivered_tokens": 3}, "prompt"),

@@ -7,6 +7,7 @@ runs code from a checkpoint, or reads pickle files. Importing this module import
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ HUB_IGNORE = ["*/*", "consolidated*"]
 
 # safetensors' names of the dtypes that we compute in.
 STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +205,7 @@ def describe_checkpoint(path: str | Path, *, dtype: str = "auto", device: str = 
         hidden_size=sizes.hidden_size,
         vocab_size=sizes.vocab_size,
         max_position_embeddings=sizes.max_position_embeddings,
-        eos_token_ids=found.eos_token_ids,
+        eos_token_ids=_within(sizes.vocab_size, found.eos_token_ids, file),
         num_parameters=num_parameters,
         dtype=resolved,
         weight_bytes=num_parameters * DTYPE_BYTES[resolved],
@@ -278,6 +280,14 @@ def read_eos_token_ids(folder: Path, raw: dict[str, Any], default: int | list[in
     if not all(isinstance(token_id, int) and token_id >= 0 for token_id in ids):
         raise ModelError(f"{folder} names eos_token_id {named!r}, which is not a token id or a list of them.")
     return tuple(ids)
+
+
+def _within(vocab_size: int, eos_token_ids: tuple[int, ...], file: Path) -> tuple[int, ...]:
+    """End tokens that the model can give; what no answer can hold ends none."""
+    beyond = [token_id for token_id in eos_token_ids if token_id >= vocab_size]
+    if beyond:
+        logger.warning("%s names end tokens %s; its vocabulary has %d tokens.", file, beyond, vocab_size)
+    return tuple(token_id for token_id in eos_token_ids if token_id < vocab_size)
 
 
 def stored_dtype(folder: Path, headers: list[TensorHeader]) -> str:

@@ -46,6 +46,7 @@ SHARED: list[tuple[dict[str, Any], str]] = [
     ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
     ({"stop_token_ids": [True]}, "stop_token_ids[0]"),
     ({"stop_token_ids": [1] * 257}, "stop_token_ids"),
+    ({"stop_token_ids": [1, 100000]}, "stop_token_ids"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream_options": 5, "stream": True}, "stream_options"),
     ({"stream_options": {"include_usage": 1}, "stream": True}, "stream_options.include_usage"),

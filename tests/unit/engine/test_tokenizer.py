@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,27 @@ TEXTS = [
     "\x00\x01 control",
     f"text {END_TOKEN} more",
 ]
+
+
+DAMAGED: dict[str, dict[str, object]] = {
+    "of no kind": {"tokenizer.json": {"model": {"type": "Nonsense"}}},
+    "without a vocabulary": {"tokenizer.json": {"model": {"type": "BPE", "merges": []}}},
+    "a list": {"tokenizer.json": []},
+    "cut off": {"tokenizer.json": {}},
+    "settings that are a list": {"tokenizer_config.json": []},
+    "settings of no class": {"tokenizer_config.json": {"tokenizer_class": 5}},
+}
+
+
+@pytest.mark.parametrize("files", DAMAGED.values(), ids=DAMAGED.keys())
+def test_a_damaged_tokenizer_is_named(tmp_path: Path, files: dict[str, object]) -> None:
+    tiny_backend().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    Tokenizer.from_checkpoint(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=re.escape(str(tmp_path))):
+        Tokenizer.from_checkpoint(tmp_path)
 
 
 def byte_level() -> Tokenizer:

@@ -101,6 +101,14 @@ def test_eos_of_config_is_used_alone(tmp_path: Path) -> None:
     assert describe_checkpoint(make_checkpoint(tmp_path, LLAMA), device="cpu").eos_token_ids == (2,)
 
 
+def test_end_tokens_beyond_the_vocabulary_are_left_out_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_checkpoint(tmp_path, LLAMA | {"eos_token_id": [2, LLAMA["vocab_size"]]})
+    assert describe_checkpoint(folder, device="cpu").eos_token_ids == (2,)
+    assert str(LLAMA["vocab_size"]) in caplog.text
+
+
 def test_eos_of_generation_config_wins(tmp_path: Path) -> None:
     (make_checkpoint(tmp_path, LLAMA) / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     assert describe_checkpoint(tmp_path, device="cpu").eos_token_ids == (7, 9)
