@@ -43,15 +43,15 @@ async def measure(options: Options, settings: EngineSettings, bar: tqdm[Any]) ->
         await engine.prefill(min(prefill))
         for _ in range(options.runs):
             bar.set_description("limits of the machine")
-            limits = limits.better_of(measure_limits())
+            limits = limits.better_of(measure_limits(options.dtype))
             bar.update()
             for length, prefill_runs in prefill.items():
                 bar.set_description(f"prefill {length}")
                 prefill_runs.append(await engine.prefill(length))
                 bar.update()
             for case, decode_runs in decode.items():
-                bar.set_description(f"decode {case.batch}, context {case.context}")
-                decode_runs.append(await engine.decode(case.batch, case.context))
+                bar.set_description(case.name)
+                decode_runs.append(await engine.decode(case.batch, case.context, is_sampled=case.is_sampled))
                 bar.update()
         split = None
         if options.profile:

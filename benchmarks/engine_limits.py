@@ -12,11 +12,14 @@ import torch
 from kvcache.errors import ModelError
 from kvcache.spec import KVCacheSpec
 from workers.model.checkpoint import CheckpointInfo, read_tensor_headers
+from workers.model.fused_decoder import WeightFormat
 from workers.model.shape import HEAD_BYTES, WEIGHT_BYTES
+from workers.native.library import load_library
 
 GEMM_SIZES = (512, 1024, 2048)
 READ_BYTES = 256 << 20  # well beyond the last cache level
 READ_ROWS = 1024  # of the matrix that a product reads: its vectors stay in the caches
+MULTIPLY_ROUNDS = 1 << 20  # some milliseconds
 REPEATS = 3
 
 
@@ -24,15 +27,22 @@ REPEATS = 3
 class MachineLimits:
     """Of as many threads as torch has now. Best and not mean: what others do on the machine is no limit of it."""
 
-    gemm_gflops: float  # float32
+    gemm_gflops: float  # torch, float32
     read_gb_s: float
+    peak_gflops: float | None = None  # of nothing but multiply-adds in the weights' dtype; None without a native build
 
     def better_of(self, other: MachineLimits) -> MachineLimits:
-        return MachineLimits(max(self.gemm_gflops, other.gemm_gflops), max(self.read_gb_s, other.read_gb_s))
+        peaks = [peak for peak in (self.peak_gflops, other.peak_gflops) if peak is not None]
+        return MachineLimits(
+            max(self.gemm_gflops, other.gemm_gflops),
+            max(self.read_gb_s, other.read_gb_s),
+            max(peaks) if peaks else None,
+        )
 
 
-def measure_limits() -> MachineLimits:
-    """Large float32 matrix products, and the best of several ways to read a long buffer; about two seconds.
+def measure_limits(weight_dtype: str = "float32") -> MachineLimits:
+    """Large float32 matrix products, multiply-adds alone, and the best of several ways to read a long buffer; about
+    two seconds.
 
     A single way is no limit: where the sum of a vector waits for its additions, a product with a matrix, which is
     what decoding is, reads two to four times as fast. The native decoder's own step is no way to read here, for a
@@ -44,18 +54,32 @@ def measure_limits() -> MachineLimits:
         seconds = _best_seconds(partial(torch.mm, left, right, out=product))
         gemm_flops_s = max(gemm_flops_s, 2 * size**3 / seconds)
     read_s = min(_best_seconds(read) for read in ways_to_read(torch.ones(READ_BYTES // 4)))
-    return MachineLimits(gemm_flops_s / 1e9, READ_BYTES / read_s / 1e9)
+    return MachineLimits(gemm_flops_s / 1e9, READ_BYTES / read_s / 1e9, _peak_gflops(weight_dtype))
 
 
-def ways_to_read(values: torch.Tensor) -> tuple[Callable[[], torch.Tensor], ...]:
+def _peak_gflops(weight_dtype: str) -> float | None:
+    library = load_library()
+    if library is None:
+        return None
+    weight_format = WeightFormat[weight_dtype.upper()]
+    multiply = partial(library.twinpool_multiply, weight_format, MULTIPLY_ROUNDS, torch.get_num_threads())
+    return 2 * multiply() / _best_seconds(multiply) / 1e9
+
+
+def ways_to_read(values: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
     """Each reads all of ``values``, a float32 vector of a multiple of ``READ_ROWS``, once."""
     matrix = values.view(READ_ROWS, -1)
-    return (
+    ways: list[Callable[[], torch.Tensor]] = [
         values.sum,
         partial(torch.dot, values, values),
         partial(torch.mv, matrix, torch.ones(matrix.shape[1])),
         partial(torch.mv, matrix.t(), torch.ones(READ_ROWS)),
-    )
+    ]
+    library = load_library()
+    if library is not None:
+        read = partial(library.twinpool_read, values.data_ptr(), values.numel(), torch.get_num_threads())
+        ways.append(lambda: torch.tensor(read()))
+    return ways
 
 
 def _best_seconds(work: Callable[[], object]) -> float:

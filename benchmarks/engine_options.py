@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.command_line import Parser, check_json, check_threads
@@ -15,6 +15,7 @@ from workers.model.checkpoint import DEFAULT_MODEL, CheckpointInfo
 
 DEFAULT_ALIAS = "default"
 LONG_CONTEXT = 1024
+PYTHON_BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,11 @@ class DecodeCase:
 
     batch: int
     context: int
+    is_sampled: bool = False  # with top_p; else greedy
+
+    @property
+    def name(self) -> str:
+        return f"decode {self.batch}, context {self.context}{', top_p' if self.is_sampled else ''}"
 
     @property
     def longest(self) -> int:
@@ -59,7 +65,18 @@ class Options:
     @property
     def decode_cases(self) -> tuple[DecodeCase, ...]:
         contexts = dict.fromkeys((self.context, LONG_CONTEXT))
-        return tuple(DecodeCase(batch, context) for context in contexts for batch in self.batches)
+        greedy = tuple(DecodeCase(batch, context) for context in contexts for batch in self.batches)
+        return (*greedy, self.sampled_case) if self.sampled_case is not None else greedy
+
+    @property
+    def python_case(self) -> DecodeCase | None:
+        """The steps of which the share outside of the model is told; None: not among the batches."""
+        return DecodeCase(PYTHON_BATCH, self.context) if PYTHON_BATCH in self.batches else None
+
+    @property
+    def sampled_case(self) -> DecodeCase | None:
+        """The same with tokens drawn, which costs more than to take the likeliest."""
+        return replace(self.python_case, is_sampled=True) if self.python_case is not None else None
 
 
 def _count(text: str) -> int:

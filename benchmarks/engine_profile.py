@@ -49,7 +49,7 @@ async def split_model(engine: Engine, num_tokens: int, cases: Sequence[DecodeCas
         decode = {}
         for case in cases:
             seconds.clear()
-            await engine.decode(case.batch, case.context, PROFILED_STEPS)
+            await engine.decode(case.batch, case.context, PROFILED_STEPS, case.is_sampled)
             decode[case] = mean_split(seconds[WARM_UP_STEPS:])
         seconds.clear()
         await engine.prefill(num_tokens)

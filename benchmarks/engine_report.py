@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,13 +11,12 @@ from statistics import median
 from rich.table import Table
 
 from benchmarks.engine_limits import MachineLimits, ModelCosts
-from benchmarks.engine_options import LONG_CONTEXT, DecodeCase, Options
+from benchmarks.engine_options import LONG_CONTEXT, PYTHON_BATCH, DecodeCase, Options
 from benchmarks.engine_profile import ModelSplit
 from benchmarks.engine_ready import FreshProcess
-from benchmarks.engine_work import PIECES, StepTimes, fractions_of_step, median_step, seconds_of
+from benchmarks.engine_work import MAX_BATCHED_TOKENS, PIECES, StepTimes, fractions_of_step, median_step, seconds_of
 from benchmarks.machine import describe_machine, describe_versions
 
-PYTHON_BATCH = 32
 Run = list[StepTimes]
 
 
@@ -39,16 +39,26 @@ class Measurements:
 
 @dataclass(frozen=True, slots=True)
 class LimitFractions:
-    """Needed FLOP/s over the GEMM rate, needed bytes/s over the read bandwidth; by prompt length or batch.
+    """Needed FLOP/s over the GEMM rate or the peak, needed bytes/s over the read bandwidth; by prompt length or batch.
 
-    Decoding is bound by reading at small batches and by arithmetic at large ones; both fractions are told.
+    Decoding is bound by reading at small batches and by arithmetic at large ones; both fractions are told. The GEMM
+    rate is of float32, the peak of the weights' dtype.
     """
 
     prefill_of_gemm: dict[str, float]
+    prefill_of_peak: dict[str, float] | None
     decode_of_read: dict[str, float]
     decode_of_gemm: dict[str, float]
+    decode_of_peak: dict[str, float] | None
     decode_of_read_context_1024: dict[str, float]
     decode_of_gemm_context_1024: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledDecode:
+    tok_s: float
+    python_fraction: float
+    step_fractions: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +78,8 @@ class Result:
     decode_tok_s_context_1024: dict[str, float]
     python_fraction_batch_32: float | None  # of a step, all but the model's own call; None: not among --batches
     step_fractions_batch_32: dict[str, float] | None  # its parts
+    sampled_batch_32: SampledDecode | None  # the same with tokens drawn under top_p
+    model_fractions: dict[str, dict[str, float]] | None  # with --profile: of the model's own call, by case and part
     ready_s: float
     peak_memory_bytes: int
     limits: MachineLimits
@@ -79,8 +91,7 @@ class Result:
 def build_result(
     options: Options, costs: ModelCosts, measured: Measurements, fresh_processes: list[FreshProcess]
 ) -> Result:
-    python_case = DecodeCase(PYTHON_BATCH, options.context)
-    parts = median_fractions(measured.decode[python_case]) if python_case in measured.decode else None
+    parts = median_fractions(measured.decode[options.python_case]) if options.python_case is not None else None
     folder = Path(options.model)
     return Result(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -96,6 +107,8 @@ def build_result(
         decode_tok_s_context_1024=_by_batch(options, measured, LONG_CONTEXT),
         python_fraction_batch_32=None if parts is None else 1 - parts["model"],
         step_fractions_batch_32=parts,
+        sampled_batch_32=_sampled(options, measured),
+        model_fractions=_model_fractions(options, measured.split) if measured.split is not None else None,
         ready_s=median(process.ready_s for process in fresh_processes),
         peak_memory_bytes=max(process.peak_memory_bytes for process in fresh_processes),
         limits=measured.limits,
@@ -103,6 +116,22 @@ def build_result(
         machine=describe_machine(),
         versions=describe_versions("torch", "transformers", "numpy"),
     )
+
+
+def _sampled(options: Options, measured: Measurements) -> SampledDecode | None:
+    case = options.sampled_case
+    if case is None:
+        return None
+    parts = median_fractions(measured.decode[case])
+    return SampledDecode(measured.decode_tok_s(case), 1 - parts["model"], parts)
+
+
+def _model_fractions(options: Options, split: ModelSplit) -> dict[str, dict[str, float]]:
+    seconds = {case.name: parts for case, parts in split.decode.items()}
+    seconds[f"prefill {min(options.prefill_tokens[0], MAX_BATCHED_TOKENS)}"] = split.prefill
+    return {
+        name: {part: spent / sum(parts.values()) for part, spent in parts.items()} for name, parts in seconds.items()
+    }
 
 
 def _by_batch(options: Options, measured: Measurements, context: int) -> dict[str, float]:
@@ -117,24 +146,31 @@ def median_fractions(runs: list[Run]) -> dict[str, float]:
 
 def fractions_of_limit(options: Options, costs: ModelCosts, measured: Measurements) -> LimitFractions:
     gemm_flops_s, read_bytes_s = measured.limits.gemm_gflops * 1e9, measured.limits.read_gb_s * 1e9
+    peak_flops_s = measured.limits.peak_gflops * 1e9 if measured.limits.peak_gflops is not None else None
 
-    def of_gemm(case: DecodeCase) -> float:
-        steps_s = measured.decode_tok_s(case) / case.batch
-        return costs.decode_flops(case.batch, case.mean_attended) * steps_s / gemm_flops_s
+    def prefill_of(flops_s: float) -> dict[str, float]:
+        return {
+            str(length): costs.prefill_flops(length) * measured.prefill_tok_s(length) / length / flops_s
+            for length in options.prefill_tokens
+        }
+
+    def decode_of(flops_s: float, context: int) -> dict[str, float]:
+        cases = {batch: DecodeCase(batch, context) for batch in options.batches}
+        flops = {batch: costs.decode_flops(batch, case.mean_attended) for batch, case in cases.items()}
+        return {str(batch): flops[batch] * measured.decode_tok_s(cases[batch]) / batch / flops_s for batch in cases}
 
     def of_read(case: DecodeCase) -> float:
         steps_s = measured.decode_tok_s(case) / case.batch
         return costs.decode_bytes(case.batch, case.mean_attended) * steps_s / read_bytes_s
 
     return LimitFractions(
-        prefill_of_gemm={
-            str(length): costs.prefill_flops(length) * measured.prefill_tok_s(length) / length / gemm_flops_s
-            for length in options.prefill_tokens
-        },
+        prefill_of_gemm=prefill_of(gemm_flops_s),
+        prefill_of_peak=prefill_of(peak_flops_s) if peak_flops_s is not None else None,
         decode_of_read={str(batch): of_read(DecodeCase(batch, options.context)) for batch in options.batches},
-        decode_of_gemm={str(batch): of_gemm(DecodeCase(batch, options.context)) for batch in options.batches},
+        decode_of_gemm=decode_of(gemm_flops_s, options.context),
+        decode_of_peak=decode_of(peak_flops_s, options.context) if peak_flops_s is not None else None,
         decode_of_read_context_1024={str(batch): of_read(DecodeCase(batch, LONG_CONTEXT)) for batch in options.batches},
-        decode_of_gemm_context_1024={str(batch): of_gemm(DecodeCase(batch, LONG_CONTEXT)) for batch in options.batches},
+        decode_of_gemm_context_1024=decode_of(gemm_flops_s, LONG_CONTEXT),
     )
 
 
@@ -144,55 +180,71 @@ def result_table(result: Result) -> Table:
     table = _table(
         f"{result.model}, {result.dtype}, KV: {result.kv_cache_dtype}, threads: {result.threads},"
         f" through {result.step_model}, medians of {result.runs}",
-        ("tok/s", "of GEMM rate", "of read bandwidth"),
+        ("tok/s", "of GEMM rate", "of peak", "of read bandwidth"),
     )
+    of_peak = fractions.prefill_of_peak or {}
     for length, rate in result.prefill_tok_s.items():
-        table.add_row(f"prefill {length}", f"{rate:,.1f}", f"{fractions.prefill_of_gemm[length]:.0%}", "")
-    for context, rates, of_gemm, of_read in (
-        (result.context, result.decode_tok_s, fractions.decode_of_gemm, fractions.decode_of_read),
+        peak = f"{of_peak[length]:.0%}" if of_peak else ""
+        table.add_row(f"prefill {length}", f"{rate:,.1f}", f"{fractions.prefill_of_gemm[length]:.0%}", peak, "")
+    for context, rates, of_gemm, of_peak, of_read in (
+        (
+            result.context,
+            result.decode_tok_s,
+            fractions.decode_of_gemm,
+            fractions.decode_of_peak or {},
+            fractions.decode_of_read,
+        ),
         (
             LONG_CONTEXT,
             result.decode_tok_s_context_1024,
             fractions.decode_of_gemm_context_1024,
+            {},
             fractions.decode_of_read_context_1024,
         ),
     ):
         for batch, rate in rates.items():
             name = f"decode {batch}, context {context}"
-            table.add_row(name, f"{rate:,.1f}", f"{of_gemm[batch]:.0%}", f"{of_read[batch]:.0%}")
+            peak = f"{of_peak[batch]:.0%}" if batch in of_peak else ""
+            table.add_row(name, f"{rate:,.1f}", f"{of_gemm[batch]:.0%}", peak, f"{of_read[batch]:.0%}")
+    if result.sampled_batch_32 is not None:
+        table.add_row(
+            f"decode {PYTHON_BATCH}, context {result.context}, top_p", f"{result.sampled_batch_32.tok_s:,.1f}"
+        )
     table.add_section()
-    table.add_row("machine", "", f"{limits.gemm_gflops:.0f} GFLOP/s", f"{limits.read_gb_s:.1f} GB/s")
+    peak = f"{limits.peak_gflops:.0f} GFLOP/s" if limits.peak_gflops is not None else ""
+    table.add_row("machine", "", f"{limits.gemm_gflops:.0f} GFLOP/s", peak, f"{limits.read_gb_s:.1f} GB/s")
     table.add_row("ready", f"{result.ready_s:.1f} s")
     table.add_row("peak memory", f"{result.peak_memory_bytes >> 20:,} MiB")
     if result.python_fraction_batch_32 is not None:
         table.add_row(f"outside the model, decode {PYTHON_BATCH}", f"{result.python_fraction_batch_32:.1%}")
+    if result.sampled_batch_32 is not None:
+        table.add_row("the same with top_p", f"{result.sampled_batch_32.python_fraction:.1%}")
     return table
 
 
 def profile_tables(measured: Measurements) -> list[Table]:
-    """Every decode case's steps, and the first step of the first prompt."""
+    """Every decode case's steps, and the first step of the first prompt: milliseconds, and the share of each part."""
     length = next(iter(measured.prefill))
+    prompt = f"first step of prefill {length}"
     steps = {
-        f"decode {case.batch}, context {case.context}": median_step([step for run in runs for step in run])
-        for case, runs in measured.decode.items()
-    }
-    steps[f"first step of prefill {length}"] = median_step([run[0] for run in measured.prefill[length]])
-    pieces = _table("A step, medians", tuple(steps))
-    for piece in PIECES:
-        shares = (_share(getattr(step, piece), step.total) for step in steps.values())
-        pieces.add_row(piece.replace("_", " "), *shares)
-    if measured.split is None:
-        return [pieces]
-    slowed = ", slowed down by torch.profiler" if measured.split.slowed_by_profiler else ""
-    parts = _table(f"Inside the model{slowed}", tuple(steps))
-    splits = [*measured.split.decode.values(), measured.split.prefill]
-    for part in splits[0]:
-        parts.add_row(part, *(_share(split[part], sum(split.values())) for split in splits))
-    return [pieces, parts]
+        case.name: median_step([step for run in runs for step in run]) for case, runs in measured.decode.items()
+    } | {prompt: median_step([run[0] for run in measured.prefill[length]])}
+    pieces = {name: {piece: getattr(step, piece) for piece in PIECES} for name, step in steps.items()}
+    tables = [_shares_table("A step, medians", pieces)]
+    if measured.split is not None:
+        slowed = ", slowed down by torch.profiler" if measured.split.slowed_by_profiler else ""
+        splits = {case.name: split for case, split in measured.split.decode.items()} | {prompt: measured.split.prefill}
+        tables.append(_shares_table(f"Inside the model{slowed}", splits))
+    return tables
 
 
-def _share(seconds: float, total: float) -> str:
-    return f"{1e3 * seconds:,.3f} ms {seconds / total:6.1%}"
+def _shares_table(title: str, seconds: Mapping[str, Mapping[str, float]]) -> Table:
+    parts = next(iter(seconds.values()))
+    table = _table(title, ("ms", *(part.replace("_", " ") for part in parts)))
+    for name, spent in seconds.items():
+        total = sum(spent.values())
+        table.add_row(name, f"{1e3 * total:,.2f}", *(f"{spent[part] / total:.1%}" for part in parts))
+    return table
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:

@@ -42,6 +42,7 @@ MAX_BATCHED_TOKENS = 512
 WARM_UP_STEPS = 2
 DECODE_STEPS = 64
 SEED = 0
+TOP_P = 0.9
 AUTO = "auto"
 TRANSFORMERS = "transformers"
 FUSED = "fused"
@@ -208,20 +209,34 @@ class Engine:
         """The steps of one prompt, up to its first token."""
         return await self._run([self._request(0, num_tokens, num_new_tokens=1, has_kv=False)])
 
-    async def decode(self, batch: int, context: int, num_steps: int = DECODE_STEPS) -> list[StepTimes]:
-        """``num_steps`` steps, after a few that do not count, of sequences with ``context`` prompt tokens each."""
+    async def decode(
+        self, batch: int, context: int, num_steps: int = DECODE_STEPS, is_sampled: bool = False
+    ) -> list[StepTimes]:
+        """``num_steps`` steps, after a few that do not count, of sequences with ``context`` prompt tokens each.
+
+        ``is_sampled``: their tokens are drawn under top_p, else the likeliest taken.
+        """
         # The first new token comes with the KV, so as many steps as tokens follow after it.
         new_tokens = 1 + WARM_UP_STEPS + num_steps
-        requests = [self._request(index, context, new_tokens, has_kv=True) for index in range(batch)]
+        sampling = SamplingParams(new_tokens, temperature=1.0, top_p=TOP_P, seed=SEED) if is_sampled else None
+        requests = [self._request(index, context, new_tokens, has_kv=True, sampling=sampling) for index in range(batch)]
         steps = await self._run(requests)
         assert len(steps) == WARM_UP_STEPS + num_steps, "the sequences did not decode together"
         return steps[WARM_UP_STEPS:]
 
-    def _request(self, index: int, num_prompt_tokens: int, num_new_tokens: int, *, has_kv: bool) -> Request:
+    def _request(
+        self,
+        index: int,
+        num_prompt_tokens: int,
+        num_new_tokens: int,
+        *,
+        has_kv: bool,
+        sampling: SamplingParams | None = None,
+    ) -> Request:
         rng = random.Random(SEED + index)
         vocab_size = self.settings.checkpoint.vocab_size
         prompt = tuple(rng.randrange(vocab_size) for _ in range(num_prompt_tokens))
-        sampling = SamplingParams(max_tokens=num_new_tokens, temperature=0.0)
+        sampling = sampling or SamplingParams(max_tokens=num_new_tokens, temperature=0.0)
         return Request(f"request-{index}", prompt, sampling, remote_prefill=has_kv)
 
     def _attach(self, request: Request) -> None:

@@ -7,10 +7,21 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
 DISTRIBUTION = "twinpool"
+
+
+def describe_run(*distributions: str) -> dict[str, object]:
+    """When, where and with what: what every result file carries."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": describe_machine(),
+        "versions": describe_versions(*distributions),
+    }
 
 
 def describe_machine() -> dict[str, str | int]:
@@ -26,14 +37,29 @@ def describe_machine() -> dict[str, str | int]:
 
 
 def describe_versions(*distributions: str) -> dict[str, str]:
-    """Versions of Python, of Twinpool and of the named distributions; "not installed" where there is none."""
+    """Versions of Python, of Twinpool and of the named distributions; "not installed" where there is none.
+
+    In a checkout Twinpool's commit too, "-dirty" where files differ from it.
+    """
     versions = {"python": platform.python_version()}
+    commit = _commit()
+    if commit is not None:
+        versions["commit"] = commit
     for name in (DISTRIBUTION, *distributions):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return versions
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
 
 
 def _cpu_model() -> str:

@@ -67,7 +67,8 @@ class Peer:
             {"prompt_token_ids": [self._rng.randrange(100, 40000) for _ in range(num_tokens)]}
             for _ in range(num_prompts)
         ]
-        params = self._params(max_tokens=num_new_tokens, ignore_eos=True, temperature=0)
+        # Tokens only, as from our step loop.
+        params = self._params(max_tokens=num_new_tokens, ignore_eos=True, temperature=0, detokenize=False)
         started_s = time.perf_counter()
         self._llm.generate(prompts, params, use_tqdm=False)
         return time.perf_counter() - started_s

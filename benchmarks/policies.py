@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.arrivals import arrivals_by_count
 from benchmarks.command_line import Parser, exit_status, write_json
-from benchmarks.machine import describe_machine, describe_versions
+from benchmarks.machine import describe_run
 from benchmarks.traces import MOONCAKE_BLOCK_TOKENS, TraceRow, load_trace
 from kvcache.errors import ConfigError
 from kvcache.spec import KVCacheSpec
@@ -189,8 +189,7 @@ def run(arguments: Sequence[str]) -> int:
             | {"trace": args.trace.name if args.trace else "documents", "model": "8 B, 16 bits"}
             | devices,
             "policies": {name: asdict(result) for name, result in results.items()},
-            "machine": describe_machine(),
-            "versions": describe_versions(),
+            **describe_run(),
         },
     )
     return 0

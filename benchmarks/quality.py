@@ -12,7 +12,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -24,7 +23,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.command_line import check_json
-from benchmarks.machine import describe_machine, describe_versions
+from benchmarks.machine import describe_run
 from engine.tokenizer import Tokenizer
 from kvcache.errors import ConfigError, TwinpoolError
 from kvcache.rows import decode_rows
@@ -81,10 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     _show(result)
     if options.json:
-        report: dict[str, object] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "model": options.model}
-        report |= {"tokens": options.tokens, "window": WINDOW}
+        report: dict[str, object] = {"model": options.model, "tokens": options.tokens, "window": WINDOW}
         report |= {name: asdict(quality) for name, quality in result.items()}
-        report |= {"machine": describe_machine(), "versions": describe_versions("torch", "transformers")}
+        report |= describe_run("torch", "transformers")
         options.json.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
     return 0
 

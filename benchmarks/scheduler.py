@@ -20,7 +20,7 @@ from pathlib import Path
 import orjson
 
 from benchmarks.command_line import Parser, exit_status, write_json
-from benchmarks.machine import describe_machine, describe_versions
+from benchmarks.machine import describe_run
 from benchmarks.scheduler_core import CoreResult, measure_core
 from benchmarks.scheduler_live import measure_live
 from benchmarks.scheduler_mixed import OWN_SERVERS, MixedLoad, measure_capacity, measure_mixed, targets
@@ -152,7 +152,7 @@ def measure_capacity_part(settings: Settings) -> Report:
 
 
 def _circumstances() -> Report:
-    return {"machine": describe_machine(), "versions": describe_versions("ray")}
+    return describe_run("ray")
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -27,7 +27,7 @@ from pydantic import TypeAdapter
 
 from benchmarks.client import Endpoint, RequestStyle, ServingClient
 from benchmarks.command_line import Parser, exit_status, write_json
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_run
 from benchmarks.measurements import RequestOutcome
 from benchmarks.progress import Progress
 from benchmarks.serve import run_load
@@ -179,7 +179,7 @@ def _run(arguments: Sequence[str]) -> int:
     print(f"TTFT {result.ttft_median:.1%}, TPOT {result.tpot_median:.1%} median error, {result.requests} requests")
     for worker_id, errors in result.workers.items():
         print(f"{worker_id}: {errors}")
-    write_json(flags.json, {"machine": describe_machine(), "cost_model_error": result})
+    write_json(flags.json, describe_run("ray") | {"cost_model_error": result})
     return 0
 
 

@@ -84,8 +84,9 @@ def test_one_run_writes_every_figure_and_shows_where_the_time_goes(
     assert set(result["prefill_tok_s"]) == {"9", "520"}
     assert set(result["decode_tok_s"]) == set(result["decode_tok_s_context_1024"]) == {"1", "32"}
     assert 0 < result["python_fraction_batch_32"] < 1
-    assert set(result["limits"]) == {"gemm_gflops", "read_gb_s"}
+    assert set(result["limits"]) == {"gemm_gflops", "read_gb_s", "peak_gflops"}
     assert {"ready_s", "peak_memory_bytes", "fraction_of_limit", "machine", "versions", "date"} <= set(result)
+    assert all(sum(parts.values()) == pytest.approx(1.0) for parts in result.pop("model_fractions").values())
     numbers = numbers_in(result)
     assert all(0 < number < math.inf for number in numbers)
     assert str(tmp_path.parent) not in json.dumps(result)
@@ -112,7 +113,7 @@ def test_rounded_weights_are_what_is_measured_and_what_the_limits_are_of(
             yield engine
 
     monkeypatch.setattr(bench, "open_engine", watched)
-    monkeypatch.setattr(bench, "measure_limits", lambda: MachineLimits(gemm_gflops=1.0, read_gb_s=1.0))
+    monkeypatch.setattr(bench, "measure_limits", lambda _dtype: MachineLimits(gemm_gflops=1.0, read_gb_s=1.0))
     json_path = tmp_path / "r.json"
     flags = ["--model", str(tiny_llama), "--json", str(json_path), "--runs", "1", "--context", "5", "--dtype", dtype]
     assert main([*flags, "--prefill-tokens", "9", "--batches", "2"]) == 0

@@ -10,9 +10,11 @@
 //     attention.h   the work of a step, split; decode_attention.h, prompt_attention.h   the two kinds of it
 //     kv_cache.h    the paged KV cache               norms.h        of single rows, and their rotary embedding
 //     all_reduce.h  sums over tensor-parallel ranks  likeliest.h    the largest of a row of logits
+//     limits.h      what the processor can do at most
 
 #include "decoder.h"
 #include "interface.h"
+#include "limits.h"
 #include "step.h"
 
 #include <optional>
@@ -50,7 +52,24 @@ bool run_with(Decoder& m, const TwinpoolStep& step, int num_threads) {
 extern "C" {
 
 // Compared with library.py's number: another one means that the library was built from another version of this file.
-int twinpool_interface() { return 8; }
+int twinpool_interface() { return 9; }
+
+// Multiply-adds of numbers, as the linear layers of a format do them, and nothing else. Returns how many were done.
+int64_t twinpool_multiply(int format, int64_t rounds, int num_threads) {
+  int64_t total = 0;
+#pragma omp parallel num_threads(num_threads) reduction(+ : total)
+  total += multiply(static_cast<Format>(format), rounds);
+  return total;
+}
+
+// Reads all of `values`, each thread its part. Returns their sum.
+float twinpool_read(const float* values, int64_t count, int num_threads) {
+  float total = 0.0f;
+#pragma omp parallel for num_threads(num_threads) reduction(+ : total)
+  for (int part = 0; part < num_threads; ++part)
+    total += sum_of(values + count * part / num_threads, count * (part + 1) / num_threads - count * part / num_threads);
+  return total;
+}
 
 // Shared memory that a tensor-parallel group of `size` ranks needs.
 int64_t twinpool_group_bytes(int size) { return group_bytes(size); }

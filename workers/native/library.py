@@ -12,7 +12,7 @@ import numpy as np
 from kvcache.errors import ResourceError
 from workers.native.processor import processor_flags
 
-INTERFACE = 8  # grows with every change of what decoder.cpp and this file agree on
+INTERFACE = 9  # grows with every change of what decoder.cpp and this file agree on
 
 # Best first: name of the build (see setup.py) and the processor flags that it needs.
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
@@ -135,6 +135,10 @@ def _declare(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     if getattr(library, "twinpool_interface", lambda: None)() != INTERFACE:
         raise ResourceError(f"{path.name} was built from another version of decoder.cpp; install Twinpool again.")
+    library.twinpool_multiply.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
+    library.twinpool_multiply.restype = ctypes.c_int64
+    library.twinpool_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    library.twinpool_read.restype = ctypes.c_float
     library.twinpool_create.argtypes = [ctypes.POINTER(Shape)]
     library.twinpool_create.restype = ctypes.c_void_p
     library.twinpool_destroy.argtypes = [ctypes.c_void_p]

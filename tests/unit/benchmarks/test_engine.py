@@ -41,6 +41,7 @@ from benchmarks.engine_work import (
 )
 from kvcache.errors import ConfigError, ModelError
 from workers.model.checkpoint import CheckpointInfo, describe_checkpoint
+from workers.native.library import chosen_build, load_library, missing_instructions
 
 TINY: dict[str, Any] = {
     "vocab_size": 10,
@@ -69,7 +70,7 @@ def measured(options: Options, split: ModelSplit | None = None) -> Measurements:
     """20 s per step: two steps of each prompt, four of each decode case, in each run."""
     return Measurements(
         step_model="fused",
-        limits=MachineLimits(gemm_gflops=1e-9, read_gb_s=1e-8),  # 1 FLOP/s, 10 bytes/s
+        limits=MachineLimits(1e-9, 1e-8, peak_gflops=4e-9),  # 1 FLOP/s, 10 bytes/s, at most 4 FLOP/s
         prefill={length: [[STEP] * 2] * options.runs for length in options.prefill_tokens},
         decode={case: [[STEP] * 4] * options.runs for case in options.decode_cases},
         split=split,
@@ -110,9 +111,27 @@ def test_the_read_limit_is_the_best_of_ways_that_each_read_everything(monkeypatc
     values = torch.ones(4 * READ_ROWS)
     ways = ways_to_read(values)
     assert [float(read().sum()) for read in ways] == [values.numel()] * len(ways)
-    seconds = iter([1.0] * len(GEMM_SIZES) + [4.0, 3.0, 0.5, 2.0])
+    seconds = iter([1.0] * len(GEMM_SIZES) + [4.0, 3.0, 0.5, 2.0, 2.0][: len(ways)] + [1.0])
     monkeypatch.setattr(engine_limits, "_best_seconds", lambda _work: next(seconds))
     assert measure_limits().read_gb_s == READ_BYTES / 0.5 / 1e9
+
+
+@pytest.mark.skipif(load_library() is None, reason="no native build for this processor")
+def test_the_peak_counts_every_number_that_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rounded number is as many products per vector as it is narrower than a float, or as many as a float."""
+    monkeypatch.setattr(engine_limits, "MULTIPLY_ROUNDS", 16)
+    monkeypatch.setattr(engine_limits, "_best_seconds", lambda _work: 1.0)
+    peaks = {dtype: measure_limits(dtype).peak_gflops or 0.0 for dtype in ("float32", "bfloat16", "int8")}
+    products = 16 * 12 * 16 if "avx512" in (chosen_build() or "") else 16 * 6 * 8
+    assert peaks["float32"] * 1e9 == pytest.approx(2 * products * torch.get_num_threads())
+    widened = {dtype: missing_instructions(dtype) is not None for dtype in ("bfloat16", "int8")}
+    assert peaks["bfloat16"] / peaks["float32"] == pytest.approx(1 if widened["bfloat16"] else 2)
+    assert peaks["int8"] / peaks["float32"] == pytest.approx(1 if widened["int8"] else 4)
+
+
+def test_the_better_of_two_limits_is_the_larger_of_each() -> None:
+    assert MachineLimits(1.0, 4.0, 2.0).better_of(MachineLimits(3.0, 2.0, 1.0)) == MachineLimits(3.0, 4.0, 2.0)
+    assert MachineLimits(1.0, 1.0).better_of(MachineLimits(1.0, 1.0)).peak_gflops is None
 
 
 def test_the_pieces_of_a_step_add_up_to_it() -> None:
@@ -194,9 +213,13 @@ def test_rates_are_tokens_over_all_of_the_time_and_fractions_are_needs_over_limi
     assert result.python_fraction_batch_32 == pytest.approx(0.3)
     fractions = result.fraction_of_limit
     assert fractions.prefill_of_gemm["80"] == pytest.approx(COSTS.prefill_flops(80) / 40 / 1.0)
+    assert fractions.prefill_of_peak is not None and fractions.decode_of_peak is not None
+    assert fractions.prefill_of_peak["80"] == pytest.approx(COSTS.prefill_flops(80) / 40 / 4.0)
     attended = DecodeCase(32, 32).mean_attended
     assert fractions.decode_of_read["32"] == pytest.approx(COSTS.decode_bytes(32, attended) / 20 / 10)
     assert fractions.decode_of_gemm["32"] == pytest.approx(COSTS.decode_flops(32, attended) / 20 / 1.0)
+    assert fractions.decode_of_peak["32"] == pytest.approx(COSTS.decode_flops(32, attended) / 20 / 4.0)
+    assert result.sampled_batch_32 is not None and result.sampled_batch_32.tok_s == 32 * 4 / 80
 
 
 def test_the_json_has_the_agreed_keys_and_no_path(tmp_path: Path) -> None:
@@ -206,7 +229,7 @@ def test_the_json_has_the_agreed_keys_and_no_path(tmp_path: Path) -> None:
     assert set(written) >= {"model", "dtype", "threads", "step_model", "runs", "machine", "versions", "date"}
     assert set(written["prefill_tok_s"]) == {"512", "2048"}
     assert set(written["decode_tok_s"]) == set(written["decode_tok_s_context_1024"]) == {"1", "8", "32"}
-    assert set(written["limits"]) == {"gemm_gflops", "read_gb_s"}
+    assert set(written["limits"]) == {"gemm_gflops", "read_gb_s", "peak_gflops"}
     assert set(written["step_fractions_batch_32"]) == set(PIECES)
     assert set(written["fraction_of_limit"]) >= {"prefill_of_gemm", "decode_of_read"}
     assert written["ready_s"] == 3.0 and written["peak_memory_bytes"] == 5
@@ -225,12 +248,13 @@ def test_tables_show_every_case_and_the_parts_of_the_model_when_asked() -> None:
     names = [str(cell) for cell in result_table(result).columns[0].cells]
     assert names[:3] == ["prefill 512", "decode 8, context 32", "decode 8, context 1024"]
     (pieces,) = profile_tables(measured(options))
-    assert [column.header for column in pieces.columns][1:] == [*names[1:3], "first step of prefill 512"]
+    assert [str(cell) for cell in pieces.columns[0].cells] == [*names[1:3], "first step of prefill 512"]
+    assert [column.header for column in pieces.columns][1:] == ["ms", *(piece.replace("_", " ") for piece in PIECES)]
     parts = mean_split([{"model": 10.0, "linears": 4.0}])
     split = ModelSplit(dict.fromkeys(options.decode_cases, parts), parts, slowed_by_profiler=False)
     _, inside = profile_tables(measured(options, split))
-    assert [str(cell) for cell in inside.columns[0].cells] == [*parts]
-    assert all("40.0%" in str(list(column.cells)[2]) for column in inside.columns[1:])
+    assert [column.header for column in inside.columns][2:] == [*parts]
+    assert all(str(cell) == "40.0%" for cell in inside.columns[4].cells)
 
 
 @pytest.mark.parametrize(
