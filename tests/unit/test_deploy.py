@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pydantic import ByteSize, TypeAdapter
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 from engine.cli import _parser
 from engine.cluster_room import check_room, room_in_cluster
@@ -21,7 +20,7 @@ from scheduler.types import WorkerRole
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
-# Of KubeRay's v1 API, ray-operator/apis/ray/v1: what a spec may hold.
+# Of KubeRay's v1 API as of 1.5, ray-operator/apis/ray/v1: what a spec may hold.
 CLUSTER_FIELDS = {
     "headGroupSpec",
     "workerGroupSpecs",
@@ -31,23 +30,35 @@ CLUSTER_FIELDS = {
     "headServiceAnnotations",
     "suspend",
 }
-HEAD_FIELDS = {"serviceType", "headService", "enableIngress", "rayStartParams", "template"}
+HEAD_FIELDS = {"serviceType", "headService", "enableIngress", "labels", "resources", "rayStartParams", "template"}
 GROUP_FIELDS = {
     "groupName",
     "replicas",
     "minReplicas",
     "maxReplicas",
     "numOfHosts",
+    "labels",
+    "resources",
     "rayStartParams",
     "template",
     "scaleStrategy",
 }
-AUTOSCALER_FIELDS = {"resources", "image", "imagePullPolicy", "env", "envFrom", "idleTimeoutSeconds", "upscalingMode"}
+AUTOSCALER_FIELDS = {
+    "version",
+    "resources",
+    "image",
+    "imagePullPolicy",
+    "securityContext",
+    "idleTimeoutSeconds",
+    "upscalingMode",
+    "env",
+    "envFrom",
+    "volumeMounts",
+}
 JOB_FIELDS = {"entrypoint", "clusterSelector", "rayClusterSpec", "submissionMode", "shutdownAfterJobFinishes"}
-RAY_START_PARAMS = {"num-cpus", "dashboard-host", "labels", "resources"}
+# No labels: KubeRay refuses them there. No resources beside those of the group: it refuses both together.
+RAY_START_PARAMS = {"num-cpus", "dashboard-host"}
 POOLS = (WorkerRole.PREFILL, WorkerRole.DECODE)
-BYTES = TypeAdapter(ByteSize)
-RAY_PART = 0.7  # of a pod's memory: Ray's default leaves three tenths to its object store
 WORKER_BYTES = 8 << 30  # a model in a prefill pod, with its cache
 
 
@@ -78,17 +89,19 @@ def groups_of(manifest: dict[str, Any], role: WorkerRole) -> list[dict[str, Any]
 
 
 def labels(group: dict[str, Any]) -> dict[str, str]:
-    return dict(label.split("=") for label in group["rayStartParams"]["labels"].split(","))
+    return dict(group["labels"])
 
 
-def nodes_of(group: dict[str, Any], count: int) -> list[Node]:
-    """What Ray makes of so many pods: as much memory as it leaves to workers beside its object store."""
-    (container,) = group["template"]["spec"]["containers"]
-    requests = container["resources"]["requests"]
-    quoted: str = yaml.safe_load(group["rayStartParams"]["resources"])  # once more, for the shell of the pod
-    resources = {"CPU": float(requests["cpu"]), "memory": RAY_PART * BYTES.validate_python(requests["memory"] + "B")}
-    names = [f"{group['groupName']}-{number}" for number in range(count)]
-    return [Node(name, name, resources | json.loads(quoted), labels(group)) for name in names]
+def nodes(manifest: dict[str, Any], replicas: str) -> list[Node]:
+    """Every pod as Ray's autoscaler reads its group, which is also what the pod says of itself to Ray."""
+    cluster = manifest["RayCluster"]
+    metadata = cluster["metadata"] | {"namespace": "default"}
+    node_types = _derive_autoscaling_config_from_ray_cr(cluster | {"metadata": metadata})["available_node_types"]
+    return [
+        Node(f"{name}-{number}", f"{name}-{number}", node_types[name]["resources"], node_types[name]["labels"])
+        for name, count in ((group["groupName"], group[replicas]) for group in groups(manifest))
+        for number in range(count)
+    ]
 
 
 def test_every_field_is_one_of_kuberay_s(manifest: dict[str, Any]) -> None:
@@ -103,6 +116,18 @@ def test_every_field_is_one_of_kuberay_s(manifest: dict[str, Any]) -> None:
     started = [spec["headGroupSpec"]["rayStartParams"], *(group["rayStartParams"] for group in groups(manifest))]
     assert all(set(each) <= RAY_START_PARAMS for each in started)
     assert all(isinstance(value, str) for each in started for value in each.values())
+    assert all(isinstance(value, str) for group in groups(manifest) for value in group["resources"].values())
+
+
+def test_ray_s_autoscaler_is_the_one_that_heeds_labels(manifest: dict[str, Any]) -> None:
+    """The first one drops the labels of the workers that the server asks for, and would add pods of any group."""
+    assert manifest["RayCluster"]["spec"]["autoscalerOptions"]["version"] == "v2"
+
+
+def test_no_pod_has_a_command_of_its_own(manifest: dict[str, Any]) -> None:
+    """KubeRay would run it before ``ray start``, not around it."""
+    containers = [container for pod in pods(manifest) for container in pod["containers"]]
+    assert not any({"command", "args"} & set(container) for container in containers)
 
 
 def test_each_role_has_groups_for_several_devices(manifest: dict[str, Any]) -> None:
@@ -124,12 +149,12 @@ def test_the_groups_have_room_for_the_servers_workers_and_for_no_more(manifest: 
         grown = {f"{role.value}_workers": getattr(options, f"max_{role.value}_workers") for role in POOLS}
         options = options.model_copy(update=grown)
     assert all(options.num_workers_of(role) for role in POOLS)
-    nodes = [node for group in groups(manifest) for node in nodes_of(group, group[replicas])]
-    rooms = {role: room_in_cluster(options, role, "cpu", nodes, WORKER_BYTES) for role in POOLS}
-    check_room(options, nodes, rooms)
-    for node in nodes:
+    pods = nodes(manifest, replicas)
+    rooms = {role: room_in_cluster(options, role, "cpu", pods, WORKER_BYTES) for role in POOLS}
+    check_room(options, pods, rooms)
+    for pod in pods:
         with pytest.raises(ResourceError, match="The cluster cannot hold the workers"):
-            check_room(options, [each for each in nodes if each is not node], rooms)
+            check_room(options, [each for each in pods if each is not pod], rooms)
 
 
 def test_ray_may_grow_the_groups_because_the_server_asks_for_more(manifest: dict[str, Any]) -> None:
