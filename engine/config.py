@@ -34,6 +34,9 @@ from workers.model.checkpoint import DEFAULT_MODEL
 ENVIRONMENT_PREFIX = "TWINPOOL_"
 OTHER_VARIABLES = frozenset({"TWINPOOL_CACHE"})
 
+MAX_NUM_SEQS = 64
+MAX_NUM_BATCHED_TOKENS = 512
+
 KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
 # Options of which a pool may have its own: prefill_NAME and decode_NAME beside NAME.
 POOL_OPTIONS = ("tensor_parallel_size", "block_size", "kv_cache_dtype", "device_profile", "node_label", "resource")
@@ -138,9 +141,20 @@ class ServeConfig(ClusterOptions, KVOptions, BaseSettings):
     decode_kv_cache_dtype: KVCacheDtype | None = option(
         None, "KV cache and batching", "the same for decode workers alone (default: --kv-cache-dtype)", "DTYPE"
     )
-    max_num_seqs: int = option(64, "KV cache and batching", "sequences in a worker's batch", ge=1, le=4096)
-    max_num_batched_tokens: int = option(
-        512, "KV cache and batching", "tokens a worker computes in one step", ge=1, le=1 << 20
+    max_num_seqs: int | None = option(
+        None,
+        "KV cache and batching",
+        f"sequences in a worker's batch (default: {MAX_NUM_SEQS}, or --max-num-batched-tokens where that is less)",
+        ge=1,
+        le=4096,
+    )
+    max_num_batched_tokens: int | None = option(
+        None,
+        "KV cache and batching",
+        "tokens a worker computes in one step, one for each sequence at least"
+        f" (default: {MAX_NUM_BATCHED_TOKENS}, or --max-num-seqs where that is more)",
+        ge=1,
+        le=1 << 20,
     )
     placement_policy: str = option(
         DEFAULT_POLICY, "Placement", f"which workers a request gets: {', '.join(POLICIES)}", "POLICY"
@@ -301,6 +315,16 @@ class ServeConfig(ClusterOptions, KVOptions, BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        if seqs is not None and tokens is not None and seqs > tokens:
+            raise ValueError(
+                f"max_num_seqs is {seqs} and max_num_batched_tokens {tokens}: a step has no token for each sequence of"
+                " the batch, and some would wait for others to end"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_memory(self) -> Self:
         if self.kv_cache_memory_bytes is not None and self.gpu_memory_utilization is not None:
             raise ValueError("kv_cache_memory_bytes and gpu_memory_utilization both set the size of the KV cache")
@@ -324,9 +348,10 @@ class ServeConfig(ClusterOptions, KVOptions, BaseSettings):
     @property
     def batch_limits(self) -> BatchLimits:
         """A first token waits for the step that runs when its prompt arrives, for those before it, and its own."""
+        num_seqs, num_tokens = self.max_num_seqs, self.max_num_batched_tokens
         return BatchLimits(
-            self.max_num_seqs,
-            self.max_num_batched_tokens,
+            num_seqs or min(MAX_NUM_SEQS, num_tokens or MAX_NUM_SEQS),
+            num_tokens or max(MAX_NUM_BATCHED_TOKENS, num_seqs or 1),
             max_step_s=self.ttft_target_ms / 1000 / STEPS_PER_FIRST_TOKEN,
             max_pause_s=self.tpot_target_ms / 1000,
         )

@@ -78,6 +78,21 @@ def test_without_two_pools_there_is_nothing_that_could_differ(name: str) -> None
         load_config({"colocated": "1", name: "32"})
 
 
+def test_a_step_has_a_token_for_each_sequence_of_the_batch() -> None:
+    """Of the two limits, the one that was not given follows the other where its default would not do."""
+
+    def limits(**flags: str) -> tuple[int, int]:
+        batch = load_config(flags).batch_limits
+        return batch.max_num_seqs, batch.max_num_batched_tokens
+
+    assert limits() == (64, 512)
+    assert limits(max_num_seqs="128") == (128, 512)
+    assert limits(max_num_seqs="1024") == (1024, 1024)
+    assert limits(max_num_batched_tokens="2048") == (64, 2048)
+    assert limits(max_num_batched_tokens="16") == (16, 16)
+    assert limits(max_num_seqs="8", max_num_batched_tokens="8") == (8, 8)
+
+
 def test_sizes_are_written_as_people_write_them() -> None:
     assert load_config({"kv_cache_memory_bytes": "1.5GiB"}).kv_cache_memory_bytes == 3 << 29
 
@@ -137,6 +152,10 @@ def test_a_key_that_cannot_work_is_refused_and_not_repeated(keys: str, monkeypat
         ({"kv_host_cache_bytes": "1GiB", "enable_prefix_caching": "0"}, "enable_prefix_caching is off"),
         ({"kv_offer_rate": "1MiB", "enable_prefix_caching": "0"}, "enable_prefix_caching is off"),
         ({"kv_offer_rate": "1MiB", "colocated": "1"}, "kv_offer_rate is for two pools"),
+        (
+            {"max_num_seqs": "6", "max_num_batched_tokens": "2"},
+            "max_num_seqs is 6 and max_num_batched_tokens 2: a step has no token for each sequence",
+        ),
     ],
 )
 def test_a_bad_value_is_named(flags: dict[str, str], words: str) -> None:
