@@ -10,7 +10,7 @@ from pydantic_settings import NoDecode
 
 from engine.option import option
 
-ADDRESS = re.compile(r"(\[[0-9A-Fa-f:]+\]|[^\s:/\[\]]+):[0-9]{1,5}")
+ADDRESS = re.compile(r"(\[[0-9A-Fa-f:]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
 AMOUNT = re.compile(r"[0-9]+(\.[0-9]{1,4})?")  # Ray counts in steps of 0.0001
 RESERVED_RESOURCES = frozenset({"CPU", "GPU", "memory", "object_store_memory"})
 LABELS = ("node_label", "prefill_node_label", "decode_node_label")
@@ -53,8 +53,13 @@ class ClusterOptions(BaseModel):
     @field_validator("address")
     @classmethod
     def _check_address(cls, address: str | None) -> str | None:
-        if address is not None and address != "auto" and not ADDRESS.fullmatch(address):
+        if address is None or address == "auto":
+            return address
+        parts = ADDRESS.fullmatch(address)
+        if parts is None:
             raise ValueError("it must be auto, or HOST:PORT of the cluster's head")
+        if not 1 <= int(parts[2]) <= 65535:
+            raise ValueError("the port must be from 1 to 65535")
         return address
 
     @field_validator("worker_host")
@@ -71,6 +76,7 @@ class ClusterOptions(BaseModel):
             key, _, value = label.partition("=")
             if not key or not value:
                 raise ValueError(f"{label!r} is not KEY=VALUE")
+        _check_names(labels or ())
         return labels
 
     @field_validator(*RESOURCES)
@@ -82,6 +88,7 @@ class ClusterOptions(BaseModel):
                 raise ValueError(f"{resource!r} is not NAME=AMOUNT with an amount above 0")
             if name in RESERVED_RESOURCES:
                 raise ValueError(f"the amount of {name} is worked out from other options; this is for custom resources")
+        _check_names(resources or ())
         return resources
 
     @model_validator(mode="after")
@@ -90,3 +97,10 @@ class ClusterOptions(BaseModel):
         if given and self.address is None:
             raise ValueError(f"{given[0]} chooses among the nodes of a running Ray cluster: set address too")
         return self
+
+
+def _check_names(given: tuple[str, ...]) -> None:
+    names = [each.partition("=")[0] for each in given]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name} is given more than once")

@@ -48,7 +48,9 @@ GROUPS = ("Model", "Pools", "Cluster", "KV cache and batching", "Placement", "Se
 class ServeConfig(ClusterOptions, KVOptions, BaseSettings):
     """Everything that `twinpool serve` can be told."""
 
-    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid", validate_default=False)
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX, extra="forbid", validate_default=False, allow_inf_nan=False
+    )
 
     model: str = option(DEFAULT_MODEL, "Model", "checkpoint folder, GGUF file, hub id, or the default model", "MODEL")
     served_model_name: str | None = option(None, "Model", "name clients use (default: MODEL)", "NAME", min_length=1)

@@ -152,6 +152,12 @@ def test_a_key_that_cannot_work_is_refused_and_not_repeated(keys: str, monkeypat
         ({"kv_host_cache_bytes": "1GiB", "enable_prefix_caching": "0"}, "enable_prefix_caching is off"),
         ({"kv_offer_rate": "1MiB", "enable_prefix_caching": "0"}, "enable_prefix_caching is off"),
         ({"kv_offer_rate": "1MiB", "colocated": "1"}, "kv_offer_rate is for two pools"),
+        ({"ttft_target_ms": "inf"}, "--ttft-target-ms is 'inf'"),
+        ({"ttft_target_ms": "nan"}, "--ttft-target-ms is 'nan'"),
+        ({"tpot_target_ms": "inf"}, "--tpot-target-ms is 'inf'"),
+        ({"drain_timeout": "nan"}, "--drain-timeout is 'nan'"),
+        ({"shutdown_timeout": "nan"}, "--shutdown-timeout is 'nan'"),
+        ({"gpu_memory_utilization": "nan"}, "--gpu-memory-utilization is 'nan'"),
         (
             {"max_num_seqs": "6", "max_num_batched_tokens": "2"},
             "max_num_seqs is 6 and max_num_batched_tokens 2: a step has no token for each sequence",
@@ -250,6 +256,16 @@ def test_a_pool_may_have_nodes_and_resources_of_its_own(monkeypatch: pytest.Monk
 BAD_CLUSTERS = {
     "no address": ({"node_label": ["a=b"]}, "node_label chooses among the nodes of a running Ray cluster: set address"),
     "no port": ({"address": "head"}, "--address is 'head': it must be auto, or HOST:PORT"),
+    "a port that is none": (
+        {"address": "localhost:99999"},
+        "--address is 'localhost:99999': the port must be from 1 to 65535",
+    ),
+    "port 0": ({"address": "head:0"}, "--address is 'head:0': the port must be from 1 to 65535"),
+    "two amounts": (
+        {"address": "auto", "resource": ["bw=1", "bw=2"]},
+        "--resource is ['bw=1', 'bw=2']: bw is given more than once",
+    ),
+    "two values": ({"address": "auto", "decode_node_label": ["t=a", "t=b"]}, "t is given more than once"),
     "no value": ({"address": "auto", "node_label": ["a"]}, "'a' is not KEY=VALUE"),
     "no amount": ({"address": "auto", "resource": ["a=x"]}, "'a=x' is not NAME=AMOUNT"),
     "an amount of nothing": ({"address": "auto", "resource": ["a=0"]}, "with an amount above 0"),
