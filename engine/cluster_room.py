@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 from engine.config import ServeConfig, flag_of
 from engine.machine_limits import usable_cores
 from kvcache.errors import ResourceError
-from scheduler.room import Node, Room, Wanted, find_shortage, largest_share
+from scheduler.room import Node, Room, Wanted, find_shortage, largest_share, suits
 from scheduler.types import WorkerRole
 from workers.device import Device
 
@@ -21,24 +22,9 @@ def device_of_cluster(config: ServeConfig, num_gpus: int) -> Device:
     return config.device
 
 
-def threads_per_rank(config: ServeConfig, role: WorkerRole, nodes: Sequence[Node] | None) -> int:
-    """Those given, or this machine's cores, or the cluster's (``nodes``) shared out equally.
-
-    Raises:
-        ResourceError: the cluster has fewer cores than ranks.
-    """
-    if config.threads_per_worker is not None:
-        return config.threads_per_worker // config.tensor_parallel_size_of(role)
-    if nodes is None:
-        return max(1, usable_cores() // config.num_ranks)
-    share = largest_share(nodes, config.num_ranks)
-    if share == 0:
-        cores = sum(int(node.resources.get("CPU", 0)) for node in nodes)
-        raise ResourceError(
-            f"The cluster has {cores} CPUs on {len(nodes)} nodes and the workers need one for each of"
-            f" {config.num_ranks} ranks; start fewer workers."
-        )
-    return share
+def own_threads(config: ServeConfig, role: WorkerRole) -> int:
+    """Of each rank in a cluster of our own: those given, or this machine's cores shared out equally."""
+    return _given_threads(config, role) or max(1, usable_cores() // config.num_ranks)
 
 
 def own_room(config: ServeConfig, role: WorkerRole, device: Device) -> Room:
@@ -46,18 +32,27 @@ def own_room(config: ServeConfig, role: WorkerRole, device: Device) -> Room:
     return Room(config.tensor_parallel_size_of(role), (("CPU", OWN_CPU), *_gpu(device)))
 
 
-def room_in_cluster(
-    config: ServeConfig, role: WorkerRole, device: Device, nodes: Sequence[Node], worker_bytes: int
-) -> Room:
-    """In a cluster that others use too: all that the worker takes is booked, memory included."""
-    num_ranks = config.tensor_parallel_size_of(role)
-    resources = (
-        ("CPU", float(threads_per_rank(config, role, nodes))),
-        ("memory", float(-(-worker_bytes // num_ranks))),
-        *_gpu(device),
-        *config.resources_of(role),
-    )
-    return Room(num_ranks, resources, config.node_labels_of(role))
+def rooms_in_cluster(
+    config: ServeConfig, device: Device, nodes: Sequence[Node], worker_bytes: Mapping[WorkerRole, int]
+) -> dict[WorkerRole, Room]:
+    """In a cluster that others use too: all that a worker takes is booked, memory included.
+
+    Threads that were not given are the cores of the nodes that suit a role, shared out as far as all workers find room.
+    Where they do not, whatever their threads, each has one per rank, and ``check_room`` says what is missing.
+    """
+    roles = [role for role in WorkerRole if config.num_workers_of(role)]
+
+    def rooms(most_threads: int) -> dict[WorkerRole, Room]:
+        threads = {role: _given_threads(config, role) or max(1, min(most_threads, shares[role])) for role in roles}
+        return {role: _room(config, role, device, threads[role], worker_bytes[role]) for role in roles}
+
+    shares = dict.fromkeys(roles, 1)
+    least = rooms(1)
+    for role in roles:
+        num_ranks = least[role].num_ranks * config.num_workers_of(role)
+        shares[role] = largest_share([node for node in nodes if suits(least[role], node)], num_ranks)
+    more = range(2, max(shares.values()) + 1)
+    return rooms(1 + bisect_left(more, True, key=lambda most: _shortage(config, nodes, rooms(most)) is not None))
 
 
 def check_room(config: ServeConfig, nodes: Sequence[Node], rooms: Mapping[WorkerRole, Room]) -> None:
@@ -65,12 +60,32 @@ def check_room(config: ServeConfig, nodes: Sequence[Node], rooms: Mapping[Worker
     Raises:
         ResourceError: says what is missing in the cluster, and how much.
     """
-    wanted = [Wanted(role.value, config.num_workers_of(role), room) for role, room in rooms.items()]
-    shortage = find_shortage(nodes, wanted)
+    shortage = _shortage(config, nodes, rooms)
     if shortage is not None:
         options = sorted({flag_of(config.option_of(role, "node_label")) for role in rooms if rooms[role].labels})
         asked_by = f" (asked for by {', '.join(options)})" if options else ""
         raise ResourceError(f"The cluster cannot hold the workers{asked_by}: {shortage}.")
+
+
+def _shortage(config: ServeConfig, nodes: Sequence[Node], rooms: Mapping[WorkerRole, Room]) -> str | None:
+    return find_shortage(nodes, [Wanted(role.value, config.num_workers_of(role), room) for role, room in rooms.items()])
+
+
+def _room(config: ServeConfig, role: WorkerRole, device: Device, num_threads: int, worker_bytes: int) -> Room:
+    num_ranks = config.tensor_parallel_size_of(role)
+    resources = (
+        ("CPU", float(num_threads)),
+        ("memory", float(-(-worker_bytes // num_ranks))),
+        *_gpu(device),
+        *config.resources_of(role),
+    )
+    return Room(num_ranks, resources, config.node_labels_of(role))
+
+
+def _given_threads(config: ServeConfig, role: WorkerRole) -> int | None:
+    """Of each rank."""
+    given = config.threads_per_worker
+    return None if given is None else given // config.tensor_parallel_size_of(role)
 
 
 def _gpu(device: Device) -> tuple[tuple[str, float], ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 
-from engine.cluster_room import check_room, device_of_cluster, own_room, room_in_cluster, threads_per_rank
+from engine.cluster_room import check_room, device_of_cluster, own_room, own_threads, rooms_in_cluster
 from engine.config import ServeConfig, flag_of
 from engine.device_profiles import load_profile
 from engine.machine_limits import available_memory_bytes
@@ -132,9 +132,11 @@ def make_plan(config: ServeConfig, path: Path, nodes: Sequence[Node] | None = No
     if nodes is None:
         _check_memory(config, checkpoint, device, worker_bytes)
         rooms = {role: own_room(config, role, device) for role in specs}
+        threads = {role: own_threads(config, role) for role in specs}
     else:
-        rooms = {role: room_in_cluster(config, role, device, nodes, worker_bytes[role]) for role in specs}
+        rooms = rooms_in_cluster(config, device, nodes, worker_bytes)
         check_room(config, nodes, rooms)
+        threads = {role: int(dict(room.resources)["CPU"]) for role, room in rooms.items()}
     is_left_to_gpu = device == "cuda" and config.kv_cache_memory_bytes is None
     shapes = {role: model_shape(checkpoint, spec, config.quantization) for role, spec in specs.items()}
     for role, profile in profiles.items():
@@ -159,7 +161,7 @@ def make_plan(config: ServeConfig, path: Path, nodes: Sequence[Node] | None = No
             vocab_size=checkpoint.vocab_size,
             dtype=checkpoint.dtype,
             limits=config.batch_limits,
-            num_threads=threads_per_rank(config, role, nodes),
+            num_threads=threads[role],
             tensor_parallel_size=config.tensor_parallel_size_of(role),
             device=device,
             device_profile=profiles[role],

@@ -50,7 +50,7 @@ def find_shortage(nodes: Sequence[Node], wanted: Sequence[Wanted]) -> str | None
     use of the cluster at the moment is not looked at: Ray waits until it is free.
     """
     free = {node.node_id: dict(node.resources) for node in nodes}
-    for group in sorted(wanted, key=lambda each: sum(_suits(each.room, node) for node in nodes)):
+    for group in sorted(wanted, key=lambda each: sum(suits(each.room, node) for node in nodes)):
         suitable = [node for node in nodes if _has_labels(group.room, node)]
         if not suitable and group.count:
             return f"no node has {_labels(group.room)}, which the {group.name} workers need{_seen(nodes, group.room)}"
@@ -81,7 +81,8 @@ def _fits(room: Room, free: Resources) -> bool:
     return all(free.get(name, 0.0) >= amount for name, amount in room.total.items())
 
 
-def _suits(room: Room, node: Node) -> bool:
+def suits(room: Room, node: Node) -> bool:
+    """Whether the node would hold one such worker, if it held nothing else."""
     return _has_labels(room, node) and _fits(room, node.resources)
 
 
@@ -102,13 +103,17 @@ def _short_of(group: Wanted, placed: int, nodes: Sequence[Node], free: Mapping[s
         f"{_amount(name, amount)} (the most that a node has left: {_amount(name, lacks[name])})"
         for name, amount in total.items()
         if lacks[name] < amount
-    ] or [f"{_amount(name, amount)}, together on one node" for name, amount in total.items()]
+    ]
     where = f" on a node with {_labels(group.room)}" if group.room.labels else ""
     ranks = f" for its {group.room.num_ranks} ranks" if group.room.num_ranks > 1 else ""
-    return (
-        f"there is room for {placed} of {group.count} {group.name} workers; each needs{where}{ranks} "
-        + " and ".join(missing)
+    return f"there is room for {placed} of {group.count} {group.name} workers; each needs{where}{ranks} " + (
+        " and ".join(missing) or _together(total)
     )
+
+
+def _together(amounts: Resources) -> str:
+    *others, last = (_amount(name, amount) for name, amount in amounts.items())
+    return f"{', '.join(others)} and {last}, which no node has left together"
 
 
 def _amount(name: str, amount: float) -> str:

@@ -12,7 +12,7 @@ import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 from engine.cli import _parser
-from engine.cluster_room import check_room, room_in_cluster
+from engine.cluster_room import check_room, rooms_in_cluster
 from engine.config import ServeConfig, load_config
 from kvcache.errors import ResourceError
 from scheduler.room import Node
@@ -150,7 +150,7 @@ def test_the_groups_have_room_for_the_servers_workers_and_for_no_more(manifest: 
         options = options.model_copy(update=grown)
     assert all(options.num_workers_of(role) for role in POOLS)
     pods = nodes(manifest, replicas)
-    rooms = {role: room_in_cluster(options, role, "cpu", pods, WORKER_BYTES) for role in POOLS}
+    rooms = rooms_in_cluster(options, "cpu", pods, dict.fromkeys(POOLS, WORKER_BYTES))
     check_room(options, pods, rooms)
     for pod in pods:
         with pytest.raises(ResourceError, match="The cluster cannot hold the workers"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine import cluster_room, startup
-from engine.cluster_room import threads_per_rank
+from engine.cluster_room import own_threads
 from engine.config import load_config
 from kvcache.errors import ConfigError, ResourceError
 from scheduler.types import DeviceProfile, WorkerRole
@@ -52,11 +52,11 @@ def test_a_model_that_cannot_be_cut_is_refused_with_the_reason() -> None:
 
 def test_a_worker_s_threads_are_shared_out_to_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     given = load_config({"threads_per_worker": "6", "prefill_tensor_parallel_size": "3"})
-    assert threads_per_rank(given, WorkerRole.PREFILL, None) == 2
-    assert threads_per_rank(given, WorkerRole.DECODE, None) == 6
+    assert own_threads(given, WorkerRole.PREFILL) == 2
+    assert own_threads(given, WorkerRole.DECODE) == 6
     monkeypatch.setattr(cluster_room, "usable_cores", lambda: 8)
-    assert threads_per_rank(load_config({"tensor_parallel_size": "2"}), WorkerRole.DECODE, None) == 2
-    assert threads_per_rank(load_config({"tensor_parallel_size": "16"}), WorkerRole.DECODE, None) == 1
+    assert own_threads(load_config({"tensor_parallel_size": "2"}), WorkerRole.DECODE) == 2
+    assert own_threads(load_config({"tensor_parallel_size": "16"}), WorkerRole.DECODE) == 1
 
 
 @pytest.mark.parametrize(("size", "copies"), [(1, 1), (3, 1), (6, 2), (12, 4)])

@@ -48,8 +48,8 @@ def test_the_ranks_of_a_worker_are_on_one_node() -> None:
 
 def test_resources_that_no_single_node_has_together_are_told_so() -> None:
     nodes = [node("a", cpus=1, GPU=1), node("b", cpus=8)]
-    shortage = find_shortage(nodes, [Wanted("decode", 1, room(2, GPU=1))]) or ""
-    assert "together on one node" in shortage
+    shortage = find_shortage(nodes, [Wanted("decode", 1, room(2, memory=GIB, GPU=1))]) or ""
+    assert shortage.endswith("each needs 2 CPU, 1,024 MiB of memory and 1 GPU, which no node has left together")
 
 
 @pytest.mark.parametrize(
