@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
 
 from engine.fleet import Fleet
 from engine.machine_limits import available_memory_bytes
 from engine.scheduler_client import SchedulerPort
 from kvcache.errors import RequestError
 from scheduler.events import ActivateWorker, ChangeRole, DrainWorker, Event, RefuseDuty
+from scheduler.room import Node, Room, Wanted, find_shortage
 from scheduler.types import ClusterSnapshot, WorkerRole
 
 
@@ -22,12 +25,21 @@ class Operator:
         fleet: Fleet,
         cluster: Callable[[], ClusterSnapshot],
         worker_bytes: Mapping[WorkerRole, int],
+        rooms: Mapping[WorkerRole, Room],
+        nodes: Callable[[], Sequence[Node]] | None,
     ) -> None:
-        """``worker_bytes``: of this machine's memory for one more worker; empty where Ray books memory."""
+        """
+        Args:
+            worker_bytes: of this machine's memory for one more worker; empty where Ray books memory.
+            rooms: what one more worker takes of a node.
+            nodes: those that there are; None where Ray adds more for workers that wait.
+        """
         self._scheduler = scheduler
         self._fleet = fleet
         self._view = cluster
         self._worker_bytes = worker_bytes
+        self._rooms = rooms
+        self._nodes = nodes
 
     @property
     def cluster(self) -> ClusterSnapshot:
@@ -52,12 +64,18 @@ class Operator:
     async def scale(self, counts: dict[WorkerRole, int]) -> None:
         """
         Raises:
-            RequestError: as ``Fleet.scale``, or this machine has no memory for so many.
+            RequestError: as ``Fleet.scale``, or this machine has no memory, or the cluster no room, for so many.
         """
         await asyncio.to_thread(self._scale, counts)
 
     def _scale(self, counts: dict[WorkerRole, int]) -> None:
         more = {role: max(0, count - self._fleet.num_workers(role)) for role, count in counts.items()}
+        self._check_memory(more)
+        if self._nodes is not None and any(more.values()):
+            self._check_room(counts, self._nodes())
+        self._fleet.scale(counts)
+
+    def _check_memory(self, more: Mapping[WorkerRole, int]) -> None:
         needed = sum(self._worker_bytes.get(role, 0) * number for role, number in more.items())
         available = available_memory_bytes()
         if needed > available:
@@ -65,7 +83,18 @@ class Operator:
                 f"{sum(more.values())} more workers need {needed >> 20:,} MiB of memory and {available >> 20:,} MiB are"
                 " available"
             )
-        self._fleet.scale(counts)
+
+    def _check_room(self, counts: Mapping[WorkerRole, int], nodes: Sequence[Node]) -> None:
+        """Workers that have changed their role keep the room that they have."""
+        present = [member.options for member in list(self._fleet.members.values()) if not member.is_leaving]
+        wanted: Counter[tuple[WorkerRole, Room]] = Counter()
+        for role, room in self._rooms.items():
+            rooms = [options.room for options in present if options.role is role]
+            count = counts.get(role, len(rooms))
+            wanted.update((role, each) for each in [*rooms, *repeat(room, count)][:count])
+        shortage = find_shortage(nodes, [Wanted(role.value, count, room) for (role, room), count in wanted.items()])
+        if shortage is not None:
+            raise RequestError(f"the cluster cannot hold so many workers: {shortage}")
 
     async def _order(self, event: Event) -> None:
         (commands,) = await self._scheduler.handle([event])

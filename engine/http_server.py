@@ -22,6 +22,7 @@ from engine.fleet import RunningCluster
 from engine.gateway import AsyncEngine
 from engine.metrics import Metrics
 from engine.outputs import ServedModel
+from engine.ray_session import cluster_nodes
 from engine.scheduler_client import SchedulerClient
 from engine.startup import StartupPlan
 from engine.tokenizer import Tokenizer
@@ -67,7 +68,9 @@ async def _serve(
         metrics.observe_migration,
         metrics.observe_stages,
     )
-    operator = Operator(scheduler, running.fleet, lambda: client.cluster, plan.worker_bytes)
+    rooms = {options.role: options.room for options in plan.workers}
+    nodes = None if config.pool_limits else cluster_nodes
+    operator = Operator(scheduler, running.fleet, lambda: client.cluster, plan.worker_bytes, rooms, nodes)
     app = create_app(
         engine,
         api_keys=config.api_key,
