@@ -1,11 +1,14 @@
-"""The scheduler's figures: ``python -m benchmarks.scheduler [--parts core,live,cost,mixed] [--json FILE]``.
+"""The scheduler's figures: ``python -m benchmarks.scheduler [--mixed-load SCRIPT] [--json FILE]``.
 
 ========  ==============================================================================================
 core      placements per second in one process, and what more workers cost; no Ray, virtual time
 live      the same through the real Ray actor, and what a placement adds to the time to the first token
 cost      how far off the cost model is on this machine, after traffic (``benchmarks.scheduler_cost``)
 mixed     chats with long prompts between them, on our servers and on peers, in turns
+capacity  the highest rate of such chats that each of these servers can take
 ========  ==============================================================================================
+
+All but capacity are measured; mixed only with ``--mixed-load``.
 """
 
 from __future__ import annotations
@@ -13,13 +16,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import orjson
 
-from benchmarks.command_line import Parser, exit_status, write_json
+from benchmarks.command_line import Parser, check_json, exit_status, write_json
 from benchmarks.machine import describe_run
 from benchmarks.scheduler_core import CoreResult, measure_core
 from benchmarks.scheduler_live import measure_live
@@ -28,6 +31,7 @@ from kvcache.errors import ConfigError, ResourceError
 from scheduler.policies import POLICIES
 
 PARTS = ("core", "live", "cost", "mixed", "capacity")
+DEFAULT_PARTS = "core,live,cost,mixed"
 NUM_WORKERS, NUM_IN_FLIGHT = 1000, 100_000
 FEWEST_WORKERS, MOST_WORKERS = 10, 10_000
 Report = dict[str, object]
@@ -38,8 +42,13 @@ class Settings:
 
     def __init__(self, arguments: Sequence[str]) -> None:
         args = _parser().parse_args(arguments)
+        check_json(args.json)
         self.json: Path | None = args.json
-        self.parts: list[str] = [part for part in args.parts.split(",") if part]
+        given = DEFAULT_PARTS if args.parts is None else args.parts
+        self.parts: list[str] = [part for part in given.split(",") if part]
+        if args.parts is None and args.mixed_load is None:
+            self.parts.remove("mixed")
+            print("mixed is left out: it needs --mixed-load, the script that makes the load", file=sys.stderr)
         unknown = [part for part in self.parts if part not in PARTS]
         if unknown or not self.parts:
             raise ConfigError(f"--parts is {args.parts!r}; there are {', '.join(PARTS)}")
@@ -73,7 +82,9 @@ def _rates(text: str) -> list[float]:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.scheduler", description="Measures the scheduler.")
-    parser.add_argument("--parts", default="core,live", help=f"some of {','.join(PARTS)} (default: core,live)")
+    parser.add_argument(
+        "--parts", help=f"some of {','.join(PARTS)} (default: {DEFAULT_PARTS}, the last one with --mixed-load only)"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--placements", type=int, default=20_000, help="measured, of core and live")
     parser.add_argument("--policy", default="cost")
@@ -91,7 +102,7 @@ def _parser() -> Parser:
     return parser
 
 
-def measure_core_part(settings: Settings) -> Report:
+def measure_core_part(settings: Settings) -> Iterator[Report]:
     """Three sizes of cluster with the same load per worker, the largest with that of the middle one.
 
     ``placements_per_s``: requests with all their events and heartbeats; ``placements_alone_per_s``: placements only.
@@ -101,7 +112,7 @@ def measure_core_part(settings: Settings) -> Report:
     for num_workers, num_in_flight in sizes.items():
         results[num_workers] = measure_core(num_workers, num_in_flight, settings.placements, settings.policy)
         print(results[num_workers], file=sys.stderr, flush=True)
-    return {
+    yield {
         "placements_per_s": results[NUM_WORKERS].placements_per_s,
         "placements_alone_per_s": results[NUM_WORKERS].placements_alone_per_s,
         "p99_us": results[NUM_WORKERS].p99_us,
@@ -110,45 +121,47 @@ def measure_core_part(settings: Settings) -> Report:
     }
 
 
-def measure_live_part(settings: Settings) -> Report:
+def measure_live_part(settings: Settings) -> Iterator[Report]:
     result = measure_live(settings.placements, seconds=15.0, policy=settings.policy)
     print(result, file=sys.stderr, flush=True)
-    return {
+    yield {
         "live_placements_per_s": result.placements_per_s,
         "ttft_added_ms": {"p50": result.delay_p50_ms, "p99": result.delay_p99_ms},
     }
 
 
-def measure_cost_part(_settings: Settings) -> Report:
+def measure_cost_part(_settings: Settings) -> Iterator[Report]:
+    measured = _cost_model_error()
+    yield {"cost_model_error": {name: measured[name] for name in ("tpot_median", "ttft_median")}}
+
+
+def _cost_model_error() -> Mapping[str, float]:
     """In a process of its own, which starts a cluster and ends it."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "cost.json"
         command = [sys.executable, "-m", "benchmarks.scheduler_cost", "--json", str(file)]
         if subprocess.run(command, check=False).returncode:
             raise ResourceError("benchmarks.scheduler_cost failed")
-        measured = orjson.loads(file.read_bytes())["cost_model_error"]
-    return {"cost_model_error": {name: measured[name] for name in ("tpot_median", "ttft_median")}}
+        measured: Mapping[str, float] = orjson.loads(file.read_bytes())["cost_model_error"]
+    return measured
 
 
-def measure_mixed_part(settings: Settings) -> Report:
-    """Written after each round too: all of them take long, and may be stopped."""
+def measure_mixed_part(settings: Settings) -> Iterator[Report]:
+    """After each round: all of them take long, and may be stopped."""
     assert settings.load is not None, "checked with the command line"
     load = {key: value for key, value in asdict(settings.load).items() if key != "script"}
-    report: Report = {}
     for rounds, servers in enumerate(measure_mixed(settings.servers, settings.load, settings.rounds), 1):
         for name, numbers in servers.items():
             print(name, numbers["median"], file=sys.stderr, flush=True)
-        report = {"mixed": {"load": load | {"rounds": rounds}, "servers": servers}}
-        write_json(settings.json, report | _circumstances())
-    return report
+        yield {"mixed": {"load": load | {"rounds": rounds}, "servers": servers}}
 
 
-def measure_capacity_part(settings: Settings) -> Report:
+def measure_capacity_part(settings: Settings) -> Iterator[Report]:
     assert settings.load is not None, "checked with the command line"
     result = measure_capacity(settings.servers, settings.load, settings.chat_rates)
     for name, numbers in result.items():
         print(name, numbers["highest_chat_rate"], file=sys.stderr, flush=True)
-    return {"capacity": result}
+    yield {"capacity": result}
 
 
 def _circumstances() -> Report:
@@ -156,8 +169,9 @@ def _circumstances() -> Report:
 
 
 def run(arguments: Sequence[str]) -> int:
+    """Writes what there is after each part, for a later one may fail or be stopped."""
     settings = Settings(arguments)
-    measures: dict[str, Callable[[Settings], Report]] = {
+    measures: dict[str, Callable[[Settings], Iterator[Report]]] = {
         "core": measure_core_part,
         "live": measure_live_part,
         "cost": measure_cost_part,
@@ -166,8 +180,9 @@ def run(arguments: Sequence[str]) -> int:
     }
     report: Report = {}
     for part in settings.parts:
-        report |= measures[part](settings)
-    write_json(settings.json, report | _circumstances())
+        for measured in measures[part](settings):
+            report |= measured
+            write_json(settings.json, report | _circumstances())
     return 0
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import orjson
 import pytest
 
-from benchmarks import scheduler_mixed
-from benchmarks.scheduler import Settings
-from benchmarks.scheduler_core import measure_core
+from benchmarks import scheduler, scheduler_mixed
+from benchmarks.scheduler import Settings, run
+from benchmarks.scheduler_core import CoreResult, measure_core
+from benchmarks.scheduler_live import LiveResult
 from benchmarks.scheduler_mixed import (
     MixedLoad,
     Target,
@@ -26,6 +28,15 @@ from kvcache.errors import ConfigError, ResourceError
 from scheduler.types import ClusterSnapshot
 from workers.stages import Stage
 
+PROMISED = {
+    "placements_per_s",
+    "p99_us",
+    "growth_10_to_10000",
+    "live_placements_per_s",
+    "ttft_added_ms",
+    "cost_model_error",
+    "mixed",
+}
 LOAD = MixedLoad(Path("load.py"), 1.0, 0.7, 0.12, 1500.0, 120.0)
 
 
@@ -42,6 +53,7 @@ LOAD = MixedLoad(Path("load.py"), 1.0, 0.7, 0.12, 1500.0, 120.0)
         (["--peer", "vllm=serve --model x"], "does not say"),
         (["--parts", "capacity"], "need --mixed-load"),
         (["--chat-rates", "0.5,0.2"], "growing numbers"),
+        (["--json", "nowhere/result.json"], "there is no folder nowhere"),
         (["--chat-rates", "fast"], "growing numbers"),
         (["--peer", "two_pools=http://there:1"], "same name"),
     ],
@@ -49,6 +61,38 @@ LOAD = MixedLoad(Path("load.py"), 1.0, 0.7, 0.12, 1500.0, 120.0)
 def test_a_wrong_flag_is_told_in_a_sentence(arguments: list[str], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         Settings(arguments)
+
+
+def test_all_parts_are_measured_that_nothing_more_is_needed_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Settings([]).parts == ["core", "live", "cost"]
+    told = capsys.readouterr().err
+    assert told == "mixed is left out: it needs --mixed-load, the script that makes the load\n"
+    assert Settings(["--mixed-load", "load.py"]).parts == ["core", "live", "cost", "mixed"]
+    assert Settings(["--parts", "core"]).parts == ["core"]
+    assert capsys.readouterr().err == ""
+
+
+def test_the_file_has_the_keys_of_all_parts_and_those_measured_when_a_later_one_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*_args: object) -> object:
+        raise ResourceError("no cluster")
+
+    core = CoreResult(6, 50, 5, 900.0, 1000.0, 5.0, 4.0, 9.0, 10.0)
+    monkeypatch.setattr(scheduler, "measure_core", lambda *_args: core)
+    monkeypatch.setattr(scheduler, "measure_live", lambda *_args, **_more: LiveResult(800.0, 2.0, 9.0))
+    monkeypatch.setattr(scheduler, "_cost_model_error", lambda: {"tpot_median": 0.1, "ttft_median": 0.2, "more": 1.0})
+    monkeypatch.setattr(scheduler, "measure_mixed", lambda *_args: [{"two_pools": {"median": {}}}])
+    file = tmp_path / "result.json"
+    assert run(["--mixed-load", "load.py", "--json", str(file)]) == 0
+    result = orjson.loads(file.read_bytes())
+    assert set(result) >= PROMISED
+    assert set(result["ttft_added_ms"]) == {"p50", "p99"}
+    assert set(result["cost_model_error"]) == {"tpot_median", "ttft_median"}
+    monkeypatch.setattr(scheduler, "_cost_model_error", fails)
+    with pytest.raises(ResourceError, match="no cluster"):
+        run(["--json", str(file)])
+    assert set(orjson.loads(file.read_bytes())) == set(result) - {"cost_model_error", "mixed"}
 
 
 def test_a_peer_is_a_command_with_a_port_or_a_url() -> None:
