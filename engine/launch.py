@@ -13,7 +13,7 @@ import gc
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def serve(config: ServeConfig) -> None:
             _check_gpus(plan)
             _log_model(plan)
             preparing = beside.submit(_prepare_http, plan)
-            running = cluster.enter_context(_running_cluster(plan, config, progress))
+            running = cluster.enter_context(_running_cluster(plan, config, progress, preparing))
             serve_http = preparing.result()
         collect_rarely()
         try:
@@ -131,13 +131,15 @@ def _prepare_http(plan: StartupPlan) -> Any:
 
 
 @contextlib.contextmanager
-def _running_cluster(plan: StartupPlan, config: ServeConfig, progress: StartProgress) -> Iterator[RunningCluster]:
-    """The scheduler with all workers loaded, measured and registered."""
+def _running_cluster(
+    plan: StartupPlan, config: ServeConfig, progress: StartProgress, preparing: Future[Any]
+) -> Iterator[RunningCluster]:
+    """The scheduler with all workers loaded, measured and registered; if ``preparing`` fails meanwhile, its error."""
     worker_ids = [options.worker_id for options in plan.workers]
     scheduler = start_scheduler(worker_ids, config.placement, _admission(config, plan))
     fleet = Fleet(plan.workers, RayWorker, PolledScheduler(scheduler), autoscaling=_autoscaling(config))
     try:
-        _await_workers(plan, fleet, progress)
+        _await_workers(plan, fleet, progress, preparing)
         fleet.start_thread()
         yield RunningCluster(scheduler, fleet)
     finally:
@@ -163,7 +165,7 @@ def _admission(config: ServeConfig, plan: StartupPlan) -> AdmissionOptions:
     )
 
 
-def _await_workers(plan: StartupPlan, fleet: Fleet, progress: StartProgress) -> None:
+def _await_workers(plan: StartupPlan, fleet: Fleet, progress: StartProgress, preparing: Future[Any]) -> None:
     """Returns when all have registered. At the start the first failure is the end: it would come again."""
     started = time.monotonic()
     logger.info("Starting workers: %s", ", ".join(fleet.members))
@@ -173,6 +175,8 @@ def _await_workers(plan: StartupPlan, fleet: Fleet, progress: StartProgress) -> 
     while not fleet.is_complete:
         fleet.step(joining=is_loaded)
         check_interrupted()
+        if preparing.done():
+            preparing.result()  # raises what went wrong, before minutes of loading are lost
         _check_start(fleet, time.monotonic() - started)
         progress.load(sum(member.progress.part for member in fleet.members.values()) / len(fleet.members))
         if not is_loaded and fleet.is_loaded:
