@@ -14,7 +14,7 @@ pytestmark = pytest.mark.integration
 
 
 async def publish(cluster: LocalCluster) -> None:
-    """A heartbeat of every worker, with what came to its cache; not what its steps took, which a busy machine decides."""
+    """A heartbeat of every worker, without what its steps took: that says how busy the machine is."""
     await cluster.scheduler.handle([replace(worker.report(1), steps=()) for worker in cluster.workers.values()])
 
 
