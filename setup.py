@@ -84,6 +84,7 @@ NATIVE_HEADERS = (
     "attention",
     "all_reduce",
     "likeliest",
+    "draw",
     "limits",
     "decoder",
     "step",

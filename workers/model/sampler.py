@@ -11,12 +11,14 @@ together where that is faster, but each by itself, so that the batch around a se
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
 import torch
 
 from kvcache.errors import RequestError, TwinpoolError
@@ -24,6 +26,7 @@ from scheduler.request import SamplingParams
 from workers.model.logit_processors import process
 from workers.model.rows import NONE, Descending, index_at, largest, likeliest, padded
 from workers.model.sequence_state import SequenceState
+from workers.native.library import DRAW, load_library
 
 ROWS_AT_ONCE = 8  # of a draw: their copies stay in the caches
 TOP_P_CANDIDATES = 64  # the set that top_p leaves is looked for among so many, then among all
@@ -93,16 +96,16 @@ def sample(
             tokens[row] = token
         if NONE in tokens:
             raise NothingLeftError("The request's own parameters forbid every token.", None)
-    groups: dict[tuple[int, bool], list[_Draw]] = defaultdict(list)
-    for row, (params, position) in enumerate(zip(sampling, positions, strict=True)):
-        if params.temperature > 0:
-            draw = _Draw(row, altered.get(row, logits[row]), params, uniform(params.seed, position))
-            groups[params.top_k, params.top_p < 1.0].append(draw)
-    for draws in groups.values():
-        for first in range(0, len(draws), ROWS_AT_ONCE):
-            some = draws[first : first + ROWS_AT_ONCE]
-            for draw, token in zip(some, _draw(some), strict=True):
-                tokens[draw.row] = token
+    draws = [
+        _Draw(row, altered.get(row, logits[row]), params, uniform(params.seed, position), tokens[row])
+        for row, (params, position) in enumerate(zip(sampling, positions, strict=True))
+        if params.temperature > 0
+    ]
+    if draws:
+        library = load_library()
+        drawn = _draw_natively(library, draws) if library is not None else _draw_with_torch(draws)
+        for draw, token in zip(draws, drawn, strict=True):
+            tokens[draw.row] = token
     return tokens
 
 
@@ -131,6 +134,49 @@ class _Draw:
     logits: torch.Tensor  # [vocabulary]
     params: SamplingParams
     threshold: float
+    likeliest: int
+
+    @property
+    def temperature(self) -> float:
+        """One that is 0 in float32 would make 0 / 0 of the largest logit's difference from itself."""
+        return max(self.params.temperature, torch.finfo(torch.float32).tiny)
+
+    @property
+    def lowest(self) -> float:
+        """What min_p leaves of the differences from the largest, over the temperature."""
+        return math.log(self.params.min_p) if self.params.min_p > 0 else -math.inf
+
+
+def _draw_natively(library: ctypes.CDLL, draws: Sequence[_Draw]) -> list[int]:
+    """The same as ``_draw_with_torch`` but for rounding, a row at a time."""
+    logits = [draw.logits.float().contiguous() for draw in draws]
+    size = len(logits[0])
+    rows = np.empty(len(draws), dtype=DRAW)
+    rows["logits"] = [row.data_ptr() for row in logits]
+    rows["likeliest"] = [draw.likeliest for draw in draws]
+    rows["top_k"] = [draw.params.top_k for draw in draws]
+    rows["top_p"] = [draw.params.top_p for draw in draws]
+    rows["threshold"] = [draw.threshold for draw in draws]
+    rows["temperature"] = [draw.temperature for draw in draws]
+    rows["lowest"] = [draw.lowest for draw in draws]
+    num_threads = min(torch.get_num_threads(), len(draws))
+    memory = torch.empty(num_threads * library.twinpool_draw_bytes(size), dtype=torch.uint8)
+    library.twinpool_draw(rows.ctypes.data, len(rows), size, memory.data_ptr(), num_threads)
+    tokens: list[int] = rows["token"].tolist()
+    return tokens
+
+
+def _draw_with_torch(draws: Sequence[_Draw]) -> list[int]:
+    groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
+    for index, draw in enumerate(draws):
+        groups[draw.params.top_k, draw.params.top_p < 1.0].append(index)
+    tokens = [NONE] * len(draws)
+    for indices in groups.values():
+        for first in range(0, len(indices), ROWS_AT_ONCE):
+            some = indices[first : first + ROWS_AT_ONCE]
+            for index, token in zip(some, _draw([draws[index] for index in some]), strict=True):
+                tokens[index] = token
+    return tokens
 
 
 def _draw(draws: Sequence[_Draw]) -> list[int]:
@@ -153,14 +199,12 @@ def _draw(draws: Sequence[_Draw]) -> list[int]:
 
 def _scaled(rows: torch.Tensor, draws: Sequence[_Draw]) -> torch.Tensor:
     """Differences from the largest, over the temperature, without what min_p drops. Changes ``rows``."""
-    # Dividing the differences from the maximum cannot overflow, however small the temperature; but one that
-    # is 0 in float32 would make 0 / 0 of the maximum itself.
-    tiny = torch.finfo(torch.float32).tiny
-    temperatures = torch.tensor([max(draw.params.temperature, tiny) for draw in draws], dtype=torch.float32)
+    # Dividing the differences from the maximum cannot overflow, however small the temperature.
+    temperatures = torch.tensor([draw.temperature for draw in draws], dtype=torch.float32)
     rows.sub_(rows.amax(dim=-1, keepdim=True)).div_(temperatures.unsqueeze(1))
     if any(draw.params.min_p > 0 for draw in draws):
-        lowest = [math.log(draw.params.min_p) if draw.params.min_p > 0 else -math.inf for draw in draws]
-        rows.masked_fill_(rows < torch.tensor(lowest, dtype=torch.float32).unsqueeze(1), -torch.inf)
+        lowest = torch.tensor([draw.lowest for draw in draws], dtype=torch.float32)
+        rows.masked_fill_(rows < lowest.unsqueeze(1), -torch.inf)
     return rows
 
 

@@ -10,9 +10,10 @@
 //     attention.h   the work of a step, split; decode_attention.h, prompt_attention.h   the two kinds of it
 //     kv_cache.h    the paged KV cache               norms.h        of single rows, and their rotary embedding
 //     all_reduce.h  sums over tensor-parallel ranks  likeliest.h    the largest of a row of logits
-//     limits.h      what the processor can do at most
+//     draw.h        a token from a row of logits     limits.h       what the processor can do at most
 
 #include "decoder.h"
+#include "draw.h"
 #include "interface.h"
 #include "limits.h"
 #include "step.h"
@@ -52,7 +53,20 @@ bool run_with(Decoder& m, const TwinpoolStep& step, int num_threads) {
 extern "C" {
 
 // Compared with library.py's number: another one means that the library was built from another version of this file.
-int twinpool_interface() { return 9; }
+int twinpool_interface() { return 10; }
+
+// Draws a token for each of `count` rows of `size` logits. `memory`: num_threads times twinpool_draw_bytes(size).
+int64_t twinpool_draw_bytes(int64_t size) {
+  return (size + kLanes) * static_cast<int64_t>(sizeof(float) + sizeof(Candidate));
+}
+
+void twinpool_draw(TwinpoolDraw* rows, int64_t count, int64_t size, char* memory, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic)
+  for (int64_t row = 0; row < count; ++row) {
+    float* weights = reinterpret_cast<float*>(memory + omp_get_thread_num() * twinpool_draw_bytes(size));
+    rows[row].token = Drawing(size, weights, reinterpret_cast<Candidate*>(weights + size + kLanes)).draw(rows[row]);
+  }
+}
 
 // Multiply-adds of numbers, as the linear layers of a format do them, and nothing else. Returns how many were done.
 int64_t twinpool_multiply(int format, int64_t rounds, int num_threads) {

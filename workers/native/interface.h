@@ -50,6 +50,18 @@ struct TwinpoolStep {
   TwinpoolParts* parts;              // or null: the step's time is added to it
 };
 
+// One row of logits to draw a token from; see draw.h.
+struct TwinpoolDraw {
+  const float* logits;
+  int64_t likeliest;   // the first index of their maximum, which is finite
+  int64_t top_k;       // 0: all
+  int64_t token;       // the result
+  double top_p;        // 1: all
+  double threshold;    // of the draw, 0 <= threshold < 1
+  float temperature;   // above 0, a normal float
+  float lowest;        // logarithm of min_p
+};
+
 // What a row of the cache is, one token in one head: head_size numbers, and behind those of one byte their float scale.
 enum TwinpoolCacheFormat { kCacheFloat32 = 0, kCacheBfloat16, kCacheInt8, kCacheFp8 };
 enum TwinpoolLinear { kQuery = 0, kKey, kValue, kOutput, kGate, kUp, kDown, kHead, kEmbedding };

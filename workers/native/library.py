@@ -12,7 +12,7 @@ import numpy as np
 from kvcache.errors import ResourceError
 from workers.native.processor import processor_flags
 
-INTERFACE = 9  # grows with every change of what decoder.cpp and this file agree on
+INTERFACE = 10  # grows with every change of what decoder.cpp and this file agree on
 
 # Best first: name of the build (see setup.py) and the processor flags that it needs.
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
@@ -109,6 +109,21 @@ SEQUENCE = np.dtype(
 )
 
 
+# ``TwinpoolDraw``
+DRAW = np.dtype(
+    [
+        ("logits", np.uintp),
+        ("likeliest", np.int64),
+        ("top_k", np.int64),
+        ("token", np.int64),
+        ("top_p", np.float64),
+        ("threshold", np.float64),
+        ("temperature", np.float32),
+        ("lowest", np.float32),
+    ]
+)
+
+
 class Step(ctypes.Structure):
     """``TwinpoolStep``."""
 
@@ -135,6 +150,16 @@ def _declare(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     if getattr(library, "twinpool_interface", lambda: None)() != INTERFACE:
         raise ResourceError(f"{path.name} was built from another version of decoder.cpp; install Twinpool again.")
+    library.twinpool_draw_bytes.argtypes = [ctypes.c_int64]
+    library.twinpool_draw_bytes.restype = ctypes.c_int64
+    library.twinpool_draw.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_int,
+    ]
+    library.twinpool_draw.restype = None
     library.twinpool_multiply.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
     library.twinpool_multiply.restype = ctypes.c_int64
     library.twinpool_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]

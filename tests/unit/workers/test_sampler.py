@@ -10,14 +10,26 @@ import pytest
 import torch
 
 from scheduler.request import SamplingParams, TokenHistory
+from tests.unit.workers.native_builds import BUILDS
 from tests.unit.workers.reference_sampling import processed
+from workers.model import sampler
 from workers.model.sampler import TOP_P_CANDIDATES, NothingLeftError, sample, uniform
 from workers.model.sequence_state import SequenceState
+from workers.native import library
 
 LOGITS = [2.0, -1.0, 0.5, 3.0, 0.0, 1.5, -3.0, 2.5]
 NUM_DRAWS = 3000
 # Below this with probability 0.9999, for 1 to 15 degrees of freedom (any table of the chi-square distribution).
 CHI_SQUARE_9999 = (15.1, 18.4, 21.1, 23.5, 25.7, 27.9, 29.9, 31.8, 33.7, 35.6, 37.4, 39.1, 40.9, 42.6, 44.3)
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def drawn_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to draw: that of the native build, and the portable one."""
+    if request.param == "torch":
+        monkeypatch.setattr(sampler, "load_library", lambda: None)
+    elif not BUILDS:
+        pytest.skip("no native build for this processor")
 
 
 class SplitMix64:
@@ -203,6 +215,38 @@ def test_seeds_draw_differently() -> None:
 def test_each_row_needs_its_parameters_and_its_position() -> None:
     with pytest.raises(ValueError, match="argument"):
         sample(torch.zeros(2, 5), [params(), params()], [1])
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("spread", [0.0, 0.3, 2.0, 9.0], ids="logits spread by {}".format)
+@pytest.mark.parametrize("size", [3, 17, 500, 5003, 40_000])
+def test_every_build_draws_what_torch_draws(
+    monkeypatch: pytest.MonkeyPatch, size: int, spread: float, build: str
+) -> None:
+    """But for a draw at the very edge between two tokens, which rounding may send to either."""
+    logits = torch.randn(60, size, generator=torch.Generator().manual_seed(size)) * spread
+    logits[::7, 1::2] = -math.inf
+    limits: tuple[dict[str, float], ...] = (
+        {},
+        {"top_p": 0.9},
+        {"min_p": 0.1},
+        {"top_k": 40},
+        {"top_k": 900, "top_p": 0.7},
+    )
+    rows = [
+        SamplingParams(1, temperature=0.2 + row % 4, seed=row, **limits[row % 5])  # type: ignore[arg-type]
+        for row in range(60)
+    ]
+    path = library.path_of(build)
+    assert path is not None
+    native = library._declare(path)
+    monkeypatch.setattr(sampler, "load_library", lambda: native)
+    drawn = sample(logits, rows, range(60))
+    monkeypatch.setattr(sampler, "load_library", lambda: None)
+    expected = sample(logits, rows, range(60))
+    if spread > 0:  # ties have no order of their own
+        assert sum(ours != theirs for ours, theirs in zip(drawn, expected, strict=True)) <= 1
+    assert all(logits[row, token] > -math.inf for row, token in enumerate(drawn))
 
 
 # Which distribution a draw follows
