@@ -12,9 +12,10 @@ from scheduler.batching import BatchLimits
 from scheduler.step_plan import StepPlan
 from tests.tiny_model import make_plan, tiny_llama, tiny_spec
 from workers.model.attention.flashinfer_backend import FlashInferAttention
+from workers.model.comparison import MAX_RELATIVE_DIFFERENCE
 from workers.model.cuda_graphs import GraphedModel
 from workers.model.cuda_model import record_decode
-from workers.model.runner import MAX_RELATIVE_DIFFERENCE, ModelRunner
+from workers.model.runner import ModelRunner
 from workers.model.transformers_model import TransformersModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default"), pytest.mark.timeout(1200)]

@@ -18,8 +18,8 @@ from tests.fake_flashinfer import DecodeWrapper, FakeFlashInfer, PrefillWrapper
 from tests.tiny_model import tiny_llama, tiny_spec
 from workers.model.attention.flashinfer_backend import FlashInferAttention
 from workers.model.attention_layers import LayerAttention
+from workers.model.comparison import compared_logits, find_difference
 from workers.model.cuda_model import choose_cuda_model
-from workers.model.runner import compared_logits, find_difference
 from workers.model.transformers_model import TransformersModel
 
 # The warnings and the minutes are those of FlashInfer and its compilers.

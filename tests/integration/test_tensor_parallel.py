@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import chain
 
 import psutil
 import pytest
@@ -30,9 +33,12 @@ from tests.ranks import ProcessRanks, ThreadRanks, load_one_at_a_time, stand_in_
 from workers.device import Device
 from workers.model import cuda_model, runner
 from workers.model.attention_layers import own_logits
+from workers.model.comparison import compared_tokens, comparison_plans, relative_differences
 from workers.model.fused_decoder import FusedDecoder
-from workers.model.runner import relative_differences
+from workers.model.runner import load_step_model
+from workers.model.step_model import StepModel
 from workers.model.transformers_model import TransformersModel, load_model
+from workers.native.library import load_library
 from workers.parallel import follower
 from workers.parallel.leader import LeaderGroup
 from workers.parallel.rank import Rank, RankLostError, join_store, open_store, reduce_bytes
@@ -58,11 +64,39 @@ def test_a_group_gives_the_logits_of_one_rank(
     if level == "transformers":
         monkeypatch.setattr(runner, "find_misfit", lambda *_: "the test says so")
     options = options_of(checkpoint, size, "cuda" if level == "GPUs" else "cpu")
-    expected = own_logits(load_model(checkpoint.path, "float32"), runner.compared_tokens(checkpoint.vocab_size))
+    expected = own_logits(load_model(checkpoint.path, "float32"), compared_tokens(checkpoint.vocab_size))
     with running_group(options, ThreadRanks(options)) as (group, whole):
         assert isinstance(whole.own, FusedDecoder if level == "native" else TransformersModel)
         assert group.rank.is_on_gpu == (level == "GPUs")
-        assert max(relative_differences(expected, whole, checkpoint.spec, checkpoint.vocab_size)) < 1e-5
+        differences = relative_differences(expected, whole, checkpoint.spec, checkpoint.vocab_size)
+        assert max(map(max, differences.values())) < 1e-5
+
+
+@pytest.mark.skipif(load_library() is None, reason="no native build for this processor")
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    ("dtype", "quantization"), [("bfloat16", "none"), ("float32", "int8"), ("float32", "int4"), ("bfloat16", "int4")]
+)
+def test_rounded_weights_are_served_whatever_the_number_of_ranks(
+    checkpoint: TinyCheckpoint, size: int, dtype: str, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What of the logits rounding costs, over all kinds of rows, is that of one rank to a quarter."""
+    load_one_at_a_time(monkeypatch)
+    expected = own_logits(load_model(checkpoint.path, "float32"), compared_tokens(checkpoint.vocab_size))
+
+    def cost(num_ranks: int) -> float:
+        options = replace(options_of(checkpoint, num_ranks), dtype=dtype, quantization=quantization)
+        if num_ranks == 1:
+            return mean_difference(load_step_model(options))
+        with running_group(options, ThreadRanks(options)) as (_, whole):
+            assert isinstance(whole.own, FusedDecoder)
+            return mean_difference(whole)
+
+    def mean_difference(step_model: StepModel) -> float:
+        differences = relative_differences(expected, step_model, checkpoint.spec, checkpoint.vocab_size)
+        return statistics.fmean(chain.from_iterable(differences.values()))
+
+    assert cost(size) == pytest.approx(cost(1), rel=0.25)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +162,7 @@ def test_a_killed_follower_ends_the_step_and_the_group(checkpoint: TinyCheckpoin
     lost: list[str] = []
     with running_group(options, ranks) as (group, whole):
         group.watch(lost.append)
-        plan = runner._comparison_plans(checkpoint.spec.block_size, runner.compared_tokens(checkpoint.vocab_size))[0]
+        plan = comparison_plans(checkpoint.spec.block_size, compared_tokens(checkpoint.vocab_size))[0]
         whole.logits(plan, group.own_storage)
         follower = ranks.processes[0]
         psutil.Process(follower.pid).suspend()  # so that the step surely waits for it

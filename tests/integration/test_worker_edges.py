@@ -22,7 +22,7 @@ from tests.integration.fake_prefill import GenerateCall, fake_prefill
 from tests.leaks import until
 from workers import worker_pb2 as pb
 from workers.messages import PARAM_METADATA_KEY
-from workers.model.runner import compared_tokens
+from workers.model.comparison import compared_tokens
 from workers.service import MAX_ID_LENGTH
 
 pytestmark = pytest.mark.integration

@@ -4,7 +4,7 @@ Level 1 of Twinpool's model execution replaces a model's attention function by p
 right when the function is all there is: same keys and values for every earlier position in the window, softmax
 over them, one pair of key and value per token and layer. Anything else would run and give wrong text, so it is
 refused here, by name, before a weight is loaded. What a configuration does not show is found by
-``attention_layers`` and by the comparison in ``runner`` when the model is there.
+``attention_layers`` and by ``comparison`` when the model is there.
 
 Importing this module imports ``transformers`` and torch (about 2 s).
 """

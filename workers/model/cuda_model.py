@@ -21,8 +21,9 @@ from scheduler.step_plan import ScheduledChunk, StepPlan
 from scheduler.types import Phase
 from workers.model.attention.choose import find_flashinfer_misfit, import_flashinfer
 from workers.model.attention.flashinfer_backend import FlashInferAttention
+from workers.model.comparison import compared_logits, differs_by, find_difference
 from workers.model.cuda_graphs import CudaGraphRecorder, GraphedModel
-from workers.model.runner import check_expected, compared_logits, find_difference, not_its_own_results
+from workers.model.runner import check_expected, not_its_own_results
 from workers.model.step_model import StepModel
 from workers.model.transformers_model import TransformersModel, load_model
 from workers.parallel.rank import Rank
@@ -134,7 +135,7 @@ def _find_fault(
         if rank is not None:
             rank.largest(math.inf)  # what the others hear at the comparison's end; one that is amid its sums is lost
         return f"FlashInfer failed: {' '.join(str(error).split())[:500]}"
-    return f"with FlashInfer the logits differ by {difference:.2g} of the largest" if difference is not None else None
+    return f"with FlashInfer {differs_by(difference)}" if difference is not None else None
 
 
 def record_decode(

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +13,12 @@ import torch
 from kvcache.errors import ModelError
 from kvcache.spec import KVCacheSpec
 from kvcache.storage import PagedStorage
-from scheduler.request import SamplingParams, TokenHistory, TokenLogprobs
+from scheduler.request import TokenHistory, TokenLogprobs
 from scheduler.step_plan import ScheduledChunk, StepOutput, StepPlan
-from workers.model.attention_layers import own_logits
+from workers.model.comparison import compared_logits, differs_by, find_difference
 from workers.model.fused_decoder import FusedDecoder, WeightFormat, find_misfit
 from workers.model.logprobs import token_logprobs
+from workers.model.narrow_model import find_other_structure
 from workers.model.sampler import NotFiniteError, check_finite, sample
 from workers.model.sequence_state import SequenceState
 from workers.model.step_model import PreparedInputs, PreparingModel, StepLogits, StepModel
@@ -30,11 +28,7 @@ from workers.parallel.rank import Rank
 from workers.step_progress import StepProgress
 from workers.worker_options import WorkerOptions
 
-# Of two implementations' logits, by what weights and KV are rounded to: rounding gives some 1e-6 in float32, 1e-3 in
-# float16, 1e-2 in bfloat16, 1e-1 in int8 and fp8; an error in the structure gives 1.
-MAX_RELATIVE_DIFFERENCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2, "int8": 3e-1, "fp8": 3e-1, "int4": 6e-1}
 QUANTIZED = {"int8": WeightFormat.INT8, "int4": WeightFormat.INT4}
-COMPARED_TOKENS = 24  # or as many as the model has positions for
 logger = logging.getLogger(__name__)
 
 
@@ -198,6 +192,9 @@ def choose_step_model(
 ) -> StepModel:
     """The fastest way to run ``model`` that gives its results, to what ``quantization`` costs.
 
+    The native decoder must first do what the model's modules do, exactly, whatever its weights are; that is looked at
+    in a small copy. Then its logits must be the model's to rounding, in which alone a mild difference would be lost.
+
     With a ``rank``, ``model`` and ``spec`` are cut to its share; all ranks choose the same. With ``reload`` the weights
     of ``model`` are dropped while they are packed, so that they are not held twice, and the model is loaded again in
     the rare case that it is needed after all. ``report`` hears which part has been packed.
@@ -207,26 +204,33 @@ def choose_step_model(
     """
     reference = TransformersModel(model, max_model_len=max_model_len, is_cut=rank is not None)
     # Compared are short steps only: windows and the like are what ``find_misfit`` and ``layers`` are for.
-    vocab_size = int(model.config.vocab_size)  # of all ranks
     expected = compared_logits(model)
     check_expected(model, expected, rank)
-    misfit = find_misfit(model, spec, reference.layers)
+    misfit = find_misfit(model, spec, reference.layers) or find_other_structure(model, spec, num_threads, rank)
     was_packed = misfit is None
-    pack = partial(FusedDecoder, model, spec, max(max_model_len, len(expected)), num_threads, rank=rank)
-    differs = partial(_difference_of, expected=expected, spec=spec, vocab_size=vocab_size, rank=rank)
-    if misfit is None and quantization == "int4":  # may cost as much as an error would: compared in 8 bits
-        misfit = differs(pack(WeightFormat.INT8))
     if misfit is None:
-        fused = pack(QUANTIZED.get(quantization), drops_packed=reload is not None, report=report)
-        misfit = differs(fused)
-        if misfit is None:
-            _warn_of_widening(fused.weight_format.name.lower(), rank)
+        fused = FusedDecoder(
+            model,
+            spec,
+            max(max_model_len, len(expected)),
+            num_threads,
+            QUANTIZED.get(quantization),
+            rank,
+            drops_packed=reload is not None,
+            report=report,
+        )
+        weight_format = fused.weight_format.name.lower()
+        difference = find_difference(model, fused, expected, spec, rank, weight_format)
+        if difference is None:
+            _warn_of_widening(weight_format, rank)
             return fused
+        misfit = differs_by(difference)
         del fused  # before the model is loaded again
     if quantization != "none":
         raise ModelError(f"This model cannot be quantized to {quantization}: {misfit}.")
     if was_packed and reload is not None:
-        reference = TransformersModel(reload(), max_model_len=max_model_len, is_cut=rank is not None)
+        model = reload()
+        reference = TransformersModel(model, max_model_len=max_model_len, is_cut=rank is not None)
     excess = find_difference(model, reference, expected, spec, rank)
     if excess is not None:
         raise not_its_own_results(model, excess)
@@ -246,23 +250,6 @@ def _warn_of_widening(weight_format: str, rank: Rank | None) -> None:
         )
 
 
-def compared_logits(model: Any) -> torch.Tensor:
-    """What ``model`` gives by itself after each of the tokens that ``find_difference`` compares."""
-    positions = getattr(model.config, "max_position_embeddings", None) or COMPARED_TOKENS
-    return own_logits(model, compared_tokens(int(model.config.vocab_size), min(COMPARED_TOKENS, positions)))
-
-
-def find_difference(
-    model: Any, step_model: StepModel, expected: torch.Tensor, spec: KVCacheSpec, rank: Rank | None = None
-) -> float | None:
-    """How far a way to run ``model`` is from its ``compared_logits``, if that is more than rounding explains."""
-    # The median, for rounding may send a token to another expert, and that token only.
-    differences = relative_differences(expected, step_model, spec, int(model.config.vocab_size))
-    difference = _largest(statistics.median(differences), rank)
-    allowed = _allowed_difference(str(model.dtype).removeprefix("torch."), spec.dtype)
-    return difference if difference > allowed else None
-
-
 def check_expected(model: Any, expected: torch.Tensor, rank: Rank | None = None) -> None:
     """Of ``compared_logits``: nothing can be compared with them, and no token chosen, where they say nothing.
 
@@ -271,7 +258,8 @@ def check_expected(model: Any, expected: torch.Tensor, rank: Rank | None = None)
     """
     if not expected.isfinite().all():
         raise _not_finite(model)
-    if _largest(float(expected.abs().max()), rank) == 0.0:
+    largest = float(expected.abs().max())
+    if (largest if rank is None else rank.largest(largest)) == 0.0:
         raise ModelError(f"All logits of the model in {_source_of(model)} are zero: it is damaged.")
 
 
@@ -290,78 +278,5 @@ def _not_finite(model: Any) -> ModelError:
 
 def not_its_own_results(model: Any, difference: float) -> ModelError:
     return ModelError(
-        f"{type(model).__name__} does not give its own results with paged attention: its logits differ by"
-        f" {difference:.2g} of the largest."
+        f"{type(model).__name__} does not give its own results with paged attention: {differs_by(difference)}."
     )
-
-
-def _difference_of(
-    fused: FusedDecoder, expected: torch.Tensor, spec: KVCacheSpec, vocab_size: int, rank: Rank | None
-) -> str | None:
-    """By how much the logits differ, in words, if that is more than rounding gives."""
-    difference = _largest(max(relative_differences(expected, fused, spec, vocab_size)), rank)
-    if difference <= _allowed_difference(fused.weight_format.name.lower(), spec.dtype):
-        return None
-    return f"its logits differ by {difference:.2g} of the largest"
-
-
-def _allowed_difference(*dtypes: str) -> float:
-    """``dtypes``: what weights and KV are rounded to."""
-    return max(MAX_RELATIVE_DIFFERENCE[dtype] for dtype in dtypes)
-
-
-def _largest(difference: float, rank: Rank | None) -> float:
-    """Over all ranks, so that all come to the same decision."""
-    return difference if rank is None else rank.largest(difference)
-
-
-def relative_differences(
-    expected: torch.Tensor, step_model: StepModel, spec: KVCacheSpec, vocab_size: int
-) -> list[float]:
-    """Runs a few steps: how far the logits of each token are from ``expected``, over the largest of them.
-
-    ``expected`` is of ``compared_logits``, of a rank its part of them. It is where the model computes.
-    """
-    plans = _comparison_plans(spec.block_size, compared_tokens(vocab_size, len(expected)))
-    num_blocks = 1 + max(block for plan in plans for chunk in plan.chunks for block in chunk.block_table)
-    storage = PagedStorage(spec, num_blocks, str(expected.device))
-    # Of a rank all may be zero, where its part of the vocabulary is not used.
-    largest = max(float(expected.abs().max()), torch.finfo(torch.float32).tiny)
-    differences = []
-    for plan in plans:
-        rows = expected[[chunk.end - 1 for chunk in plan.chunks]].float()
-        found = step_model.logits(plan, storage).float()
-        differences += [float(row) / largest for row in (found - rows).abs().amax(dim=-1)]
-    return [difference if math.isfinite(difference) else math.inf for difference in differences]
-
-
-def compared_tokens(vocab_size: int, count: int = COMPARED_TOKENS) -> tuple[int, ...]:
-    """The tokens that a model is given before it serves."""
-    return tuple((37 * i + 11) % vocab_size for i in range(count))
-
-
-def _comparison_plans(block_size: int, token_ids: Sequence[int]) -> tuple[StepPlan, ...]:
-    """A prompt in two chunks beside a single token that goes on, then both decoding; both with the same tokens."""
-    count = len(token_ids)
-    first, second = count * 13 // COMPARED_TOKENS, count * 21 // COMPARED_TOKENS
-    long = tuple(range(-(-count // block_size)))
-    short = tuple(len(long) + block for block in range(-(-3 // block_size)))
-    greedy = SamplingParams(max_tokens=1, temperature=0.0)
-
-    def plan(*chunks: tuple[str, int, int]) -> StepPlan:
-        return StepPlan(
-            tuple(
-                ScheduledChunk(
-                    name, tuple(token_ids[start:end]), start, end - start, long if name == "long" else short, greedy
-                )
-                for name, start, end in chunks
-                if start < end <= count
-            )
-        )
-
-    plans = (
-        plan(("long", 0, first), ("short", 0, 1)),
-        plan(("short", 1, 2), ("long", first, second)),
-        plan(("long", second, second + 1), ("short", 2, 3)),
-    )
-    return tuple(plan for plan in plans if plan.chunks)

@@ -40,8 +40,13 @@ def count_layer_weights(headers: Iterable[TensorHeader], config: Any) -> LayerWe
     return LayerWeights(round(held), round(used))
 
 
+def count_experts(config: Any) -> int | None:
+    """Of each layer, by the configuration of ``transformers``; None where there are none."""
+    return next((count for name in _EXPERT_COUNTS if (count := getattr(config, name, None))), None)
+
+
 def _expert_share(config: Any) -> float:
-    num_experts = next((count for name in _EXPERT_COUNTS if (count := getattr(config, name, None))), None)
+    num_experts = count_experts(config)
     chosen = getattr(config, "num_experts_per_tok", None)
     return float(chosen / num_experts) if chosen and num_experts else 1.0
 

@@ -70,7 +70,7 @@ class BrokenFlashInfer(FakeFlashInfer):
 
 @pytest.mark.parametrize(
     ("library", "words"),
-    [(WrongFlashInfer(), "the logits differ by"), (BrokenFlashInfer(), "Could not find nvcc and default")],
+    [(WrongFlashInfer(), "its logits differ by"), (BrokenFlashInfer(), "Could not find nvcc and default")],
     ids=["wrong", "broken"],
 )
 def test_a_flashinfer_that_does_not_do_is_left_with_the_reason(

@@ -27,7 +27,8 @@ from tests.families import (
     save_model,
 )
 from workers.model.attention_layers import own_logits
-from workers.model.runner import choose_step_model, compared_logits, find_difference
+from workers.model.comparison import compared_logits, find_difference
+from workers.model.runner import choose_step_model
 from workers.model.transformers_model import TransformersModel, load_model
 
 VOCAB_SIZE = 97

@@ -36,9 +36,12 @@ from tests.unit.workers.native_models import (
     spec_of,
     steps,
 )
+from workers.model import runner
 from workers.model.attention_layers import LayerAttention, read_attention_layers
+from workers.model.comparison import COMPARED_TOKENS
 from workers.model.fused_decoder import FusedDecoder, find_misfit
-from workers.model.runner import COMPARED_TOKENS, choose_step_model
+from workers.model.narrow_model import find_other_structure
+from workers.model.runner import choose_step_model
 from workers.model.transformers_model import TransformersModel, load_model
 
 
@@ -176,22 +179,98 @@ def test_weights_are_given_back_while_they_are_packed(tmp_path: Path, build: str
 
 
 @needs_build
-def test_a_model_that_was_packed_in_vain_is_loaded_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_was_packed_in_vain_is_loaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Only its logits show what is wrong, as if its structure were ours."""
+    monkeypatch.setattr(runner, "find_other_structure", lambda *_: None)
     config = GraniteConfig(**SHAPE | {"num_attention_heads": 4, "hidden_size": 128}, residual_multiplier=0.5)
-    model, kept = make_model(tmp_path, config), load_model(tmp_path, "float32")
+    make_model(tmp_path, config)
+    model, kept = load_model(tmp_path, dtype), load_model(tmp_path, dtype)
     spec = spec_of(config)
-    chosen = choose_step_model(model, spec, 64, 1, reload=lambda: load_model(tmp_path, "float32"))
+    chosen = choose_step_model(model, spec, 64, 1, reload=lambda: load_model(tmp_path, dtype))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 0
     expected, found = logits_of_steps(TransformersModel(kept), spec), logits_of_steps(chosen, spec)
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
 @needs_build
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_rounding_does_not_hide_another_structure(tmp_path: Path, quantization: str) -> None:
-    config = GraniteConfig(**SHAPE | CALM, residual_multiplier=0.5)
+@pytest.mark.parametrize(
+    "multiplier",
+    [
+        {"residual_multiplier": 0.5},
+        {"residual_multiplier": 0.7},
+        {"embedding_multiplier": 1.1},
+        {"logits_scaling": 1.25},
+        {"logits_scaling": 1.04},
+    ],
+    ids=lambda multiplier: " ".join(f"{name} {value}" for name, value in multiplier.items()),
+)
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "kv_dtype"),
+    [
+        ("float32", "none", "int8"),
+        ("float32", "none", "fp8"),
+        ("bfloat16", "none", "bfloat16"),
+        ("float32", "int8", "float32"),
+        ("float32", "int4", "float32"),
+    ],
+)
+def test_rounding_does_not_hide_another_structure(
+    tmp_path: Path, dtype: str, quantization: str, kv_dtype: str, multiplier: dict[str, float]
+) -> None:
+    config = GraniteConfig(**SHAPE | CALM, **multiplier)
+    make_model(tmp_path, config)
+    model, spec = load_model(tmp_path, dtype), spec_of(config, kv_dtype)
+    assert find_misfit(model, spec, read_attention_layers(model, 64)) is None
+    if quantization == "none":
+        assert isinstance(choose_step_model(model, spec, 64, 1), TransformersModel)
+    else:
+        with pytest.raises(ModelError, match="logits differ"):
+            choose_step_model(model, spec, 64, 1, quantization)
+
+
+@needs_build
+def test_multipliers_of_one_are_no_other_structure(tmp_path: Path) -> None:
+    config = GraniteConfig(**SHAPE | CALM, attention_multiplier=0.3)  # the scale of attention is the module's own
     model = make_model(tmp_path, config)
-    with pytest.raises(ModelError, match="logits differ"):
-        choose_step_model(model, spec_of(config), 64, 1, quantization)
+    assert isinstance(choose_step_model(model, spec_of(config), 64, 1, "int4"), FusedDecoder)
+
+
+@needs_build
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 1), (6, 2)])
+def test_a_structure_is_looked_at_whatever_the_weights_are(tmp_path: Path, num_heads: int, num_kv_heads: int) -> None:
+    """Weights of zero hide all that a layer does."""
+    shape = SHAPE | {
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "hidden_size": 96,
+        "initializer_range": 0.0,
+    }
+    found = []
+    for multiplier in (1.0, 0.99):
+        config = GraniteConfig(**shape, residual_multiplier=multiplier)
+        found.append(find_other_structure(make_model(tmp_path, config), spec_of(config), 1))
+    assert found[0] is None and "logits differ" in str(found[1])
+
+
+@needs_build
+def test_a_model_of_which_no_small_copy_can_be_made_is_left_to_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = CONFIGS["llama"]()
+    model = make_model(tmp_path, config)
+    init = type(model).__init__
+
+    def refuse_narrow(self: Any, config: Any) -> None:
+        if config.hidden_size % 128:
+            raise ValueError("a width of 128 is needed")
+        init(self, config)
+
+    monkeypatch.setattr(type(model), "__init__", refuse_narrow)
+    assert isinstance(choose_step_model(model, spec_of(config), 64, 1), TransformersModel)
+    assert "no small copy of it to compare: a width of 128 is needed" in caplog.text
 
 
 def test_without_a_native_build_transformers_serves(
