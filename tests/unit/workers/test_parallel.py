@@ -7,6 +7,7 @@ import ctypes
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +32,7 @@ from scheduler.request import SamplingParams
 from scheduler.step_plan import StepPlan
 from tests.builders import make_scheduled
 from workers.model.attention_layers import LayerAttention
-from workers.model.fused_decoder import FusedDecoder, find_misfit
+from workers.model.fused_decoder import FusedDecoder, WeightFormat, find_misfit
 from workers.model.step_model import StepModel
 from workers.model.transformers_model import ATTENTION_NAME, TransformersModel
 from workers.native.library import Group, load_library
@@ -149,6 +150,13 @@ def test_ranks_of_a_cut_transformers_model_give_the_parts_of_its_logits(name: st
 def test_ranks_of_the_native_decoder_give_the_parts_of_its_logits(name: str, size: int) -> None:
     whole = make_model(CONFIGS[name]())
     spec = spec_of(whole.config)
+    check_same_logits(run(TransformersModel(whole), spec), run_natively_cut(whole, spec, size))
+
+
+def run_natively_cut(
+    whole: Any, spec: KVCacheSpec, size: int, weight_format: WeightFormat | None = None
+) -> list[list[torch.Tensor]]:
+    """Of each rank its part of every step's logits."""
     models = [copy.deepcopy(whole) for _ in range(size)]
     memory = torch.zeros(reduce_bytes(size), dtype=torch.uint8)
 
@@ -159,9 +167,30 @@ def test_ranks_of_the_native_decoder_give_the_parts_of_its_logits(name: str, siz
         assert find_misfit(models[rank], local, [LayerAttention()] * local.num_layers) is None
         group = Group(rank, size, 0, 20_000, memory.data_ptr())
         rank_stub: Any = SimpleNamespace(shard=shard, native_group=group)
-        return run(FusedDecoder(models[rank], local, 128, 1, rank=rank_stub), local)
+        return run(FusedDecoder(models[rank], local, 128, 1, weight_format, rank_stub), local)
 
-    check_same_logits(run(TransformersModel(whole), spec), in_threads(work, size))
+    return in_threads(work, size)
+
+
+@pytest.mark.skipif(load_library() is None, reason="no native build for this processor")
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("weight_format", [WeightFormat.BFLOAT16, WeightFormat.INT8, WeightFormat.INT4])
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_lose_no_more_to_rounding_than_one(size: int, weight_format: WeightFormat, kv_dtype: str) -> None:
+    """A rank's groups of weights begin at other places where inputs are cut, so roundings differ and add up to as much.
+
+    Two roundings of one model that have nothing to do with each other are the root of two apart of what each costs.
+    """
+    whole = make_model(LlamaConfig(**SHAPE | {"initializer_range": 0.05}))
+    exact_spec = spec_of(whole.config)
+    spec = replace(exact_spec, dtype=kv_dtype)
+    exact = torch.cat(run(TransformersModel(whole), exact_spec))
+    alone = torch.cat(run(FusedDecoder(whole, spec, 128, 1, weight_format), spec))
+    parts = run_natively_cut(whole, spec, size, weight_format)
+    cut = torch.cat([torch.cat(part) for part in parts], dim=1)
+    cost = float((alone - exact).norm())
+    assert 0.5 * cost < float((cut - exact).norm()) < 1.25 * cost
+    assert float((cut - alone).norm()) < 1.5 * cost
 
 
 @pytest.mark.skipif(load_library() is None, reason="no native build for this processor")
