@@ -8,7 +8,9 @@ from typing import Any
 
 import gguf
 import numpy as np
+import torch
 from gguf import GGUFWriter
+from gguf.quants import dequantize, quantize
 from torch import nn
 
 ARCHITECTURES = {
@@ -19,6 +21,8 @@ ARCHITECTURES = {
     "gemma2": gguf.MODEL_ARCH.GEMMA2,
     "gemma3": gguf.MODEL_ARCH.GEMMA3,
 }
+# Where the float16 numbers of a block stand.
+SCALES_OF_LARGE_BLOCKS = {gguf.GGMLQuantizationType.Q4_K: (0, 2), gguf.GGMLQuantizationType.Q6_K: (208,)}
 
 
 def slow_gguf_rows(weight: np.ndarray, num_heads: int) -> np.ndarray:
@@ -41,8 +45,13 @@ def write_model(
     *,
     more: Mapping[str, Any] | None = None,
     divisors: np.ndarray | None = None,
+    raw: Mapping[str, np.ndarray] | None = None,
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
 ) -> None:
-    """Every weight in float32. ``more`` is metadata below the architecture's name."""
+    """Every weight in float32, but for those that are in ``raw``, see ``round_matrices``, which are of ``kind``.
+
+    ``more`` is metadata below the architecture's name.
+    """
     config: Any = model.config
     writer = GGUFWriter(file, architecture)
     writer.add_block_count(config.num_hidden_layers)
@@ -67,13 +76,43 @@ def write_model(
             continue
         stored_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored_name is not None, name
-        writer.add_tensor(stored_name, _stored(name, tensor.float().numpy(), architecture, config))
+        if raw is not None and name in raw:
+            writer.add_tensor(stored_name, _stored(name, raw[name], architecture, config), raw_dtype=kind)
+        else:
+            writer.add_tensor(stored_name, _stored(name, tensor.float().numpy(), architecture, config))
     if divisors is not None:
         writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def round_matrices(model: nn.Module, kind: gguf.GGMLQuantizationType) -> dict[str, np.ndarray]:
+    """Rounds the matrices of ``model`` to what ``kind`` holds, in place: what a file stores of them, row by row.
+
+    The gguf package does not round to types of 256 values. Of those the blocks are random, with small scales.
+    """
+    raw: dict[str, np.ndarray] = {}
+    rng = np.random.default_rng(5)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        if kind in SCALES_OF_LARGE_BLOCKS:
+            raw[name] = _random_blocks(rng, parameter.shape, kind)
+        else:
+            raw[name] = quantize(parameter.detach().numpy(), kind)
+        parameter.data.copy_(torch.from_numpy(dequantize(raw[name], kind)))
+    return raw
+
+
+def _random_blocks(rng: np.random.Generator, shape: torch.Size, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    block_values, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (shape.numel() // block_values, block_bytes), dtype=np.uint8)
+    for start in SCALES_OF_LARGE_BLOCKS[kind]:
+        scales = rng.uniform(2e-5, 1e-4, len(blocks)).astype(np.float16)
+        blocks[:, start : start + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(shape[0], -1)
 
 
 def add_tokens(writer: GGUFWriter, tokens: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -22,10 +23,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from kvcache.errors import ModelError
 from kvcache.spec import KVCacheSpec
-from tests.unit.workers.gguf_models import write_model
+from tests.unit.workers.gguf_models import round_matrices, write_model
 from workers.model import gguf_checkpoint
 from workers.model.checkpoint import describe_checkpoint
 from workers.model.gguf_file import GGUFFile, read_gguf
+from workers.model.gguf_types import READABLE_TYPES, TensorType
 from workers.model.gguf_weights import load_gguf_model
 from workers.model.runner import choose_step_model
 from workers.model.transformers_model import load_model
@@ -110,6 +112,21 @@ def test_a_model_from_gguf_gives_the_logits_of_its_source(tmp_path: Path, name: 
     write_model(tmp_path / "model.gguf", model, architecture, TOKENS, more=more)
     # Gemma's norms are stored with 1 added, which rounds them.
     torch.testing.assert_close(logits(read_back(tmp_path / "model.gguf")), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", READABLE_TYPES, ids=lambda kind: kind.name)
+def test_a_model_of_any_type_gives_the_logits_of_what_it_was_rounded_to(tmp_path: Path, kind: TensorType) -> None:
+    wide = SIZES | {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.05}  # blocks of 256 values
+    model = make_model(LlamaConfig(**wide))
+    before = logits(model)
+    stored_type = gguf.GGMLQuantizationType[kind.name]
+    raw = round_matrices(model, stored_type)
+    expected = logits(model)
+    assert torch.equal(expected, before) == (kind.name == "F32")
+    write_model(tmp_path / "model.gguf", model, "llama", TOKENS, raw=raw, kind=stored_type)
+    kinds = {tensor.name: tensor.kind for tensor in read_gguf(tmp_path / "model.gguf").tensors}
+    assert kinds["blk.1.attn_q.weight"] == kinds["token_embd.weight"] == kind
+    torch.testing.assert_close(logits(read_back(tmp_path / "model.gguf")), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_divisors_of_rotary_frequencies_are_those_of_llama_3(tmp_path: Path) -> None:
