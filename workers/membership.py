@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
@@ -27,6 +27,8 @@ from scheduler.worker_state import HEARTBEAT_INTERVAL_S
 
 if TYPE_CHECKING:
     from workers.worker import Worker
+
+logger = logging.getLogger(__name__)
 
 
 class SchedulerPort(Protocol):
@@ -75,9 +77,8 @@ class Membership:
             events: list[Event] = [self._worker.report(self.info.incarnation)]
             if self._is_leaving and self._duty.state is DutyState.ACTIVE:
                 events.append(DrainWorker(self.info.worker_id, force=True))
-            try:
-                answers = await self._scheduler.handle(events)
-            except UnavailableError:
+            answers = await self._tell(events)
+            if answers is None:
                 self._worker.cache_news.begin_anew()  # who knows what arrived
                 continue  # tokens go on flowing; the next heartbeat finds the restarted scheduler
             for command in answers[0]:
@@ -89,8 +90,17 @@ class Membership:
     async def leave(self) -> None:
         """Says so; a scheduler that is away will miss the heartbeats."""
         if self.info is not None:
-            with contextlib.suppress(UnavailableError):
-                await self._scheduler.handle((WorkerLeft(self.info.worker_id, self.info.incarnation),))
+            await self._tell((WorkerLeft(self.info.worker_id, self.info.incarnation),))
+
+    async def _tell(self, events: Sequence[Event]) -> list[list[Command]] | None:
+        """What the scheduler answers; None where it is away, or failed at these events."""
+        try:
+            return await self._scheduler.handle(events)
+        except UnavailableError:
+            return None
+        except Exception:  # a heartbeat's boundary: the fault is in another process, and what runs here runs well
+            logger.exception("The scheduler could not take %d events.", len(events))
+            return None
 
     async def _obey(self, command: Command, info: WorkerInfo) -> None:
         if isinstance(command, AskToRegister):
@@ -116,12 +126,11 @@ class Membership:
             self._moving = asyncio.get_running_loop().call_later(duty.move_after_s, move)
 
     async def _registered(self, info: WorkerInfo) -> bool:
-        try:
-            (commands,) = await self._scheduler.handle((WorkerRegistered(info, self._duty),))
-        except UnavailableError:
+        answers = await self._tell((WorkerRegistered(info, self._duty),))
+        if answers is None:
             return False
         self._interval_s = HEARTBEAT_INTERVAL_S  # as a scheduler that knows no more expects
-        for command in commands:
+        for command in answers[0]:
             if isinstance(command, RefuseWorker):
                 if command.is_final:
                     raise ConfigError(f"Worker {info.worker_id} was refused: {command.message}.")

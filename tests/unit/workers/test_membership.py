@@ -55,12 +55,15 @@ class Scheduler:
     def __init__(self) -> None:
         self.controller = ClusterController()
         self.is_away = False
+        self.fails_at: tuple[type[Event], ...] = ()
         self.heard: list[Event] = []
 
     async def handle(self, events: Sequence[Event]) -> list[list[Command]]:
         await asyncio.sleep(0)
         if self.is_away:
             raise UnavailableError("away")
+        if isinstance(events[0], self.fails_at):
+            raise KeyError("a bug in the scheduler")
         self.heard += events
         return [self.controller.handle(event, 0.0) for event in events]
 
@@ -175,6 +178,26 @@ def test_a_scheduler_that_is_away_stops_neither_heartbeats_nor_the_end(monkeypat
         assert world.scheduler.duty() == ACTIVE
 
     run(scenario, monkeypatch)
+
+
+def test_a_bug_in_the_scheduler_ends_no_worker_and_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor where it comes with the answer to a heartbeat, when the worker registers again."""
+
+    async def scenario(world: World) -> None:
+        world.scheduler.fails_at = (WorkerReported, WorkerLeft)
+        await until(lambda: world.worker.times_begun_anew > 3, "a few heartbeats that it could not take")
+        await world.membership.leave()
+        world.scheduler.fails_at = (WorkerRegistered,)
+        world.scheduler.controller = ClusterController()
+        told = caplog.text.count("could not take 1 events")
+        await until(lambda: caplog.text.count("could not take 1 events") > told + 3, "a few registrations")
+        world.scheduler.fails_at = ()
+        await until(lambda: world.scheduler.duty() == ACTIVE, "to register again")
+
+    run(scenario, monkeypatch)
+    assert "a bug in the scheduler" in caplog.text, "without its traceback"
 
 
 def test_a_worker_that_does_not_fit_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
