@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from engine.autoscaling import Autoscaling
-from kvcache.errors import RequestError, TwinpoolError
+from kvcache.errors import RequestError, TwinpoolError, UnavailableError
 from scheduler.backoff import RestartBackoff
 from scheduler.events import DrainWorker, Event, WorkerLeft, WorkersExpected
 from scheduler.types import ClusterSnapshot, DutyState, WorkerInfo, WorkerRole
@@ -23,6 +24,7 @@ from workers.load_progress import LoadProgress
 from workers.worker_options import WorkerOptions
 
 POLL_INTERVAL_S = 0.2
+JOIN_TIMEOUT_S = 120.0  # to measure and to register: the others wait; a scheduler that restarts is back much sooner
 NOT_LOADED = LoadProgress()
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class Member:
     failure: TwinpoolError | None = None  # why the last process ended
     num_starts: int = 0
     start_at_s: float = 0.0
+    join_by_s: float = math.inf  # once it has begun to
     registered_at_s: float = 0.0
     is_leaving: bool = False  # it drains, then ends, then is forgotten
     has_been_stopped: bool = False
@@ -130,6 +133,9 @@ class Fleet:
                     self._advance(member)
                 except TwinpoolError as error:
                     self._lose(member, error)
+                except Exception as error:  # one worker's boundary: the others are looked after in any case
+                    logger.exception("Looking after %s failed unexpectedly.", member.worker_id)
+                    self._lose(member, TwinpoolError(f"{type(error).__name__}: {error}"))
 
     def scale(self, counts: Mapping[WorkerRole, int]) -> None:
         """From now on there shall be so many workers of each role given; those too many drain first.
@@ -173,7 +179,7 @@ class Fleet:
         while self._clock() < deadline and not all(process.has_ended() for process in processes):
             time.sleep(POLL_INTERVAL_S / 4)
         for process in processes:
-            process.close()
+            _close(process)
 
     def _run(self) -> None:
         while not self._closing.wait(POLL_INTERVAL_S):
@@ -271,7 +277,7 @@ class Fleet:
         process = member.process
         if process is None or member.info is None or process.has_ended():
             if process is not None:
-                process.close()
+                _close(process)
             del self.members[member.worker_id]
             self._told_epoch = None
             logger.info("%s has left", member.worker_id)
@@ -285,37 +291,50 @@ class Fleet:
 
     def _start(self, member: Member) -> None:
         member.num_starts += 1
+        member.join_by_s = math.inf
         member.process = self._start_worker(member.options, member.num_starts)
         member.progress = NOT_LOADED
         member.info = None
 
     def _may_join(self, member: Member) -> bool:
-        """Whether nobody before it in line is measuring."""
+        """Whether it is measuring already, or nobody else is and it is the first in line."""
         ready = (each for each in self.members.values() if each.info is None and each.progress.is_ready)
-        return next(ready) is member
+        return min(ready, key=lambda each: each.join_by_s) is member
 
     def _join(self, member: Member, process: WorkerProcess) -> None:
+        now = self._clock()
+        member.join_by_s = min(member.join_by_s, now + JOIN_TIMEOUT_S)
         info = process.join()
         if info is not None:
             member.info = info
             member.failure = None
-            member.registered_at_s = self._clock()
+            member.registered_at_s = now
             if member.num_starts > 1:
                 logger.info("%s is back after %d restarts", member.worker_id, member.num_starts - 1)
+        elif now >= member.join_by_s:
+            raise UnavailableError(f"it has not registered within {JOIN_TIMEOUT_S:g} s")
 
     def _lose(self, member: Member, error: TwinpoolError | None) -> None:
-        """Its process has ended, or is of no use."""
+        """Its process has ended, is of no use, or could not be started."""
         now = self._clock()
-        assert member.process is not None, "only a process that was started is lost"
-        member.process.close()
-        healthy_s = now - member.registered_at_s if member.info is not None else 0.0
-        delay_s = member.backoff.delay_after(healthy_s)
-        if member.info is not None:  # sooner than its heartbeats are missed
-            self._scheduler.tell(WorkerLeft(member.worker_id, member.info.incarnation))
-        logger.warning("%s has ended%s; it starts again in %g s", member.worker_id, _reason(error), delay_s)
+        process, info = member.process, member.info
+        delay_s = member.backoff.delay_after(now - member.registered_at_s if info is not None else 0.0)
         member.process, member.info, member.progress = None, None, NOT_LOADED
         member.failure = error
         member.start_at_s = now + delay_s
+        logger.warning("%s has ended%s; it starts again in %g s", member.worker_id, _reason(error), delay_s)
+        if process is not None:
+            _close(process)
+        if info is not None:  # sooner than its heartbeats are missed
+            self._scheduler.tell(WorkerLeft(member.worker_id, info.incarnation))
+
+
+def _close(process: WorkerProcess) -> None:
+    """Whatever comes of it: nobody needs it any more, and others wait."""
+    try:
+        process.close()
+    except Exception:  # its own boundary
+        logger.exception("The process of a worker could not be closed.")
 
 
 def _reason(error: TwinpoolError | None) -> str:

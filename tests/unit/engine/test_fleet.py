@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from engine.autoscaling import TELL_INTERVAL_S, Autoscaling
-from engine.fleet import Fleet
+from engine.fleet import JOIN_TIMEOUT_S, Fleet
 from engine.node_requests import EXPIRY_S
 from kvcache.errors import ModelError, RequestError, TwinpoolError, UnavailableError
 from scheduler.autoscaler import PoolLimits
@@ -37,7 +37,8 @@ class FakeProcess:
     def __init__(self, options: WorkerOptions, incarnation: int) -> None:
         self.options = options
         self.incarnation = incarnation
-        self.error: TwinpoolError | None = None
+        self.error: Exception | None = None
+        self.cannot_be_closed = False
         self.loads = True
         self.joins = True
         self.is_dead = False
@@ -64,6 +65,8 @@ class FakeProcess:
         self.was_told_to_stop = self.is_dead = True
 
     def close(self) -> None:
+        if self.cannot_be_closed:
+            raise RuntimeError("it does not close")
         self.is_closed = True
 
 
@@ -87,12 +90,14 @@ class World:
         self.clock = ManualClock()
         self.scheduler = FakeScheduler()
         self.started: list[FakeProcess] = []
-        self.next_joins = True
+        self.cannot_start: set[str] = set()
         roles = {"p": WorkerRole.PREFILL, "d": WorkerRole.DECODE}
         workers = [replace(OPTIONS, worker_id=name, role=roles.get(name[0], WorkerRole.DECODE)) for name in names]
         self.fleet = Fleet(workers, self.start, self.scheduler, self.clock)
 
     def start(self, options: WorkerOptions, incarnation: int) -> FakeProcess:
+        if options.worker_id in self.cannot_start:
+            raise RuntimeError("no process")
         self.started.append(FakeProcess(options, incarnation))
         return self.started[-1]
 
@@ -172,6 +177,65 @@ def test_one_worker_s_end_touches_no_other() -> None:
     world.newest("a").is_dead = True
     world.run(5)
     assert [each.options.worker_id for each in world.started] == ["a", "b", "a"]
+
+
+def test_one_that_measures_is_not_joined_by_another_that_comes_before_it_in_line() -> None:
+    world = World("a", "b")
+    world.fleet.step()
+    world.newest("a").loads = False
+    world.newest("b").joins = False
+    world.run()
+    world.newest("a").loads = True
+    world.run()
+    assert world.fleet.members["a"].info is None, "both measured at the same time"
+    world.newest("b").joins = True
+    world.run()
+    assert world.fleet.is_complete
+
+
+def test_a_worker_that_hangs_while_it_joins_is_given_up_and_the_next_one_joins() -> None:
+    world = World("a", "b")
+    world.fleet.step()
+    world.newest("a").joins = False
+    world.run(JOIN_TIMEOUT_S - 1)
+    assert world.fleet.members["b"].info is None
+    world.run(5)
+    assert world.started[0].is_closed, "its room was not given back"
+    assert world.fleet.is_complete
+    assert [each.incarnation for each in world.started if each.options.worker_id == "a"] == [1, 2]
+
+
+@pytest.mark.parametrize("how", ["start", "load", "close"])
+def test_an_unexpected_error_with_one_worker_stops_no_other_and_is_not_met_again_at_once(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World("a", "b")
+    world.run()
+    if how == "start":
+        world.cannot_start.add("a")
+    if how == "load":
+        world.fleet.members["a"].progress = LoadProgress()
+        world.newest("a").error = RuntimeError("it does not load")
+    if how == "close":
+        world.newest("a").cannot_be_closed = True
+    world.newest("a").is_dead = how != "load"
+    world.newest("b").is_dead = True
+    world.run(60)
+    assert world.fleet.members["b"].info is not None
+    assert world.fleet.members["b"].num_starts == 2
+    assert world.fleet.members["a"].num_starts <= 7, "without a pause"
+    assert "RuntimeError" in caplog.text, "without its traceback"
+    world.cannot_start.clear()
+    world.run(60)
+    assert world.fleet.is_complete
+
+
+def test_closing_goes_on_past_a_process_that_does_not_close() -> None:
+    world = World("a", "b")
+    world.run()
+    world.newest("a").cannot_be_closed = True
+    world.fleet.close(timeout_s=1.0)
+    assert world.newest("b").is_closed
 
 
 @pytest.mark.parametrize("error", [ModelError("The model is damaged."), UnavailableError("gone")])
