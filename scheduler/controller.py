@@ -175,13 +175,15 @@ class ClusterController:
         commands = self._remove_silent(now)
         if now >= self._plan_at_s:
             self._plan_at_s = now + PLAN_INTERVAL_S
-            self._pools = pool_loads(list(self._workers), self._costs, self._demand, now, self._tpot_target_s)
-            if self._plans_roles and not self._duties.is_changing:
-                commands += self._plan_role(now)
+            commands += self._plan(now)
         return commands
 
-    def _plan_role(self, now: float) -> list[Command]:
-        able = candidates(list(self._workers), self._costs, self._demand.sizes(), self._tpot_target_s)
+    def _plan(self, now: float) -> list[Command]:
+        """Looks at a part of the workers at most: meanwhile no request is placed."""
+        able = candidates(self._workers, self._costs, self._demand.sizes(), self._tpot_target_s)
+        self._pools = pool_loads(self._workers, able, self._costs, self._demand, now)
+        if not self._plans_roles or self._duties.is_changing:
+            return []
         flip = self._planner.decide(able, self._demand.demand(now), now)
         return self._duties.change_role(flip.worker_id, flip.role) if flip is not None else []
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from scheduler.planner import Candidate, Demand, busyness
 from scheduler.types import PoolLoad, WorkerRole
 from scheduler.worker_state import CostPredictor, WorkerState
+from scheduler.worker_table import WorkerTable
 
 _POOLS = (WorkerRole.PREFILL, WorkerRole.DECODE)
 MOST_ASKED = 64  # workers of a pool: each costs ten microseconds, and meanwhile no request is placed
@@ -47,20 +48,29 @@ class DemandMeter:
 
 
 def candidates(
-    workers: Sequence[WorkerState], costs: CostPredictor, sizes: tuple[int, int], tpot_target_s: float
+    workers: WorkerTable, costs: CostPredictor, sizes: tuple[int, int], tpot_target_s: float
 ) -> list[Candidate]:
-    """What each worker of the two pools could do of requests of these sizes in either role."""
+    """What the active workers of the two pools could do of requests of these sizes in either role.
+
+    Of a large pool a part is asked, and each of it stands for several: its rates are those of all of them.
+    """
     num_prompt_tokens, context_tokens = sizes
-    return [
-        Candidate(
-            worker.worker_id,
-            worker.info.role,
-            num_prompt_tokens / costs.prefill_seconds(worker.worker_id, num_prompt_tokens),
-            decode_rate(worker, costs, context_tokens, tpot_target_s),
-        )
-        for worker in workers
-        if worker.info.role in _POOLS and worker.is_active
-    ]
+    found = []
+    for role in _POOLS:
+        asked = _asked(workers, role)
+        for worker in asked:
+            num_alike = len(workers.of_role(role)) / len(asked)
+            prefill_s = costs.prefill_seconds(worker.worker_id, num_prompt_tokens)
+            decode_tokens_s = decode_rate(worker, costs, context_tokens, tpot_target_s)
+            rates = num_alike * num_prompt_tokens / prefill_s, num_alike * decode_tokens_s
+            found.append(Candidate(worker.worker_id, role, *rates))
+    return found
+
+
+def _asked(workers: WorkerTable, role: WorkerRole) -> list[WorkerState]:
+    """The same ones every time, as long as nobody comes or goes: what is said of them is compared over time."""
+    active = workers.of_role(role)
+    return active[:: -(-len(active) // MOST_ASKED) or 1]
 
 
 def decode_rate(worker: WorkerState, costs: CostPredictor, context_tokens: int, tpot_target_s: float) -> float:
@@ -78,18 +88,21 @@ def decode_rate(worker: WorkerState, costs: CostPredictor, context_tokens: int, 
 
 
 def pool_loads(
-    workers: Sequence[WorkerState], costs: CostPredictor, meter: DemandMeter, now: float, tpot_target_s: float
+    workers: WorkerTable, able: Sequence[Candidate], costs: CostPredictor, meter: DemandMeter, now: float
 ) -> tuple[PoolLoad, ...]:
-    """Of the two pools, as far as they have active workers; of large ones from a part of their workers."""
+    """Of the two pools, as far as they have active workers.
+
+    Args:
+        able: the ``candidates`` for the meter's sizes.
+    """
     sizes, demand = meter.sizes(), meter.demand(now)
     loads = []
     for role in _POOLS:
-        active = [each for each in workers if each.info.role is role and each.is_active]
-        asked = active[:: -(-len(active) // MOST_ASKED) or 1]
+        asked = _asked(workers, role)
         if asked:
             latency_s = min(_latency(each, costs, sizes, now) for each in asked)
-            busy = busyness(candidates(asked, costs, sizes, tpot_target_s), demand.of(role))
-            loads.append(PoolLoad(role, len(active), latency_s, busy * len(asked) / len(active)))
+            busy = busyness(able, demand.of(role))
+            loads.append(PoolLoad(role, len(workers.of_role(role)), latency_s, busy))
     return tuple(loads)
 
 

@@ -10,7 +10,6 @@ elsewhere when the drain has a limit (``Duty.move_after_s``), which the worker i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from scheduler.events import Command, RefuseDuty, TakeDuty
@@ -86,12 +85,12 @@ class DutyBook:
     @property
     def is_changing(self) -> bool:
         """Whether a worker is on its way to another role."""
-        return any(worker.duty.next_role is not None for worker in self.workers)
+        return self.workers.num_changing > 0
 
     def _draining(self, worker: WorkerState, move_after_s: float | None, next_role: WorkerRole | None = None) -> Duty:
         """Nothing is moved where nobody would take it: it ends where it is, however long that takes."""
         limit_s = move_after_s if move_after_s is not None else self.move_after_s
-        is_last = any(worker.role.takes(phase) and not self._others(worker, phase) for phase in Phase)
+        is_last = any(worker.role.takes(phase) and not self._has_others(worker, phase) for phase in Phase)
         return Duty(DutyState.DRAINING, next_role, None if is_last else limit_s)
 
     def _problem(self, worker_id: str, worker: WorkerState | None, *, leaves_role: bool) -> str | None:
@@ -100,12 +99,12 @@ class DutyBook:
         if not leaves_role:
             return None
         for phase in Phase:
-            if worker.takes(phase) and not self._others(worker, phase):
+            if worker.takes(phase) and not self._has_others(worker, phase):
                 return f"{worker_id} is the only active worker for {phase.value}"
         return None
 
-    def _others(self, worker: WorkerState, phase: Phase) -> Sequence[WorkerState]:
-        return [each for each in self.workers.taking(phase) if each is not worker]
+    def _has_others(self, worker: WorkerState, phase: Phase) -> bool:
+        return any(each is not worker for each in self.workers.taking(phase))
 
     def _assign(self, worker: WorkerState, duty: Duty, role: WorkerRole | None = None) -> None:
         assert duty.state in TRANSITIONS[worker.duty.state], f"{worker.duty.state} to {duty.state}"

@@ -28,7 +28,10 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A worker that may change its role, with what the cost model says it can do, in tokens per second."""
+    """A worker that may change its role, with what the cost model says it can do, in tokens per second.
+
+    In a large pool it stands for others like it, and the rates are those of all of them.
+    """
 
     worker_id: str
     role: WorkerRole  # PREFILL or DECODE

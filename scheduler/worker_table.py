@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from scheduler.types import Phase
+from scheduler.types import Phase, WorkerRole
 from scheduler.worker_state import WorkerState
 
 Rank = tuple[float | str, ...]  # smaller is better; the last says who is meant, so that no two are equal
@@ -94,7 +94,7 @@ class _Members:
 
 
 class WorkerTable:
-    """Workers by id, by phase, by rank within their group, and by when they were heard.
+    """Workers by id, by phase, by role, by rank within their group, and by when they were heard.
 
     Args:
         ranking: the order that a policy asks ``best`` for; None: it never does.
@@ -106,11 +106,13 @@ class WorkerTable:
         self._grouping = grouping
         self._workers: dict[str, WorkerState] = {}
         self._members = {phase: _Members() for phase in Phase}
+        self._of_role = {role: _Members() for role in WorkerRole}  # the active ones
         self._heaps: dict[Phase, dict[object, _Heap]] = {phase: {} for phase in Phase}  # none is empty
         self._ranked: dict[WorkerState, list[_Member]] = {}
         self._heard: OrderedDict[WorkerState, None] = OrderedDict()  # longest silent first
         self._num_unpriced = 0
         self.num_places = 0  # sequences that those that decode do at once
+        self.num_changing = 0  # on their way to another role
         self._ids: list[str] = []  # in order
 
     def __len__(self) -> int:
@@ -142,6 +144,9 @@ class WorkerTable:
         insort(self._ids, worker.worker_id)
         self._heard[worker] = None
         self._num_unpriced += not worker.info.device.price_per_hour
+        self.num_changing += worker.duty.next_role is not None
+        if worker.is_active:
+            self._of_role[worker.role].add(worker)
         phases = [phase for phase in Phase if worker.takes(phase)]
         for phase in phases:
             self._members[phase].add(worker)
@@ -157,6 +162,9 @@ class WorkerTable:
         del self._workers[worker.worker_id], self._heard[worker]
         del self._ids[bisect_left(self._ids, worker.worker_id)]
         self._num_unpriced -= not worker.info.device.price_per_hour
+        self.num_changing -= worker.duty.next_role is not None
+        if worker.is_active:
+            self._of_role[worker.role].remove(worker)
         for phase in Phase:
             if worker.takes(phase):
                 self._members[phase].remove(worker)
@@ -197,6 +205,10 @@ class WorkerTable:
     def taking(self, phase: Phase) -> list[WorkerState]:
         """All workers that take a phase, in no order of meaning. Do not change it."""
         return self._members[phase].workers
+
+    def of_role(self, role: WorkerRole) -> list[WorkerState]:
+        """All active workers of a role, in no order of meaning. Do not change it."""
+        return self._of_role[role].workers
 
     def best(self, phase: Phase, avoid: Collection[str] = ()) -> list[WorkerState]:
         """The best of each group; those of ``avoid`` only where there is nobody else in any group."""

@@ -7,8 +7,9 @@ import pytest
 from scheduler import demand
 from scheduler.cost_model import CostModel
 from scheduler.demand import MEMORY_S, DemandMeter, candidates, decode_rate, pool_loads
-from scheduler.types import Duty, DutyState, WorkerLoad, WorkerRole
+from scheduler.types import Duty, DutyState, PoolLoad, WorkerLoad, WorkerRole
 from scheduler.worker_state import WorkerState
+from scheduler.worker_table import WorkerTable
 from tests.builders import make_worker
 
 PREFILL, DECODE, COLOCATED = WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.COLOCATED
@@ -19,6 +20,17 @@ def state(name: str, role: WorkerRole, costs: CostModel, duty: Duty | None = Non
     info = make_worker(name, role, **rates)
     costs.add(info)
     return WorkerState(info, WorkerLoad(blocks_free=info.num_blocks), 0.0, duty or Duty())
+
+
+def table(*workers: WorkerState) -> WorkerTable:
+    made = WorkerTable()
+    for worker in workers:
+        made.add(worker)
+    return made
+
+
+def loads(workers: WorkerTable, costs: CostModel, meter: DemandMeter, now: float) -> tuple[PoolLoad, ...]:
+    return pool_loads(workers, candidates(workers, costs, meter.sizes(), TPOT_TARGET_S), costs, meter, now)
 
 
 def metered(seconds: float, every_s: float = 0.5) -> tuple[DemandMeter, float]:
@@ -67,20 +79,20 @@ def test_a_target_that_no_batch_keeps_leaves_one_sequence_at_a_time() -> None:
 
 def test_only_active_workers_of_the_two_pools_can_change_roles() -> None:
     costs = CostModel()
-    workers = [
+    workers = table(
         state("p", PREFILL, costs),
         state("d", DECODE, costs),
         state("c", COLOCATED, costs),
         state("gone", DECODE, costs, Duty(DutyState.DRAINED)),
-    ]
+    )
     assert [each.worker_id for each in candidates(workers, costs, (10, 20), TPOT_TARGET_S)] == ["p", "d"]
 
 
 def test_a_pool_is_as_busy_as_its_work_over_what_its_active_workers_can_do() -> None:
     costs = CostModel()
-    workers = [state(name, PREFILL, costs) for name in ("p0", "p1")] + [state("d", DECODE, costs)]
+    workers = table(*(state(name, PREFILL, costs) for name in ("p0", "p1")), state("d", DECODE, costs))
     meter, now = metered(6 * MEMORY_S)
-    prefill, decode = pool_loads(workers, costs, meter, now, TPOT_TARGET_S)
+    prefill, decode = loads(workers, costs, meter, now)
     rates = {each.worker_id: each for each in candidates(workers, costs, meter.sizes(), TPOT_TARGET_S)}
     demand = meter.demand(now)
     assert (prefill.role, prefill.num_workers, decode.role, decode.num_workers) == (PREFILL, 2, DECODE, 1)
@@ -92,19 +104,21 @@ def test_a_pool_is_as_busy_as_its_work_over_what_its_active_workers_can_do() -> 
 
 def test_a_pool_without_an_active_worker_has_no_load() -> None:
     costs = CostModel()
-    workers = [state("p", PREFILL, costs), state("d", DECODE, costs, Duty(DutyState.DRAINING))]
-    assert [load.role for load in pool_loads(workers, costs, DemandMeter(), 1.0, TPOT_TARGET_S)] == [PREFILL]
+    workers = table(state("p", PREFILL, costs), state("d", DECODE, costs, Duty(DutyState.DRAINING)))
+    assert [load.role for load in loads(workers, costs, DemandMeter(), 1.0)] == [PREFILL]
 
 
 def test_of_a_large_pool_a_part_tells_how_busy_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = CostModel()
-    workers = [state(f"p{number}", PREFILL, costs) for number in range(10)] + [state("d", DECODE, costs)]
+    workers = table(*(state(f"p{number}", PREFILL, costs) for number in range(10)), state("d", DECODE, costs))
     meter, now = metered(6 * MEMORY_S)
-    whole = pool_loads(workers, costs, meter, now, TPOT_TARGET_S)
+    whole = loads(workers, costs, meter, now)
     monkeypatch.setattr(demand, "MOST_ASKED", 3)
     asked: list[str] = []
     monkeypatch.setattr(demand, "_latency", lambda worker, *_: asked.append(worker.worker_id) or 0.0)
-    parts = pool_loads(workers, costs, meter, now, TPOT_TARGET_S)
+    parts = loads(workers, costs, meter, now)
     assert asked == ["p0", "p4", "p8", "d"]
     assert [each.num_workers for each in parts] == [10, 1]
+    able = candidates(workers, costs, meter.sizes(), TPOT_TARGET_S)
+    assert [each.worker_id for each in able] == asked, "roles are planned by others than tell how busy pools are"
     assert [each.busyness for each in parts] == pytest.approx([each.busyness for each in whole])

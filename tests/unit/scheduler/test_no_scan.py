@@ -1,4 +1,4 @@
-"""No event of a request makes the scheduler look at all workers: what it looks at does not grow with them."""
+"""No event makes the scheduler look at all workers: what it looks at does not grow with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 from scheduler.admission import AdmissionControl, AdmissionOptions
 from scheduler.controller import ClusterController
-from scheduler.events import Event, PrefillDone, RequestArrived, RequestEnded, WorkerRegistered, WorkerReported
+from scheduler.demand import MOST_ASKED
+from scheduler.events import Event, PrefillDone, RequestArrived, RequestEnded, Tick, WorkerRegistered, WorkerReported
 from scheduler.placement import PlacementOptions
 from scheduler.policies import POLICIES
 from scheduler.types import WorkerLoad, WorkerRole
@@ -67,3 +68,28 @@ def test_an_event_of_a_request_looks_at_a_few_workers(
                 admission.handle(event, 0.1 * number)
             most = max(most, len(seen))
     assert 0 < most <= MOST_LOOKED_AT
+
+
+def flipping_cluster(num_workers: int) -> ClusterController:
+    """One worker prefills, all others decode, and of late much more work came to the one."""
+    options = PlacementOptions("least_loaded", roles_follow_load=True)
+    controller = ClusterController(options=options, heartbeat_timeout_s=1e9)
+    for number in range(num_workers):
+        info = make_worker(f"w{number:04}", ROLES[number > 0], gemm_gflop_s=1.0)
+        controller.handle(WorkerRegistered(info), 0.0)
+    for number in range(2000):
+        controller.handle(RequestArrived(f"r{number}", 500, 1), 60.0)
+    return controller
+
+
+@pytest.mark.parametrize("num_workers", [1000, 4000])
+def test_planning_roles_looks_at_a_part_of_the_workers(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    controller = flipping_cluster(num_workers)
+    most = 0
+    for step in range(60):
+        with looked_at(monkeypatch) as seen:
+            controller.handle(Tick(), 60.0 + 2.0 * step)
+        most = max(most, len(seen))
+    assert MOST_ASKED // 2 < most <= 2 * MOST_ASKED + MOST_LOOKED_AT
+    changing = [each.info.worker_id for each in controller.snapshot().workers if each.duty.next_role]
+    assert len(changing) == 1, "nothing was decided"

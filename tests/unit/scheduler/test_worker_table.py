@@ -5,13 +5,14 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.types import Phase, WorkerLoad, WorkerRole
+from scheduler.types import Duty, DutyState, Phase, WorkerLoad, WorkerRole
 from scheduler.worker_state import WorkerState
 from scheduler.worker_table import Rank, WorkerTable
 from tests.builders import make_worker, repeatable
 
 NAMES = [f"w{index}" for index in range(12)]
 ROLES = list(WorkerRole)
+DUTIES = (Duty(), Duty(DutyState.DRAINING), Duty(DutyState.DRAINING, WorkerRole.DECODE))
 
 
 def rank(_phase: Phase, worker: WorkerState) -> Rank:
@@ -41,13 +42,13 @@ operations = st.lists(
 
 @given(operations)
 @repeatable(150)
-def test_the_best_of_each_group_is_what_a_scan_finds(drawn: list[tuple[str, str, int]]) -> None:
+def test_what_the_table_knows_is_what_a_scan_finds(drawn: list[tuple[str, str, int]]) -> None:
     table = WorkerTable(rank, group)
     for operation, name, number in drawn:
         worker = table.get(name)
         if operation == "add" and worker is None:
             info = make_worker(name, ROLES[number % 3], read_gb_s=1.0 + number % 2)
-            table.add(WorkerState(info, WorkerLoad(), 0.0))
+            table.add(WorkerState(info, WorkerLoad(), 0.0, DUTIES[number % len(DUTIES)]))
         elif operation == "remove" and worker is not None:
             table.remove(worker)
         elif operation == "change" and worker is not None:
@@ -60,6 +61,11 @@ def test_the_best_of_each_group_is_what_a_scan_finds(drawn: list[tuple[str, str,
                 assert {each.worker_id for each in table.taking(phase)} == {
                     each.worker_id for each in table if each.takes(phase)
                 }
+            for role in WorkerRole:
+                assert {each.worker_id for each in table.of_role(role)} == {
+                    each.worker_id for each in table if each.is_active and each.role is role
+                }
+            assert table.num_changing == sum(each.duty.next_role is not None for each in table)
 
 
 def test_a_thousand_changes_leave_no_thousand_entries_behind() -> None:
