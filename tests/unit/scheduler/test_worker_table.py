@@ -48,7 +48,7 @@ def test_what_the_table_knows_is_what_a_scan_finds(drawn: list[tuple[str, str, i
         worker = table.get(name)
         if operation == "add" and worker is None:
             info = make_worker(name, ROLES[number % 3], read_gb_s=1.0 + number % 2)
-            table.add(WorkerState(info, WorkerLoad(), 0.0, DUTIES[number % len(DUTIES)]))
+            table.add(WorkerState(info, WorkerLoad(), 0.0, DUTIES[number // 7]))
         elif operation == "remove" and worker is not None:
             table.remove(worker)
         elif operation == "change" and worker is not None:
