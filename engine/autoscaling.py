@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from scheduler.autoscaler import PoolLimits, PoolScaler, PoolView
+from scheduler.autoscaler import COOLDOWN_S, PoolLimits, PoolScaler, PoolView
 from scheduler.room import Room
 from scheduler.types import ClusterSnapshot, WorkerRole
 
@@ -27,7 +28,8 @@ class Autoscaling:
     """Called by the fleet with every new view of the cluster.
 
     Args:
-        targets: seconds that a pool's latency shall keep: TTFT of prefill, TPOT of decode workers.
+        targets: seconds that a pool's latency shall keep: TTFT of prefill, TPOT of decode workers. A place in either
+            pool shall not take longer to get than a first token.
         nodes: hears for how many workers in all there shall be room; nodes that nobody asks for may be taken away.
     """
 
@@ -41,6 +43,7 @@ class Autoscaling:
         self._targets = targets
         self._nodes = nodes
         self._next_s = 0.0
+        self._grown_at_s = -math.inf  # any of the pools
         self._told: list[Room] = []
         self._tell_again_s = 0.0
 
@@ -57,17 +60,29 @@ class Autoscaling:
             return {}
         self._next_s = now + INTERVAL_S
         changes = {}
+        # Where one pool has grown, those that wait go on; only later it shows whether the other one lacks, too.
+        is_settling = now - self._grown_at_s < COOLDOWN_S
         for load in cluster.pools:
             scaler = self._scalers.get(load.role)
             if scaler is None:
                 continue
-            target_s = self._targets[load.role]
-            view = PoolView(counts[load.role], load.latency_s, target_s, load.busyness, coming[load.role])
+            view = PoolView(
+                counts[load.role],
+                load.latency_s,
+                self._targets[load.role],
+                load.busyness,
+                coming[load.role],
+                0.0 if is_settling else load.wait_s,
+                self._targets[WorkerRole.PREFILL],
+            )
             wanted = scaler.decide(view, now)
             if wanted != counts[load.role]:
-                reason = f"latency {load.latency_s:.2g} s, target {view.target_s:g} s, busy {load.busyness:.0%}"
+                latency = f"latency {load.latency_s:.2g} s, target {view.target_s:g} s"
+                reason = f"{latency}, waiting {load.wait_s:.2g} s, busy {load.busyness:.0%}"
                 logger.info("Scaling %s workers from %d to %d (%s)", load.role.value, view.num_workers, wanted, reason)
                 changes[load.role] = wanted
+                if wanted > view.num_workers:
+                    self._grown_at_s = now
         return changes
 
     def request(self, rooms: Sequence[Room], now: float) -> None:

@@ -25,6 +25,7 @@ from scheduler.events import (
     RequestEnded,
     RequestPlaced,
     RequestQueued,
+    Tick,
 )
 from scheduler.pace import Pace
 from scheduler.placement import TPOT_TARGET_S, TTFT_TARGET_S, Outlook
@@ -112,6 +113,8 @@ class AdmissionControl:
                 self._end_prefill(event.request_id, now)
             case RequestPlaced():
                 self._book_told(event, now)
+            case Tick():
+                event = Tick(self._queue.length_of(ServiceClass.INTERACTIVE))
         return [*self._placer.handle(event, now), *self.advance(now)]
 
     def advance(self, now: float) -> list[Command]:

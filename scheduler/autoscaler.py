@@ -1,4 +1,4 @@
-"""How many workers a pool should have: more when its latency misses the target, fewer when little is to be done."""
+"""How many workers a pool should have: more when it misses its target, fewer when little is to be done."""
 
 from __future__ import annotations
 
@@ -30,13 +30,21 @@ class PoolLimits:
 @dataclass(frozen=True, slots=True)
 class PoolView:
     """A pool now. ``latency_s`` is what is predicted for a request placed now: TTFT of a prefill pool, TPOT of a decode
-    pool. ``busyness`` is the work that arrives over what the workers can do."""
+    pool; ``wait_s``, for one that comes now, until it is placed, where this pool is what it waits for. ``busyness`` is
+    the work that arrives over what the workers can do."""
 
     num_workers: int  # those that were asked for, whether or not they run already
     latency_s: float
     target_s: float
     busyness: float
     num_coming: int = 0  # of them: they start for the first time, or wait for a node
+    wait_s: float = 0.0
+    wait_target_s: float = math.inf
+
+    @property
+    def misses_target(self) -> bool:
+        """Of those that wait before a pool its latency says nothing: it may be good because they do."""
+        return self.latency_s > self.target_s or self.wait_s > self.wait_target_s
 
 
 @dataclass(slots=True)
@@ -56,7 +64,7 @@ class PoolScaler:
         inside = min(max(view.num_workers, self.limits.min_workers), self.limits.max_workers)
         if inside != view.num_workers:
             return self._change(inside, now)
-        self._missed_since_s = _since(self._missed_since_s, view.latency_s > view.target_s, now)
+        self._missed_since_s = _since(self._missed_since_s, view.misses_target, now)
         self._idle_since_s = _since(self._idle_since_s, self._could_do_with_less(view), now)
         if now - self._changed_at_s < COOLDOWN_S:
             return view.num_workers
@@ -68,12 +76,12 @@ class PoolScaler:
 
     def _could_do_with_less(self, view: PoolView) -> bool:
         left = view.num_workers - 1
-        if left < self.limits.min_workers or view.latency_s > view.target_s:
+        if left < self.limits.min_workers or view.misses_target:
             return False
         return view.busyness * view.num_workers / left < LOW_BUSYNESS
 
     def _grow(self, view: PoolView, now: float) -> int:
-        """By what the work needs, and at least by one: the latency is missed, whatever the rates say.
+        """By what the work needs, and at least by one: the target is missed, whatever the rates say.
 
         Not while others are still to come: what they change is not known yet.
         """

@@ -153,7 +153,7 @@ class ClusterController:
             case RequestPlaced():
                 self._book_told(event, now)
             case Tick():
-                return self._tick(now)
+                return self._tick(event.num_queued, now)
             case _:
                 return self._order(event)
         return []
@@ -171,17 +171,17 @@ class ClusterController:
                 self._expected = event.worker_ids
         return []
 
-    def _tick(self, now: float) -> list[Command]:
+    def _tick(self, num_queued: int, now: float) -> list[Command]:
         commands = self._remove_silent(now)
         if now >= self._plan_at_s:
             self._plan_at_s = now + PLAN_INTERVAL_S
-            commands += self._plan(now)
+            commands += self._plan(num_queued, now)
         return commands
 
-    def _plan(self, now: float) -> list[Command]:
+    def _plan(self, num_queued: int, now: float) -> list[Command]:
         """Looks at a part of the workers at most: meanwhile no request is placed."""
         able = candidates(self._workers, self._costs, self._demand.sizes(), self._tpot_target_s)
-        self._pools = pool_loads(self._workers, able, self._costs, self._demand, now)
+        self._pools = pool_loads(self._workers, able, self._costs, self._demand, num_queued, now)
         if not self._plans_roles or self._duties.is_changing:
             return []
         flip = self._planner.decide(able, self._demand.demand(now), now)

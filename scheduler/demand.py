@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from scheduler.planner import Candidate, Demand, busyness
 from scheduler.types import PoolLoad, WorkerRole
@@ -13,6 +13,10 @@ from scheduler.worker_table import WorkerTable
 _POOLS = (WorkerRole.PREFILL, WorkerRole.DECODE)
 MOST_ASKED = 64  # workers of a pool: each costs ten microseconds, and meanwhile no request is placed
 MEMORY_S = 30.0  # arrivals count by exp(-age / MEMORY_S)
+SATURATED = 0.7  # a pool that is less busy keeps nobody waiting
+_LINE = 2.0  # prompts before one more: of a worker with a line; one may always be running
+_NEARLY = 0.9  # as busy as another pool, as far as can be told
+_FEWEST = 1e-3  # requests that count: a wait has an end also where none was placed
 
 
 class DemandMeter:
@@ -34,10 +38,18 @@ class DemandMeter:
         self._prefill = self._prefill * fading + num_prompt_tokens - num_cached_tokens
         self._decode = self._decode * fading + num_output_tokens
 
-    def demand(self, now: float) -> Demand:
-        """Tokens per second."""
-        rate = math.exp((self._at_s - now) / MEMORY_S) / MEMORY_S
+    def demand(self, now: float, num_queued: int = 0) -> Demand:
+        """Tokens per second. ``num_queued``: so many more came just now, each of the mean size."""
+        requests = self._requests_at(now)
+        rate = (requests + num_queued) / max(1, self._requests) / MEMORY_S
         return Demand(self._prefill * rate, self._decode * rate)
+
+    def wait_s(self, num_waiting: float, now: float) -> float:
+        """Until so many that wait have been placed, at the pace of late."""
+        return num_waiting * MEMORY_S / max(_FEWEST, self._requests_at(now))
+
+    def _requests_at(self, now: float) -> float:
+        return self._requests * math.exp((self._at_s - now) / MEMORY_S)
 
     def sizes(self) -> tuple[int, int]:
         """Mean tokens of a prompt and of a sequence halfway through its answer; 1 at least."""
@@ -88,22 +100,54 @@ def decode_rate(worker: WorkerState, costs: CostPredictor, context_tokens: int, 
 
 
 def pool_loads(
-    workers: WorkerTable, able: Sequence[Candidate], costs: CostPredictor, meter: DemandMeter, now: float
+    workers: WorkerTable,
+    able: Sequence[Candidate],
+    costs: CostPredictor,
+    meter: DemandMeter,
+    num_queued: int,
+    now: float,
 ) -> tuple[PoolLoad, ...]:
     """Of the two pools, as far as they have active workers.
 
     Args:
         able: the ``candidates`` for the meter's sizes.
+        num_queued: interactive requests that wait before the workers; batch work waits for what is left over.
     """
-    sizes, demand = meter.sizes(), meter.demand(now)
+    sizes, placed, asked_for = meter.sizes(), meter.demand(now), meter.demand(now, num_queued)
+    asked = {role: some for role in _POOLS if (some := _asked(workers, role))}
+    latencies = {role: min(_latency(each, costs, sizes, now) for each in some) for role, some in asked.items()}
+    num_ahead = min((_num_ahead(each, costs, sizes, now) for each in asked.get(WorkerRole.PREFILL, ())), default=0.0)
+    scarce = _scarce({role: busyness(able, placed.of(role)) for role in asked}, num_ahead)
     loads = []
-    for role in _POOLS:
-        asked = _asked(workers, role)
-        if asked:
-            latency_s = min(_latency(each, costs, sizes, now) for each in asked)
-            busy = busyness(able, demand.of(role))
-            loads.append(PoolLoad(role, len(workers.of_role(role)), latency_s, busy))
+    for role, some in asked.items():
+        num_workers = len(workers.of_role(role))
+        num_waiting = float(num_queued if role in scarce else 0)
+        if role is WorkerRole.DECODE:  # for room for their KV; prompts that wait for their turn are in the latency
+            num_waiting += sum(each.load.waiting for each in some) * num_workers / len(some)
+        busy, wait_s = busyness(able, asked_for.of(role)), meter.wait_s(num_waiting, now)
+        loads.append(PoolLoad(role, num_workers, latencies[role], busy, wait_s))
     return tuple(loads)
+
+
+def _scarce(busy: Mapping[WorkerRole, float], num_ahead: float) -> set[WorkerRole]:
+    """The pools that those in the queue wait for; at least one.
+
+    Prefill workers where each has a line before it. Else by how busy each pool is with what was placed: the busier one,
+    or both. But places are held while prompts are computed, too, so there may be too few of them where decode workers
+    have little to do; prefill workers are what is waited for only if they are busy themselves.
+    """
+    prefill, decode = (busy.get(role, 0.0) for role in _POOLS)
+    if num_ahead > _LINE:
+        return {WorkerRole.PREFILL}
+    if prefill < max(SATURATED, _NEARLY * decode):
+        return {WorkerRole.DECODE}
+    return set(_POOLS) if decode >= _NEARLY * prefill else {WorkerRole.PREFILL}
+
+
+def _num_ahead(worker: WorkerState, costs: CostPredictor, sizes: tuple[int, int], now: float) -> float:
+    """Prompts of the mean size before one more."""
+    prefill_s = costs.prefill_seconds(worker.worker_id, sizes[0])
+    return worker.backlog_s(now, prefill_s) / prefill_s
 
 
 def _latency(worker: WorkerState, costs: CostPredictor, sizes: tuple[int, int], now: float) -> float:

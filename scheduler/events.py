@@ -137,6 +137,8 @@ class RequestEnded:
 class Tick:
     """Time has passed and nothing else."""
 
+    num_queued: int = 0  # interactive requests that admission has not placed yet, which is who says so
+
 
 Event = (
     WorkerRegistered

@@ -77,22 +77,26 @@ class Simulator:
         admission: AdmissionOptions | None = None,
     ) -> None:
         self.time = VirtualTime()
-        targets = options.ttft_target_s, options.tpot_target_s
+        self._targets = targets = options.ttft_target_s, options.tpot_target_s
         self.controller = ClusterController(options=options)
         self._admission = AdmissionControl(self.controller, admission or AdmissionOptions(_NO_LIMIT, *targets))
         self._costs = CostModel()
         self._tokens_per_name = tokens_per_name
         self._max_tokens = max_tokens
-        for info in workers:
-            self._costs.add(info)
-        self.workers = {info.worker_id: SimulatedWorker(info, self._costs, *targets) for info in workers}
+        self.workers: dict[str, SimulatedWorker] = {}
         self._requests: dict[str, SimulatedRequest] = {}  # that have arrived and not ended
         self._prompts: dict[str, tuple[int, ...]] = {}  # of them
         self._num_arrived = 0
         self._num_open = 0
         for info in workers:
-            self._tell(WorkerRegistered(info))
+            self.join(info)
         self._beat()
+
+    def join(self, info: WorkerInfo) -> None:
+        """A worker comes, at the beginning or while requests run."""
+        self._costs.add(info)
+        self.workers[info.worker_id] = SimulatedWorker(info, self._costs, *self._targets)
+        self._tell(WorkerRegistered(info))
 
     def run(self, requests: Sequence[SimulatedRequest]) -> None:
         """Until all have ended, or were refused. No block may be left held."""

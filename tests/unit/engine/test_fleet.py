@@ -258,6 +258,7 @@ def test_closing_stops_all_and_gives_their_room_back() -> None:
 # Scaling
 
 PREFILL, DECODE = WorkerRole.PREFILL, WorkerRole.DECODE
+TARGETS = {PREFILL: 1.0, DECODE: 0.1}
 
 
 def view(*workers: WorkerSnapshot, epoch: int = 1) -> ClusterSnapshot:
@@ -363,7 +364,7 @@ def test_numbers_that_cannot_serve_are_refused_and_change_nothing(counts: dict[W
 def test_a_fleet_that_scales_by_itself_starts_what_is_needed_and_asks_ray_for_it() -> None:
     world = World("prefill-0", "decode-0")
     nodes = FakeNodeMarket()
-    world.fleet._autoscaling = Autoscaling({DECODE: PoolLimits(1, 3)}, {DECODE: 0.1}, nodes)
+    world.fleet._autoscaling = Autoscaling({DECODE: PoolLimits(1, 3)}, TARGETS, nodes)
     world.scheduler.cluster = replace(view(seen("decode-0")), pools=(PoolLoad(DECODE, 1, 0.5, 1.3),))
     world.run(30)
     assert sorted(world.fleet.members) == ["decode-0", "decode-1", "prefill-0"]
@@ -375,7 +376,7 @@ def test_a_fleet_that_scales_by_itself_starts_what_is_needed_and_asks_ray_for_it
 def autoscaled_world(busyness: float) -> tuple[World, FakeNodeMarket]:
     """Its decode pool, of two of at most three workers, misses its target where it is busy."""
     world, nodes = World("prefill-0", "decode-0", "decode-1"), FakeNodeMarket()
-    world.fleet._autoscaling = Autoscaling({DECODE: PoolLimits(1, 3)}, {DECODE: 0.1}, nodes)
+    world.fleet._autoscaling = Autoscaling({DECODE: PoolLimits(1, 3)}, TARGETS, nodes)
     world.scheduler.cluster = replace(view(), pools=(PoolLoad(DECODE, 2, busyness / 2, busyness),))
     world.run()
     assert world.fleet.is_complete

@@ -29,8 +29,11 @@ def table(*workers: WorkerState) -> WorkerTable:
     return made
 
 
-def loads(workers: WorkerTable, costs: CostModel, meter: DemandMeter, now: float) -> tuple[PoolLoad, ...]:
-    return pool_loads(workers, candidates(workers, costs, meter.sizes(), TPOT_TARGET_S), costs, meter, now)
+def loads(
+    workers: WorkerTable, costs: CostModel, meter: DemandMeter, now: float, num_queued: int = 0
+) -> tuple[PoolLoad, ...]:
+    able = candidates(workers, costs, meter.sizes(), TPOT_TARGET_S)
+    return pool_loads(workers, able, costs, meter, num_queued, now)
 
 
 def metered(seconds: float, every_s: float = 0.5) -> tuple[DemandMeter, float]:
@@ -59,6 +62,20 @@ def test_a_load_that_has_ended_is_forgotten() -> None:
 def test_nothing_yet_is_no_load() -> None:
     meter = DemandMeter()
     assert (meter.demand(5.0).prefill_tokens_s, meter.sizes()) == (0.0, (1, 1))
+
+
+def test_requests_that_wait_count_as_if_they_came_just_now() -> None:
+    meter, now = metered(6 * MEMORY_S)
+    waiting = meter.demand(now, num_queued=60)
+    assert waiting.prefill_tokens_s == pytest.approx(2 * meter.demand(now).prefill_tokens_s, rel=0.03)
+    assert waiting.decode_tokens_s == pytest.approx(2 * meter.demand(now).decode_tokens_s, rel=0.03)
+
+
+def test_a_wait_is_as_long_as_so_many_took_to_be_placed_of_late() -> None:
+    meter, now = metered(6 * MEMORY_S)
+    assert meter.wait_s(10, now) == pytest.approx(5.0, rel=0.03)
+    assert meter.wait_s(0, now) == 0.0
+    assert DemandMeter().wait_s(1, 0.0) > 1000.0, "nothing was placed"
 
 
 def test_a_decode_rate_is_that_of_the_largest_batch_that_keeps_the_target() -> None:
@@ -122,3 +139,31 @@ def test_of_a_large_pool_a_part_tells_how_busy_it_is(monkeypatch: pytest.MonkeyP
     able = candidates(workers, costs, meter.sizes(), TPOT_TARGET_S)
     assert [each.worker_id for each in able] == asked, "roles are planned by others than tell how busy pools are"
     assert [each.busyness for each in parts] == pytest.approx([each.busyness for each in whole])
+
+
+SCARCE = {
+    "decode workers are busier": (0.3, 0.9, 1.0, {DECODE}),
+    "prefill workers are busier": (0.9, 0.3, 1.0, {PREFILL}),
+    "both are as busy": (0.95, 0.9, 1.0, {PREFILL, DECODE}),
+    "places are held for prompts that do not wait": (0.4, 0.2, 0.5, {DECODE}),
+    "prompts wait in a line, whatever was placed of late": (0.4, 0.5, 3.0, {PREFILL}),
+    "nothing was placed": (0.0, 0.0, 0.0, {DECODE}),
+}
+
+
+@pytest.mark.parametrize("case", SCARCE)
+def test_those_that_wait_are_told_to_wait_for_the_bottleneck(case: str) -> None:
+    prefill, decode, num_ahead, expected = SCARCE[case]
+    assert demand._scarce({PREFILL: prefill, DECODE: decode}, num_ahead) == expected
+
+
+def test_what_waits_before_the_workers_or_on_decode_workers_makes_a_wait() -> None:
+    costs = CostModel()
+    workers = table(state("p", PREFILL, costs), state("d", DECODE, costs))
+    meter, now = metered(6 * MEMORY_S)
+    assert [load.wait_s for load in loads(workers, costs, meter, now)] == [0.0, 0.0]
+    for worker in workers:
+        worker.hear(WorkerLoad(waiting=4), now)
+    assert [load.wait_s for load in loads(workers, costs, meter, now)] == pytest.approx([0.0, 2.0], rel=0.03)
+    waits = [load.wait_s for load in loads(workers, costs, meter, now, num_queued=60)]
+    assert waits == pytest.approx([0.0, 32.0], rel=0.03), "decode workers are what these would wait for"
