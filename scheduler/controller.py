@@ -380,6 +380,7 @@ class ClusterController:
         neighbours = self._neighbours.take(worker, now)
         for each in steps:
             self._costs.observe(worker.worker_id, each, neighbours)
+        self._workers.learned(worker)
 
     def _pace(self, worker: WorkerState) -> list[Command]:
         """The more workers there are the rarer each reports, for every heartbeat is a call."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from math import log
 from statistics import median
 
 from scheduler.online_fit import Coefficient, OnlineFit
@@ -30,6 +31,11 @@ UNKNOWN_LINK_GB_S = 1.0  # about what gRPC moves over loopback; the first handof
 ERROR_WINDOW = 32  # samples that an error is the median of
 START_WINDOW = 64  # first tokens whose calls are learned from: queues make them differ a lot
 NEIGHBOURS_MEMORY = 0.02  # what the newest steps count in how many neighbours a worker mostly has
+DRIFT_STEP = log(1.2)  # of times, in which a worker's drift is counted
+DRIFT_SLACK = (
+    0.75  # steps by which its times may be off its drift: more than half, or it would change with every sample
+)
+_TYPICAL_TOKENS, _TYPICAL_BATCH = 512, 8  # of a prompt, or context; sequences that decode
 _SHORTEST_S = 1e-7  # clocks may say 0
 
 # Coefficients of parts that the profile gives: right to a factor of two or so, and never free.
@@ -157,9 +163,11 @@ class WorkerCosts:
         "_prefill_linear",
         "_prefill_usual",
         "_start_residuals",
+        "_undrifted_s",
         "address",
         "context_token_s",
         "decode_errors",
+        "drift",
         "kv_token_bytes",
         "least_prefill_s",
         "link_gb_s",
@@ -188,6 +196,7 @@ class WorkerCosts:
         self.ttft_errors: deque[float] = deque(maxlen=ERROR_WINDOW)
         self.tpot_errors: deque[float] = deque(maxlen=ERROR_WINDOW)
         self.neighbours = 0.0  # mean of what was told with steps
+        self.drift = (0, 0)  # of a prompt and of a decode step: how far what was learned is from the profile, in steps
         self.start_s = 0.0
         self._start_residuals: deque[float] = deque(maxlen=START_WINDOW)
         self._chunk = info.max_num_batched_tokens
@@ -198,6 +207,7 @@ class WorkerCosts:
         self._prefill = OnlineFit((_STEP, _PART, _PART, _NEIGHBOUR))  # steps, linear layers, attention
         self._decode = OnlineFit((_STEP, _SEQUENCE, _PART, _PART, _NEIGHBOUR))  # and sequences
         self._settle()
+        self._undrifted_s = self._typical_seconds()
 
     def prefill_seconds(self, num_tokens: int, num_cached_tokens: int, neighbours: float | None = None) -> float:
         num_computed = num_tokens - num_cached_tokens
@@ -269,6 +279,17 @@ class WorkerCosts:
         else:
             self._observe_decode(steps, neighbours)
         self._settle()
+        prefill_s, decode_s = self._typical_seconds()
+        told_prefill_s, told_decode_s = self._undrifted_s
+        self.drift = (
+            _drifted(self.drift[0], prefill_s / told_prefill_s),
+            _drifted(self.drift[1], decode_s / told_decode_s),
+        )
+
+    def _typical_seconds(self) -> tuple[float, float]:
+        """Of a prompt and of a decode step such as most are."""
+        prefill_s = self.prefill_seconds(_TYPICAL_TOKENS, 0)
+        return prefill_s, self.decode_step_seconds(_TYPICAL_BATCH, _TYPICAL_BATCH * _TYPICAL_TOKENS)
 
     def observe_first_token(self, predicted_s: float, real_s: float) -> None:
         """The median, for what is far off is a queue that went otherwise and no call."""
@@ -383,6 +404,12 @@ def _join(points: list[tuple[float, float]], last_slope: float) -> LinearTimes:
 def _byte_seconds(sender: WorkerCosts, receiver: WorkerCosts) -> float:
     """Of one byte of KV, by the slower of both links."""
     return 1 / (min(sender.link_gb_s, receiver.link_gb_s) * 1e9)
+
+
+def _drifted(drift: int, times_as_long: float) -> int:
+    """The same as before while that is about right."""
+    steps = log(times_as_long) / DRIFT_STEP
+    return drift if abs(steps - drift) <= DRIFT_SLACK else round(steps)
 
 
 def _median(errors: deque[float]) -> float | None:

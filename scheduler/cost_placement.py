@@ -84,25 +84,32 @@ class CostPlacement:
         self._tpot_target_s = tpot_target_s
 
     def ranking(self, phase: Phase, worker: WorkerState) -> Rank:
-        """By when a prompt would be begun; by how long a typical answer would take, behind prompts in place.
+        """By when a prompt would be begun; by what a typical answer would cost in time, behind prompts in place.
 
         The steps that the latter follows from are kept until the worker's books change.
         """
         if worker.role is _PREFILL:
             return (worker.free_at_s, worker.requests_placed, worker.worker_id)
-        costs = self._costs[worker.worker_id]
-        step_s, joined_step_s = costs.two_steps_seconds(worker.batch_size, worker.batch_context_tokens)
-        worker.step_s = step_s if worker.batch_size else joined_step_s
+        batch_size, context_tokens = worker.batch_size, worker.batch_context_tokens
+        step_s, joined_step_s = self._costs[worker.worker_id].two_steps_seconds(batch_size, context_tokens)
+        worker.step_s = step_s if batch_size else joined_step_s
         worker.joined_step_s = joined_step_s
-        typical_s = worker.prefill_s + worker.step_s * TYPICAL_OUTPUT_TOKENS
+        token_s = joined_step_s + (joined_step_s - worker.step_s) * batch_size
+        if batch_size >= worker.info.max_num_seqs or context_tokens > worker.max_tokens:
+            token_s += joined_step_s * _excess(worker, context_tokens)
+        typical_s = worker.prefill_s + token_s * TYPICAL_OUTPUT_TOKENS
         return (typical_s, worker.requests_placed, worker.worker_id)
 
     def grouping(self, worker: WorkerState) -> object:
-        """Workers that are predicted to take about as long as each other, at the same price."""
+        """Workers that are predicted to take about as long as each other, at the same price.
+
+        By their devices, and by how far what was learned of them is from that.
+        """
         info = worker.info
         device = info.device
         likeness = tuple(round(log(rate) / _LIKE) for rate in (device.gemm_gflop_s, device.read_gb_s))
-        return (info.role, info.spec, info.max_num_seqs, device.price_per_hour, likeness)
+        drift = self._costs[worker.worker_id].drift
+        return (info.role, info.spec, info.max_num_seqs, device.price_per_hour, likeness, drift)
 
     def choose(self, request: RequestArrived, num_output_tokens: int, cluster: Cluster, now: float) -> Choice:
         asked = _Asked(request, num_output_tokens, cluster, now)
@@ -154,11 +161,8 @@ class CostPlacement:
         step_s = worker.joined_step_s + self._costs[worker.worker_id].context_token_s * asked.context_tokens
         rest_s = step_s * num_steps
         wait_s = 0.0
-        max_num_seqs, max_tokens = worker.info.max_num_seqs, worker.max_tokens
-        if batch_size >= max_num_seqs or context_tokens > max_tokens:
-            # What does not fit waits until as much has ended.
-            excess = max((batch_size + 1) / max_num_seqs, context_tokens / max_tokens) - 1
-            wait_s = rest_s * excess
+        if batch_size >= worker.info.max_num_seqs or context_tokens > worker.max_tokens:
+            wait_s = rest_s * _excess(worker, context_tokens)
             rest_s += wait_s
         delay_s = rest_s + (step_s - worker.step_s) * num_steps * batch_size
         price = worker.price_per_hour if asked.in_money else 1.0
@@ -230,6 +234,11 @@ class CostPlacement:
     def _transfer_s(self, prefill: WorkerState, decode: WorkerState, num_tokens: int) -> float:
         costs = self._costs
         return costs[prefill.worker_id].transfer_seconds(costs[decode.worker_id], num_tokens)
+
+
+def _excess(worker: WorkerState, context_tokens: int) -> float:
+    """How much of an answer's time one more sequence waits: what does not fit, until as much has ended."""
+    return max((worker.batch_size + 1) / worker.info.max_num_seqs, context_tokens / worker.max_tokens) - 1
 
 
 def _cached_tokens(worker: WorkerState, asked: _Asked) -> int:

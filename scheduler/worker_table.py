@@ -109,6 +109,7 @@ class WorkerTable:
         self._of_role = {role: _Members() for role in WorkerRole}  # the active ones
         self._heaps: dict[Phase, dict[object, _Heap]] = {phase: {} for phase in Phase}  # none is empty
         self._ranked: dict[WorkerState, list[_Member]] = {}
+        self._group_of: dict[WorkerState, object] = {}  # of those ranked
         self._heard: OrderedDict[WorkerState, None] = OrderedDict()  # longest silent first
         self._num_unpriced = 0
         self.num_places = 0  # sequences that those that decode do at once
@@ -151,12 +152,7 @@ class WorkerTable:
         for phase in phases:
             self._members[phase].add(worker)
         self.num_places += worker.info.max_num_seqs * (Phase.DECODE in phases)
-        if self._ranking is not None:
-            group = self._grouping(worker)
-            self._ranked[worker] = [
-                self._heaps[phase].setdefault(group, _Heap()).add(worker, phase, self._ranking(phase, worker))
-                for phase in phases
-            ]
+        self._enter_heaps(worker)
 
     def remove(self, worker: WorkerState) -> None:
         del self._workers[worker.worker_id], self._heard[worker]
@@ -169,11 +165,31 @@ class WorkerTable:
             if worker.takes(phase):
                 self._members[phase].remove(worker)
         self.num_places -= worker.info.max_num_seqs * worker.takes(Phase.DECODE)
+        self._leave_heaps(worker)
+
+    def _enter_heaps(self, worker: WorkerState) -> None:
+        if self._ranking is None:
+            return
+        self._group_of[worker] = group = self._grouping(worker)
+        self._ranked[worker] = [
+            self._heaps[phase].setdefault(group, _Heap()).add(worker, phase, self._ranking(phase, worker))
+            for phase in Phase
+            if worker.takes(phase)
+        ]
+
+    def _leave_heaps(self, worker: WorkerState) -> None:
+        self._group_of.pop(worker, None)
         for member in self._ranked.pop(worker, ()):
             member.heap.remove(member)
             if not member.heap.members:
                 heaps = self._heaps[member.phase]
                 self._heaps[member.phase] = {key: other for key, other in heaps.items() if other.members}
+
+    def learned(self, worker: WorkerState) -> None:
+        """To be called when something was learned of a worker that is here: it may be of another group now."""
+        if self._ranking is not None and self._grouping(worker) != self._group_of[worker]:
+            self._leave_heaps(worker)
+            self._enter_heaps(worker)
 
     def changed(self, worker: WorkerState) -> None:
         """To be called after any change of a worker's books. Harmless for one that is not here."""

@@ -158,6 +158,30 @@ def test_it_follows_a_device_that_becomes_slower() -> None:
     assert model.decode_step_seconds("w", 4, 2000) == pytest.approx(6e-3, rel=0.05)
 
 
+def test_the_drift_of_a_device_says_how_far_it_is_from_its_profile_and_does_not_change_with_every_sample() -> None:
+    """Twice as long is log 2 / log 1.2 = 3.8 steps. Between two steps it stays at the one that it came to first."""
+    noise, truth = random.Random(7), model_of(worker())
+
+    def drifts(model: CostModel, *times_as_long: float) -> set[tuple[int, int]]:
+        seen = set()
+        for number in range(100):
+            num_tokens, batch = noise.randint(100, CHUNK), noise.randint(1, 16)
+            factor = times_as_long[number % len(times_as_long)]
+            model.observe("w", prefill_step(num_tokens, factor * truth.prefill_seconds("w", num_tokens)))
+            step_s = factor * truth.decode_step_seconds("w", batch, 500 * batch)
+            model.observe("w", decode_steps(batch, 500 * batch, step_s))
+            if number >= 50:
+                seen.add(model.workers["w"].drift)
+        return seen
+
+    faster, slower = model_of(worker()), model_of(worker())
+    assert faster.workers["w"].drift == (0, 0)
+    assert drifts(slower, 2.0) == {(4, 4)}
+    edge = 1.2**3.5
+    assert drifts(faster, edge * 0.97, edge * 1.03) <= {(3, 3), (4, 4)}
+    assert drifts(slower, edge * 0.97, edge * 1.03) == {(4, 4)}
+
+
 def test_one_bad_sample_changes_little() -> None:
     model = model_of(worker())
     for _ in range(50):

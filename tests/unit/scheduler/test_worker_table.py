@@ -20,7 +20,8 @@ def rank(_phase: Phase, worker: WorkerState) -> Rank:
 
 
 def group(worker: WorkerState) -> object:
-    return worker.info.device.read_gb_s
+    """Of what never changes, and of something that is learned."""
+    return worker.info.device.read_gb_s, worker.requests_placed
 
 
 def scanned(table: WorkerTable, phase: Phase, avoid: tuple[str, ...]) -> set[str]:
@@ -35,7 +36,7 @@ def scanned(table: WorkerTable, phase: Phase, avoid: tuple[str, ...]) -> set[str
 
 
 operations = st.lists(
-    st.tuples(st.sampled_from(["add", "remove", "change", "ask"]), st.sampled_from(NAMES), st.integers(0, 20)),
+    st.tuples(st.sampled_from(["add", "remove", "change", "learn", "ask"]), st.sampled_from(NAMES), st.integers(0, 20)),
     max_size=120,
 )
 
@@ -54,6 +55,9 @@ def test_what_the_table_knows_is_what_a_scan_finds(drawn: list[tuple[str, str, i
         elif operation == "change" and worker is not None:
             worker.tokens_in_flight = number
             table.changed(worker)
+        elif operation == "learn" and worker is not None:
+            worker.requests_placed = number % 3
+            table.learned(worker)
         elif operation == "ask":
             avoid = tuple(NAMES[: number % 5])
             for phase in Phase:
