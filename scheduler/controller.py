@@ -7,6 +7,7 @@ virtual time, and a gateway whose scheduler is away places with one that it make
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import inf
 
 from kvcache.errors import UnavailableError
 from scheduler.batching import STEPS_PER_FIRST_TOKEN
@@ -64,7 +65,8 @@ class _Placed(Workload):
     def __init__(
         self, choice: Choice, request: RequestArrived | RequestPlaced, num_output_tokens: int, prefill_s: float
     ) -> None:
-        super().__init__(request.num_prompt_tokens, request.max_tokens, num_output_tokens, prefill_s)
+        is_batch = request.urgency.is_batch
+        super().__init__(request.num_prompt_tokens, request.max_tokens, num_output_tokens, prefill_s, is_batch=is_batch)
         self.decode = choice.decode
         self.prefill = choice.prefill
         self.prefills = choice.prefills
@@ -208,13 +210,22 @@ class ClusterController:
             prefills, prefilling = decodes, Phase.DECODE
         if not prefills or not decodes:
             return None
-        alone = [(worker, self._prefill_s(worker, num_prompt_tokens)) for worker in prefills]
+        able = [worker for worker in prefills if self._keeps_pace(worker, num_prompt_tokens)]
+        alone = [(worker, self._prefill_s(worker, num_prompt_tokens)) for worker in able or prefills]
         backlog_s, prefill_s = min(((worker.backlog_s(now, own_s), own_s) for worker, own_s in alone), key=sum)
-        step_s = min(self._step_s(worker, num_prompt_tokens, in_place=in_place) for worker in decodes)
+        roomy = [worker for worker in decodes if worker.has_room(num_prompt_tokens)]
+        step_s = min((self._step_s(worker, num_prompt_tokens, in_place=in_place) for worker in roomy), default=inf)
         return Outlook(backlog_s, prefill_s, step_s, len(self._workers.taking(prefilling)))
 
     def _prefill_s(self, worker: WorkerState, num_tokens: int) -> float:
         return self._costs.prefill_seconds(worker.worker_id, num_tokens)
+
+    def _keeps_pace(self, worker: WorkerState, num_prompt_tokens: int) -> bool:
+        """Whether those that decode there may wait for a chunk of the prompt: else it is hardly placed there."""
+        if worker.role is WorkerRole.PREFILL:
+            return True
+        chunk_tokens = min(num_prompt_tokens, worker.info.max_num_batched_tokens)
+        return self._prefill_s(worker, chunk_tokens) <= self._tpot_target_s
 
     def _step_s(self, worker: WorkerState, num_prompt_tokens: int, *, in_place: bool) -> float:
         """With a chunk of the prompt in it, where one worker does both phases."""

@@ -30,13 +30,14 @@ _LIKE = log(1.1)  # devices whose rates differ by less are of one kind: measured
 class _Asked:
     """What is the same for all workers that are looked at for one request."""
 
-    __slots__ = ("cache", "context_tokens", "in_money", "now", "num_prompt_tokens", "num_steps", "prefixes")
+    __slots__ = ("cache", "context_tokens", "in_money", "is_batch", "now", "num_prompt_tokens", "num_steps", "prefixes")
 
     def __init__(self, request: RequestArrived, num_output_tokens: int, cluster: Cluster, now: float) -> None:
         self.num_prompt_tokens = request.num_prompt_tokens
         self.num_steps = num_output_tokens - 1
         self.context_tokens = request.num_prompt_tokens + num_output_tokens // 2
         self.in_money = cluster.workers.all_priced
+        self.is_batch = request.urgency.is_batch
         self.now = now
         self.cache = cluster.cache
         self.prefixes = request.prefixes
@@ -96,7 +97,7 @@ class CostPlacement:
         worker.joined_step_s = joined_step_s
         token_s = joined_step_s + (joined_step_s - worker.step_s) * batch_size
         if batch_size >= worker.info.max_num_seqs or context_tokens > worker.max_tokens:
-            token_s += joined_step_s * _excess(worker, context_tokens)
+            token_s += joined_step_s * _excess(worker, batch_size, context_tokens)
         typical_s = worker.prefill_s + token_s * TYPICAL_OUTPUT_TOKENS
         return (typical_s, worker.requests_placed, worker.worker_id)
 
@@ -162,7 +163,11 @@ class CostPlacement:
         rest_s = step_s * num_steps
         wait_s = 0.0
         if batch_size >= worker.info.max_num_seqs or context_tokens > worker.max_tokens:
-            wait_s = rest_s * _excess(worker, context_tokens)
+            if asked.is_batch:
+                wait_s = rest_s * _excess(worker, batch_size, context_tokens)
+            else:  # the worker preempts batch work for it
+                in_way, in_way_tokens = batch_size - worker.num_batch, context_tokens - worker.batch_tokens
+                wait_s = rest_s * _excess(worker, in_way, in_way_tokens)
             rest_s += wait_s
         delay_s = rest_s + (step_s - worker.step_s) * num_steps * batch_size
         price = worker.price_per_hour if asked.in_money else 1.0
@@ -236,9 +241,9 @@ class CostPlacement:
         return costs[prefill.worker_id].transfer_seconds(costs[decode.worker_id], num_tokens)
 
 
-def _excess(worker: WorkerState, context_tokens: int) -> float:
+def _excess(worker: WorkerState, num_others: int, context_tokens: int) -> float:
     """How much of an answer's time one more sequence waits: what does not fit, until as much has ended."""
-    return max((worker.batch_size + 1) / worker.info.max_num_seqs, context_tokens / worker.max_tokens) - 1
+    return max(1.0, (num_others + 1) / worker.info.max_num_seqs, context_tokens / worker.max_tokens) - 1
 
 
 def _cached_tokens(worker: WorkerState, asked: _Asked) -> int:

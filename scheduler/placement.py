@@ -112,7 +112,7 @@ class Outlook:
 
     backlog_s: float  # until its prompt would be begun
     prefill_s: float  # its prompt, alone and with nothing cached
-    step_s: float  # a token of those that decode beside it, at its worst
+    step_s: float  # a token of those that decode beside it, at its worst; infinite where all decode workers are full
     num_prefill_workers: int
 
 

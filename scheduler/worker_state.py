@@ -44,15 +44,33 @@ class Workload:
     Args:
         num_output_tokens: expected.
         prefill_s: predicted, on the worker that prefills.
+        is_batch: it gives way to interactive ones.
     """
 
-    __slots__ = ("context_tokens", "max_tokens", "num_output_tokens", "num_prompt_tokens", "prefill_s", "size")
+    __slots__ = (
+        "context_tokens",
+        "is_batch",
+        "max_tokens",
+        "num_output_tokens",
+        "num_prompt_tokens",
+        "prefill_s",
+        "size",
+    )
 
-    def __init__(self, num_prompt_tokens: int, max_tokens: int, num_output_tokens: int, prefill_s: float) -> None:
+    def __init__(
+        self,
+        num_prompt_tokens: int,
+        max_tokens: int,
+        num_output_tokens: int,
+        prefill_s: float,
+        *,
+        is_batch: bool = False,
+    ) -> None:
         self.num_prompt_tokens = num_prompt_tokens
         self.max_tokens = max_tokens
         self.num_output_tokens = num_output_tokens
         self.prefill_s = prefill_s
+        self.is_batch = is_batch
         self.context_tokens = num_prompt_tokens + num_output_tokens // 2  # mean over its life in the batch
         self.size = frexp(prefill_s)[1]  # prompts of one size take as long as each other, to a factor of two
 
@@ -88,6 +106,8 @@ class WorkerState:
     queued: dict[int, _Queued] = field(default_factory=dict)  # the same prompts by size: seconds to a power of two
     num_decodes: int = 0
     context_tokens: int = 0  # of them
+    num_batch: int = 0  # those of them that give way to interactive ones
+    batch_tokens: int = 0  # of their contexts
     num_awaited: int = 0  # those of them whose first token is not out
     awaited_tokens: int = 0  # of their contexts
     ends_s: float = 0.0  # when the others of them will have ended, as predicted at their first tokens, added up
@@ -139,6 +159,10 @@ class WorkerState:
     def is_computing(self) -> bool:
         """A prompt, or sequences that decode here: of those that were placed from here."""
         return self.num_prefills > 0 or self.num_decodes > self.num_awaited
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether one more sequence of so many tokens could begin to decode here and now."""
+        return self.batch_size < self.info.max_num_seqs and self.batch_context_tokens + num_tokens <= self.max_tokens
 
     def takes(self, phase: Phase) -> bool:
         return self.is_active and self.role.takes(phase)
@@ -200,6 +224,9 @@ class WorkerState:
         """A sequence is placed here; its first token is still to come."""
         self.num_decodes += 1
         self.context_tokens += work.context_tokens
+        if work.is_batch:
+            self.num_batch += 1
+            self.batch_tokens += work.context_tokens
         self.num_awaited += 1
         self.awaited_tokens += work.context_tokens
         self.arrivals = self.arrivals_at(now) + 1
@@ -216,6 +243,9 @@ class WorkerState:
         """``end_s``: as it was said with its first token."""
         self.num_decodes -= 1
         self.context_tokens -= work.context_tokens
+        if work.is_batch:
+            self.num_batch -= 1
+            self.batch_tokens -= work.context_tokens
         self.ends_s = self.ends_s - end_s if self.num_decodes > self.num_awaited else 0.0
         self._count_batch()
 

@@ -15,6 +15,7 @@ from scheduler.cost_placement import CostPlacement
 from scheduler.events import RequestArrived
 from scheduler.placement import Choice, Cluster, can_hand_over
 from scheduler.types import CacheDelta, DeviceProfile, ModelShape, PrefixHashes, WorkerInfo, WorkerLoad, WorkerRole
+from scheduler.urgency import ServiceClass, Urgency
 from scheduler.worker_state import WorkerState, Workload
 from scheduler.worker_table import WorkerTable
 from tests.builders import make_spec, make_worker, repeatable
@@ -268,6 +269,19 @@ def test_a_prompt_waits_for_the_running_step_of_a_longer_one_and_for_all_of_a_sh
     state.begin_prefill(Workload(1, 1, 1, 8.0), NOW)
     assert state.backlog_s(NOW, 0.5) == 0.0625 + 0.125
     assert state.backlog_s(NOW, 8.0) == 8.0625
+
+
+def test_batch_work_that_fills_a_decode_worker_sends_no_interactive_request_elsewhere() -> None:
+    """The worker preempts it for them. A batch request would wait, so it goes elsewhere."""
+    infos = [replace(worker(name, DECODE, device), max_num_seqs=4) for name, device in (("d", BANDWIDTH), ("s", SMALL))]
+    fleet = Fleet(worker("p", PREFILL, COMPUTE), *infos)
+    assert fleet.chosen(500) == "p > d"
+    for _ in range(16):
+        fleet.worker("d").begin_decode(Workload(500, 1, 0, 0.0, is_batch=True), NOW)
+    fleet.table.changed(fleet.worker("d"))
+    assert fleet.chosen(500) == "p > d"
+    job = fleet.choose(RequestArrived("r", 500, 500, urgency=Urgency(ServiceClass.BATCH)))
+    assert job.decode.worker_id == "s"
 
 
 def test_where_no_target_can_be_kept_nobody_is_held_up_and_the_earliest_finish_wins() -> None:

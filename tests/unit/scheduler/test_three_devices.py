@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from benchmarks.policies import SHAPE
+from scheduler.cost_model import CostModel
+from scheduler.demand import decode_rate
 from scheduler.placement import PlacementOptions
 from scheduler.sim.simulator import Simulator
 from scheduler.sim.workers import SimulatedRequest
-from scheduler.types import DeviceProfile, WorkerInfo, WorkerRole
+from scheduler.types import DeviceProfile, WorkerInfo, WorkerLoad, WorkerRole
 from scheduler.urgency import ServiceClass, Urgency
+from scheduler.worker_state import WorkerState
 from tests.builders import make_spec, make_worker
 
 PREFILL, DECODE, COLOCATED = WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.COLOCATED
@@ -136,3 +139,76 @@ def test_chats_keep_their_targets_while_batch_work_fills_what_they_leave() -> No
     assert p99([each.ttft_s for each in chats]) <= TARGETS.ttft_target_s
     assert p99([each.tpot_s for each in chats]) <= TARGETS.tpot_target_s
     assert tokens_done(beside) >= 0.8 * tokens_done(alone)
+
+
+TURN_S, SETTLED_S, END_S = 60.0, 135.0, 170.0
+QUICK = replace(TARGETS, tpot_target_s=0.2)
+LONG_JOBS = (1200, 120)
+
+
+class TurningCluster:
+    """Devices of three kinds with room for all KV, and which roles have changed when."""
+
+    def __init__(self, roles: dict[str, WorkerRole], options: PlacementOptions) -> None:
+        devices = {"p0": COMPUTE, "p1": COMPUTE, "p2": COMPUTE, "d0": BANDWIDTH, "c0": CHEAP}
+        infos = [replace(worker(name, role, devices[name]), num_blocks=16_000) for name, role in roles.items()]
+        self.sim = Simulator(infos, options, tokens_per_name=16, max_tokens=500)
+        self.moves: list[tuple[float, str, WorkerRole]] = []
+        self._roles = dict(roles)
+        self._look()
+
+    def _look(self) -> None:
+        for each in self.sim.controller.snapshot().workers:
+            name, role = each.info.worker_id, each.info.role
+            if self._roles[name] is not role:
+                self._roles[name] = role
+                self.moves.append((self.sim.time.now, name, role))
+        self.sim.time.after(1.0, self._look)
+
+
+def long_jobs(count: int) -> list[SimulatedRequest]:
+    flex = Urgency(ServiceClass.BATCH)
+    return [SimulatedRequest(f"job-{number}", 0.0, *LONG_JOBS, urgency=flex) for number in range(count)]
+
+
+def decoded_tokens_s(load: Sequence[SimulatedRequest], decode: str, from_s: float, until_s: float) -> float:
+    """Of answers of a worker that ended then."""
+    ended = [each for each in load if each.finished_s is not None and from_s <= each.finished_s < until_s]
+    there = [each for each in ended if each.placement is not None and each.placement.decode.worker_id == decode]
+    return sum(each.num_output_tokens for each in there) / (until_s - from_s)
+
+
+def left_tokens_s(info: WorkerInfo, answers_tokens_s: float) -> float:
+    """What a worker could decode of jobs in the time that answers leave, in batches that keep the target."""
+    costs = CostModel()
+    costs.add(info)
+
+    def rate(sizes: tuple[int, int]) -> float:
+        state = WorkerState(info, WorkerLoad(), 0.0)
+        return decode_rate(state, costs, sizes[0] + sizes[1] // 2, QUICK.tpot_target_s)
+
+    return rate(LONG_JOBS) * (1 - answers_tokens_s / rate(ANSWERS))
+
+
+def test_a_role_follows_the_turn_while_jobs_fill_what_is_left_and_interactive_requests_keep_their_targets() -> None:
+    """Long prompts, then long answers, and jobs that wait all the time: they get 80 % of what is left at least."""
+    cluster = TurningCluster({"p0": PREFILL, "p1": PREFILL, "p2": PREFILL, "d0": DECODE, "c0": COLOCATED}, QUICK)
+    prompts, answers = requests(PROMPTS, 4.0, 0.0, TURN_S), requests(ANSWERS, 4.0, TURN_S, END_S)
+    jobs = long_jobs(860)
+    cluster.sim.run([*prompts, *answers, *jobs])
+    assert cluster.sim.time.now > END_S, "there was not work enough"
+
+    ((moved_s, moved, role),) = cluster.moves
+    assert TURN_S < moved_s < SETTLED_S and moved.startswith("p") and role is DECODE
+    compute_heavy = {"p0", "p1", "p2"}
+    assert set(computed_by([*prompts, *jobs])) <= compute_heavy and set(decoded_by(prompts)) == {"d0"}
+    assert set(decoded_by(answers)) <= {"d0", "c0", moved} and set(decoded_by(jobs)) == {"d0", moved}
+
+    settled = [each for each in answers if each.arrival_s >= SETTLED_S]
+    for load in (prompts, settled):
+        assert p99([each.ttft_s for each in load]) <= QUICK.ttft_target_s
+        assert p99([each.tpot_s for each in load]) <= QUICK.tpot_target_s
+
+    window, infos = (SETTLED_S, END_S), cluster.sim.workers
+    left = sum(left_tokens_s(infos[name].info, decoded_tokens_s(answers, name, *window)) for name in ("d0", moved))
+    assert sum(decoded_tokens_s(jobs, name, *window) for name in ("d0", moved)) >= 0.8 * left
