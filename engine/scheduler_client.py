@@ -154,8 +154,6 @@ class SchedulerClient:
         except _AwayError as error:
             self._begin_standing_in(error.message)
             placement = self._place_here(request)
-        if self._stand_in is not None:
-            self._placed_here.add(request.request_id)
         self._live[request.request_id] = _Live(request, placement)
         return placement
 
@@ -211,6 +209,7 @@ class SchedulerClient:
         assert self._stand_in is not None, "somebody stands in"
         (command,) = self._stand_in.handle(request, self._clock())
         if isinstance(command, PlaceRequest):
+            self._placed_here.add(request.request_id)
             return command.placement
         raise UnavailableError("The scheduler does not answer, and no worker that was known can take the request.")
 

@@ -321,6 +321,29 @@ def test_each_request_waits_half_a_second_from_when_it_was_asked_for() -> None:
     run_skipping(scenario, RestartableScheduler(make_worker("x")))
 
 
+def test_what_a_slow_scheduler_placed_after_all_is_its_own_and_it_hears_of_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scheduler_client, "SNAPSHOT_INTERVAL_S", 0.5)
+
+    async def scenario(client: SchedulerClient, scheduler: RestartableScheduler) -> None:
+        scheduler.gate.clear()
+        first = asyncio.create_task(client.place(arrival("timed-out")))
+        await asyncio.sleep(0.3)
+        second = asyncio.create_task(client.place(arrival("answered-late")))
+        await first
+        scheduler.gate.set()
+        await second
+        assert client.is_scheduler_away
+        for name in ("timed-out", "answered-late"):
+            client.tell(RequestEnded(name))
+        await asyncio.sleep(20)
+        assert not client.is_scheduler_away
+        assert scheduler.in_flight() == {"x": 0}
+
+    run_skipping(scenario, RestartableScheduler(make_worker("x")))
+
+
 def test_a_restarted_scheduler_that_lacks_a_worker_is_asked_again_after_ten_seconds() -> None:
     async def scenario(client: SchedulerClient, scheduler: RestartableScheduler) -> None:
         now = asyncio.get_running_loop().time
