@@ -24,6 +24,7 @@ from engine.cluster_options import NODE_OPTIONS, ClusterOptions
 from engine.kv_options import KVOptions
 from engine.option import option
 from kvcache.errors import ConfigError
+from scheduler.admission import AdmissionOptions
 from scheduler.autoscaler import PoolLimits
 from scheduler.batching import STEPS_PER_FIRST_TOKEN, BatchLimits
 from scheduler.placement import DEFAULT_POLICY, TPOT_TARGET_S, TTFT_TARGET_S, PlacementOptions
@@ -345,6 +346,13 @@ class ServeConfig(ClusterOptions, KVOptions, BaseSettings):
             self.tpot_target_ms / 1000,
             roles_follow_load=self.roles == "auto",
             move_after_s=self.drain_timeout,
+        )
+
+    def admission(self, tenant_weights: tuple[tuple[str, float], ...]) -> AdmissionOptions:
+        """What the scheduler goes by, and the gateway while it is away."""
+        targets = self.placement
+        return AdmissionOptions(
+            self.max_queued_requests, targets.ttft_target_s, targets.tpot_target_s, self.refuse_late, tenant_weights
         )
 
     @property

@@ -55,7 +55,7 @@ async def _serve(
     key: str,
 ) -> None:
     scheduler = RayScheduler(running.scheduler)
-    client = SchedulerClient(scheduler, config.placement)
+    client = SchedulerClient(scheduler, config.placement, config.admission(plan.tenants.weights))
     await client.start()
     model = _served_model(config, plan)
     metrics = Metrics(model.names[0], lambda: client.cluster)

@@ -36,7 +36,6 @@ from engine.start_progress import StartProgress, start_progress
 from engine.startup import StartupPlan, bind_server_socket, check_installation, make_plan
 from kvcache.errors import ResourceError
 from kvcache.spec import KVCacheSpec
-from scheduler.admission import AdmissionOptions
 from scheduler.garbage import collect_rarely
 from scheduler.ray_actor import PolledScheduler, start_scheduler
 from scheduler.types import DeviceProfile, WorkerInfo, WorkerRole
@@ -136,7 +135,7 @@ def _running_cluster(
 ) -> Iterator[RunningCluster]:
     """The scheduler with all workers loaded, measured and registered; if ``preparing`` fails meanwhile, its error."""
     worker_ids = [options.worker_id for options in plan.workers]
-    scheduler = start_scheduler(worker_ids, config.placement, _admission(config, plan))
+    scheduler = start_scheduler(worker_ids, config.placement, config.admission(plan.tenants.weights))
     fleet = Fleet(plan.workers, RayWorker, PolledScheduler(scheduler), autoscaling=_autoscaling(config))
     try:
         _await_workers(plan, fleet, progress, preparing)
@@ -152,17 +151,6 @@ def _autoscaling(config: ServeConfig) -> Autoscaling | None:
     placement = config.placement
     targets = {WorkerRole.PREFILL: placement.ttft_target_s, WorkerRole.DECODE: placement.tpot_target_s}
     return Autoscaling(config.pool_limits, targets, SharedNodeRequests())
-
-
-def _admission(config: ServeConfig, plan: StartupPlan) -> AdmissionOptions:
-    targets = config.placement
-    return AdmissionOptions(
-        config.max_queued_requests,
-        targets.ttft_target_s,
-        targets.tpot_target_s,
-        config.refuse_late,
-        plan.tenants.weights,
-    )
 
 
 def _await_workers(plan: StartupPlan, fleet: Fleet, progress: StartProgress, preparing: Future[Any]) -> None:

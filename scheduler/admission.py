@@ -112,7 +112,7 @@ class AdmissionControl:
             case PrefillDone():
                 self._end_prefill(event.request_id, now)
             case RequestPlaced():
-                self._book_told(event, now)
+                self.book(event, now)
             case Tick():
                 event = Tick(self._queue.length_of(ServiceClass.INTERACTIVE))
         return [*self._placer.handle(event, now), *self.advance(now)]
@@ -135,6 +135,10 @@ class AdmissionControl:
                 self._queue.remove(item.request_id)  # after it was charged: its tenant may leave the queue with it
                 self._forget(item)
         return commands
+
+    def position(self, request_id: str) -> int | None:
+        """How many are before it; None where it does not wait."""
+        return self._queue.position(request_id)
 
     def snapshot(self, after: str = "", limit: int | None = None) -> ClusterSnapshot:
         """As ``ClusterController.snapshot``."""
@@ -210,8 +214,9 @@ class AdmissionControl:
         self._book(_Admitted(command, tenant, service_class, event.num_prompt_tokens, num_output_tokens), now)
         return command
 
-    def _book_told(self, event: RequestPlaced, now: float) -> None:
-        """Placed by a gateway while this scheduler was away, or before it: it holds a place, and its tenant pays."""
+    def book(self, event: RequestPlaced, now: float) -> None:
+        """Placed by another than this one: it holds a place, and its tenant pays. The controller knows of it already,
+        or will be told."""
         request_id = event.placement.request_id
         if request_id not in self._admitted:
             command, own = PlaceRequest(event.placement), event.urgency.service_class

@@ -45,7 +45,7 @@ class Delivery:
             self._askers.pop(event.request_id, None)
         answers: list[Command] = []
         for command in self._handler.handle(event, now):
-            request_id = _request_of(command)
+            request_id = request_of(command)
             if request_id is None:
                 answers.append(command)
             elif request_id == own_id:
@@ -60,12 +60,13 @@ class Delivery:
 
     def _post(self, command: Command) -> None:
         """For whoever waits for it, with its next call."""
-        asker = self._askers.pop(_request_of(command) or "", None)
+        asker = self._askers.pop(request_of(command) or "", None)
         if asker is not None:
             self._mail.setdefault(asker, []).append(command)
 
 
-def _request_of(command: Command) -> str | None:
+def request_of(command: Command) -> str | None:
+    """The id of the request that is answered; None: it is no answer to a request."""
     match command:
         case PlaceRequest():
             return command.placement.request_id
