@@ -1,8 +1,9 @@
 """When a request is placed: at once, after a wait in line, or not at all.
 
 It stands before the controller, which says where. A request is handed on when there is room for it, and waits in the
-queue otherwise (``scheduler.queue`` says who is next). What is predicted to miss its time to first token is refused
-at once, what has missed it while it waited is refused then, and what does not fit into the queue has to leave.
+queue otherwise (``scheduler.queue`` says who is next). Where late requests are refused, what is predicted to miss its
+time to first token is refused at once: its wait, its prompt and its handoff taken together. What has missed it while it
+waited is refused then, and what does not fit into the queue has to leave.
 
 Batch requests are handed on only while no interactive one waits and the predicted load keeps the targets.
 Interactive ones do not wait for places that batch sequences hold: those are preempted for them on the worker.
@@ -28,7 +29,7 @@ from scheduler.events import (
     Tick,
 )
 from scheduler.pace import Pace
-from scheduler.placement import TPOT_TARGET_S, TTFT_TARGET_S, Outlook
+from scheduler.placement import TPOT_TARGET_S, TTFT_TARGET_S, FirstToken, Outlook
 from scheduler.queue import Waiting, WaitingQueue
 from scheduler.types import ClusterSnapshot
 from scheduler.urgency import ServiceClass, Urgency
@@ -37,6 +38,7 @@ OUTPUT_WEIGHT = 2.0  # an output token costs its tenant as much as so many promp
 OUTPUT_TOKENS_GUESS = 128.0  # the length of a tenant's answers before any has ended
 _OUTPUT_MEMORY = 0.1  # what the newest answer counts in the mean length
 SHARED_BACKLOG_S = 1.0  # of prompts placed ahead, where tenants take turns: who is next is decided late
+NEVER_RETRY_S = 60.0  # for a prompt that is late when nobody is before it: workers may come, or have it cached
 BATCH_BACKLOG_S = 0.5  # the same for batch prompts: enough that no worker runs dry until the next are placed
 
 
@@ -65,6 +67,16 @@ class Placer(Protocol):
 
     def outlook(self, num_prompt_tokens: int, now: float) -> Outlook | None:
         """None where no worker takes a phase."""
+        ...
+
+    def place(
+        self, request: RequestArrived, now: float, ttft_limit_s: float | None = None
+    ) -> PlaceRequest | RefuseRequest | FirstToken:
+        """As ``handle`` of the request; but one whose first token would take longer than the limit is not placed."""
+        ...
+
+    def least_prefill_s(self, request: RequestArrived) -> float | None:
+        """Predicted to compute what is not cached of its prompt, with nobody before it; None: nobody computes any."""
         ...
 
 
@@ -124,14 +136,15 @@ class AdmissionControl:
             return commands
         for late in self._queue.pop_expired(now):
             event = self._forget(late)
-            how_long = f"it has been {now - late.since_s:.1f} s"
-            commands.append(_late(late.request_id, how_long, self._predicted_wait_s(event, now)))
+            assert late.deadline_s is not None, "it has passed"
+            own_s = late.since_s + self._options.ttft_target_s - late.deadline_s
+            commands.append(self._late(event, now - late.since_s, own_s, self._predicted_wait_s(event, now)))
         for service_class in ServiceClass:
             while (item := self._queue.first(service_class)) is not None:
                 event = self._arrived[item.request_id]
                 if not self._has_room(event, now):
                     return commands  # the classes behind it wait too
-                commands.append(self._admit(event, now))
+                commands.append(self._admit(event, now, item.since_s))
                 self._queue.remove(item.request_id)  # after it was charged: its tenant may leave the queue with it
                 self._forget(item)
         return commands
@@ -156,18 +169,20 @@ class AdmissionControl:
         if event.request_id in self._queue:
             return [self._queued(event.request_id)]
         if event.is_continued:  # it has had its turn, and lost its worker
-            return [self._admit(event, now)]
+            return [self._admit(event, now, now)]
         commands = self.advance(now)
         if not self._has_waiting(event.urgency) and self._has_room(event, now):
-            return [*commands, self._admit(event, now)]
+            return [*commands, self._admit(event, now, now)]
         return commands + self._enqueue(event, now)
 
     def _enqueue(self, event: RequestArrived, now: float) -> list[Command]:
-        patience_s = self._patience_s(event, now)
-        if patience_s is not None:
+        patience_s = None
+        own_s = self._placer.least_prefill_s(event) if self._must_be_in_time(event) else None
+        if own_s is not None:
+            patience_s = self._options.ttft_target_s - own_s
             wait_s = self._predicted_wait_s(event, now)
             if wait_s > patience_s:
-                return [_late(event.request_id, f"it would be {wait_s:.1f} s", wait_s - patience_s)]
+                return [self._late(event, wait_s, own_s, wait_s - patience_s)]
         self._num_arrivals += 1
         item = Waiting(
             event.request_id,
@@ -201,10 +216,13 @@ class AdmissionControl:
         self._queued_tokens[event.urgency.service_class] -= event.num_prompt_tokens
         return event
 
-    def _admit(self, event: RequestArrived, now: float) -> Command:
-        """Hands a request on, and charges its tenant."""
-        answers = self._placer.handle(event, now)
-        (command,) = answers
+    def _admit(self, event: RequestArrived, now: float, since_s: float) -> Command:
+        """Hands a request on that has waited since then, and charges its tenant; or refuses it, if it would be late."""
+        limit_s = since_s + self._options.ttft_target_s - now if self._must_be_in_time(event) else None
+        command = self._placer.place(event, now, limit_s)
+        if isinstance(command, FirstToken):
+            wait_s = now - since_s + command.wait_s
+            return self._late(event, wait_s, command.own_s, wait_s + command.own_s - self._options.ttft_target_s)
         if not isinstance(command, PlaceRequest):
             return command
         book_service = self._queue.charge if event.request_id in self._queue else self._queue.serve_at_once
@@ -284,14 +302,8 @@ class AdmissionControl:
         backlog_s = BATCH_BACKLOG_S if is_batch else SHARED_BACKLOG_S
         return outlook.backlog_s <= min(backlog_s, self._options.ttft_target_s / 2)
 
-    def _patience_s(self, event: RequestArrived, now: float) -> float | None:
-        """How long it may wait for a place. A prompt that alone takes longer than the target has all of it."""
-        target_s = self._options.ttft_target_s
-        if not self._options.refuses_late or event.urgency.is_batch:
-            return None
-        outlook = self._placer.outlook(event.num_prompt_tokens, now)
-        own_s = outlook.prefill_s if outlook is not None else 0.0
-        return target_s - own_s if own_s < target_s else target_s
+    def _must_be_in_time(self, event: RequestArrived) -> bool:
+        return self._options.refuses_late and not event.urgency.is_batch and not event.is_continued
 
     def _predicted_wait_s(self, event: RequestArrived, now: float) -> float:
         """The longest of what the cost model says of the prompts ahead, and what their pace and that of places say."""
@@ -315,7 +327,11 @@ class AdmissionControl:
     def _service(self, event: RequestArrived | RequestPlaced) -> float:
         return event.num_prompt_tokens + OUTPUT_WEIGHT * self._expected_output(event)
 
-
-def _late(request_id: str, how_long: str, retry_after_s: float) -> RefuseRequest:
-    message = f"The first token cannot come within the server's target: {how_long} of waiting alone."
-    return RefuseRequest(request_id, message, Refusal.TTFT_TARGET, retry_after_s)
+    def _late(self, event: RequestArrived, wait_s: float, own_s: float, retry_after_s: float) -> RefuseRequest:
+        target_s = self._options.ttft_target_s
+        why = f"it would take {wait_s:.1f} s of waiting and {own_s:.1f} s of its own."
+        if own_s > target_s:
+            retry_after_s = NEVER_RETRY_S
+            why = f"with nobody before it this prompt of {event.num_prompt_tokens} tokens takes {own_s:.1f} s."
+        message = f"The first token cannot come within the server's target of {target_s:g} s: {why}"
+        return RefuseRequest(event.request_id, message, Refusal.TTFT_TARGET, retry_after_s)

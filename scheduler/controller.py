@@ -40,7 +40,7 @@ from scheduler.events import (
 )
 from scheduler.neighbours import Neighbours
 from scheduler.pairing import PairingRules
-from scheduler.placement import Choice, Cluster, Outlook, PlacementOptions
+from scheduler.placement import NUM_HOLDERS, Choice, Cluster, FirstToken, Outlook, PlacementOptions
 from scheduler.planner import RolePlanner
 from scheduler.policies import make_policy
 from scheduler.prediction import PredictionLog, Sizes, predict
@@ -137,7 +137,9 @@ class ClusterController:
         """Takes one event at monotonic time ``now`` (seconds) and says what follows from it."""
         match event:
             case RequestArrived():
-                return self._place(event, now)
+                command = self.place(event, now)
+                assert not isinstance(command, FirstToken), "no limit was given"
+                return [command]
             case PrefillDone():
                 self._log.first_token(event.request_id, now)
                 placed = self._placed.get(event.request_id)
@@ -217,6 +219,19 @@ class ClusterController:
         step_s = min((self._step_s(worker, num_prompt_tokens, in_place=in_place) for worker in roomy), default=inf)
         return Outlook(backlog_s, prefill_s, step_s, len(self._workers.taking(prefilling)))
 
+    def least_prefill_s(self, request: RequestArrived) -> float | None:
+        """Predicted to compute what is not cached of its prompt, with nobody before it; None: nobody computes any."""
+        prefills = self._workers.best(Phase.PREFILL)
+        if Phase.PREFILL not in self._policy.phases:
+            prefills += self._workers.best(Phase.DECODE)
+        if request.prefixes:
+            prefills += self._cluster.holders(request, NUM_HOLDERS)
+        cached = ((worker, self._cluster.cached_tokens(worker, request)) for worker in prefills)
+        seconds = (
+            self._costs.prefill_seconds(each.worker_id, request.num_prompt_tokens, count) for each, count in cached
+        )
+        return min(seconds, default=None)
+
     def _prefill_s(self, worker: WorkerState, num_tokens: int) -> float:
         return self._costs.prefill_seconds(worker.worker_id, num_tokens)
 
@@ -236,12 +251,19 @@ class ClusterController:
             step_s += self._prefill_s(worker, min(num_prompt_tokens, worker.info.max_num_batched_tokens))
         return step_s
 
-    def _place(self, request: RequestArrived, now: float) -> list[Command]:
+    def place(
+        self, request: RequestArrived, now: float, ttft_limit_s: float | None = None
+    ) -> PlaceRequest | RefuseRequest | FirstToken:
+        """As ``handle`` of the request; but one whose first token would take longer than the limit is not placed.
+
+        What first tokens took beyond their parts lately does not count against the limit: it is learned from what is
+        placed, and would stay as it is once everything was refused for it.
+        """
         num_output_tokens = self._expected_output(request.max_tokens)
         try:
             choice = self._policy.choose(request, num_output_tokens, self._cluster, now)
         except UnavailableError as error:
-            return [RefuseRequest(request.request_id, error.message)]
+            return RefuseRequest(request.request_id, error.message)
         prefills = choice.prefills
         num_cached_tokens = choice.num_cached_tokens
         if num_cached_tokens is None:
@@ -252,6 +274,10 @@ class ClusterController:
             prefill_s = self._costs.prefill_seconds(
                 prefills.worker_id, request.num_prompt_tokens, num_cached_tokens, beside
             )
+        if ttft_limit_s is not None:
+            first = self._first_token(choice, request, prefill_s, now)
+            if first.ttft_s > ttft_limit_s:
+                return first
         self._demand.add(request.num_prompt_tokens, num_cached_tokens, num_output_tokens, now)
         prefill = choice.prefill.address if choice.prefill is not None else None
         placement = Placement(request.request_id, choice.decode.address, prefill)
@@ -261,7 +287,14 @@ class ClusterController:
             prediction = predict(self._costs, placement, sizes, prefill_s, prefills, choice.decode, now)
             self._log.begin(placement, prediction, now)
         self._book(request.request_id, _Placed(choice, request, num_output_tokens, prefill_s), now)
-        return [PlaceRequest(placement)]
+        return PlaceRequest(placement)
+
+    def _first_token(self, choice: Choice, request: RequestArrived, prefill_s: float, now: float) -> FirstToken:
+        handoff_s = 0.0
+        if choice.prefill is not None:
+            num_tokens = request.num_prompt_tokens - self._cluster.cached_tokens(choice.decode, request)
+            handoff_s = self._costs.transfer_seconds(choice.prefill.worker_id, choice.decode.worker_id, num_tokens)
+        return FirstToken(choice.prefills.backlog_s(now, prefill_s), prefill_s + handoff_s)
 
     def _expected_output(self, max_tokens: int) -> int:
         return min(max_tokens, max(1, round(self._mean_output_tokens)))

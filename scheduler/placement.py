@@ -116,6 +116,18 @@ class Outlook:
     num_prefill_workers: int
 
 
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """Predicted for a request where it would be placed: computing what is not cached, and the handoff."""
+
+    wait_s: float  # behind the prompts before it
+    own_s: float
+
+    @property
+    def ttft_s(self) -> float:
+        return self.wait_s + self.own_s
+
+
 class PlacementPolicy(Protocol):
     """Chooses workers for one request after the other. It may keep a state, which only ``choose`` changes."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
+from kvcache.prefix import HashChain
 from scheduler.admission import AdmissionControl, AdmissionOptions
+from scheduler.cache_index import hashes_of_prompt, pack_names
 from scheduler.controller import ClusterController
 from scheduler.delivery import Delivery
 from scheduler.events import (
@@ -22,10 +25,11 @@ from scheduler.events import (
     Tick,
     WorkerLeft,
     WorkerRegistered,
+    WorkerReported,
 )
 from scheduler.pace import Pace
 from scheduler.placement import PlacementOptions
-from scheduler.types import Placement, WorkerAddress, WorkerRole
+from scheduler.types import CacheDelta, Placement, WorkerAddress, WorkerRole
 from scheduler.urgency import ORDINARY, ServiceClass, Urgency
 from tests.builders import make_worker
 from tests.unit.scheduler.cluster_sim import slow_worker
@@ -228,10 +232,64 @@ def test_what_is_late_after_all_is_refused_then() -> None:
     assert told(admission.handle(RequestEnded("a"), 100.0)) == ["batch placed"]
 
 
-def test_a_prompt_that_alone_takes_longer_than_the_target_is_served() -> None:
-    """Two seconds of computing: it would never be served if its own time counted."""
+def test_a_prompt_that_alone_takes_longer_than_the_target_is_refused_and_told_how_long() -> None:
+    """A thousand tokens of 1.9e8 FLOP, at 100 GFLOP per second."""
     admission = make_admission(8, LATE, quick=False)
-    assert told(admission.handle(arrival("long", prompt=1000), 0.0)) == ["long placed"]
+    (refusal,) = admission.handle(arrival("long", prompt=1000), 0.0)
+    assert isinstance(refusal, RefuseRequest) and refusal.reason is Refusal.TTFT_TARGET
+    assert re.search(r"target of 1 s: .* prompt of 1000 tokens takes 1\.9 s", refusal.message)
+    assert refusal.retry_after_s == 60
+    assert told(admission.handle(arrival("short", prompt=100), 0.0)) == ["short placed"]
+    patient = make_admission(8, quick=False)
+    assert told(patient.handle(arrival("long", prompt=1000), 0.0)) == ["long placed"]
+
+
+def test_a_prompt_of_which_enough_is_cached_is_in_time() -> None:
+    admission = make_admission(8, LATE, quick=False)
+    prompt = list(range(1000))
+    (worker,) = admission.snapshot().workers
+    prefix = hashes_of_prompt(b"", worker.info.spec.block_size, prompt)
+    names = HashChain(b"", worker.info.spec.block_size).hashes(prompt)
+    held = CacheDelta(0, added=pack_names(names[: len(names) * 3 // 4]))
+    admission.handle(WorkerReported("w", worker.info.incarnation, worker.load, cache=held), 0.0)
+    assert told(admission.handle(replace(arrival("known", prompt=1000), prefixes=(prefix,)), 0.0)) == ["known placed"]
+    assert told(admission.handle(arrival("unknown", prompt=1000), 1.0)) == ["unknown ttft_target"]
+
+
+def test_the_prompts_before_it_and_its_own_count_together() -> None:
+    """Each takes 0.4 s: two of them within a second, and the third when the first is nearly done."""
+    admission = make_admission(8, LATE, quick=False)
+    words = [told(admission.handle(arrival(name, prompt=200), 0.0))[0] for name in "abc"]
+    assert words == ["a placed", "b placed", "c ttft_target"]
+    (refusal,) = admission.handle(arrival("d", prompt=200), 0.0)
+    assert isinstance(refusal, RefuseRequest) and 0 < refusal.retry_after_s < 0.4
+    now = refusal.retry_after_s + 0.001
+    assert told(admission.handle(arrival("e", prompt=200), now)) == ["e at 0"]
+    assert told(admission.handle(Tick(), now + 0.2)) == ["e placed"]
+
+
+def test_the_handoff_counts() -> None:
+    """Some 0.2 s of computing, and KV that goes over a link of a kilobyte per second."""
+    for link_gb_s, expected in ((1.0, "r placed"), (1e-6, "r ttft_target")):
+        admission = AdmissionControl(ClusterController(options=LEAST_LOADED), LATE)
+        for role in (WorkerRole.PREFILL, WorkerRole.DECODE):
+            info = slow_worker()
+            device = replace(info.device, link_gb_s=link_gb_s)
+            slow = replace(info, worker_id=role.value, role=role, address=f"{role.value}.test:1", device=device)
+            admission.handle(WorkerRegistered(slow), 0.0)
+        assert told(admission.handle(arrival("r", prompt=100), 0.0)) == [expected]
+
+
+def test_what_finds_a_place_too_late_is_refused_and_not_placed() -> None:
+    """Its own 0.4 s would do, but not behind those of one that lost its worker meanwhile."""
+    admission = make_admission(2, LATE, quick=False)
+    for name in "ab":
+        admission.handle(arrival(name), 0.0)
+        admission.handle(PrefillDone(name), 0.1)
+    assert told(admission.handle(arrival("late", prompt=200), 0.1)) == ["late at 0"]
+    assert told(admission.handle(arrival("lost", prompt=200, is_continued=True), 0.6)) == ["lost placed"]
+    assert told(admission.handle(RequestEnded("a"), 0.61)) == []
+    assert told(admission.handle(RequestEnded("b"), 0.62)) == ["late ttft_target"]
 
 
 def test_when_the_last_worker_is_gone_nobody_waits() -> None:
