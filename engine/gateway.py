@@ -104,12 +104,13 @@ class AsyncEngine:
         stop: Sequence[str] = (),
         cache_salt: bytes = b"",
         origin: Origin = SOMEBODY,
+        on_placed: Callable[[], None] = lambda: None,
     ) -> AsyncGenerator[TextDelta, None]:
         """See ``TextEngine.generate``."""
         text = TextAssembler(self._tokenizer, self._model.eos_token_ids, stop, sampling.min_tokens)
         is_first = True
         with self._tickets.held(origin) as ticket:
-            tokens = self._tokens(tuple(prompt_token_ids), sampling, cache_salt, origin, ticket)
+            tokens = self._tokens(tuple(prompt_token_ids), sampling, cache_salt, origin, ticket, on_placed)
             async with aclosing(tokens) as events:
                 async for event in events:
                     delta = text.push(event)
@@ -136,6 +137,7 @@ class AsyncEngine:
         cache_salt: bytes,
         origin: Origin,
         ticket: Ticket,
+        on_placed: Callable[[], None],
     ) -> AsyncGenerator[TokenBatch, None]:
         """Every token exactly once, over as many placements as it takes."""
         check_sequence(
@@ -166,6 +168,7 @@ class AsyncEngine:
                     is_continued=bool(setbacks.avoid),
                 )
             )
+            on_placed()
             request = _request(placement, prompt, rest, len(delivered), cache_salt, origin.urgency)
             try:
                 async with aclosing(self._run(placement, request, rest)) as events:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -99,9 +99,11 @@ class TextEngine(Protocol):
         stop: Sequence[str] = (),
         cache_salt: bytes = b"",
         origin: Origin = SOMEBODY,
+        on_placed: Callable[[], None] = lambda: None,
     ) -> AsyncGenerator[TextDelta, None]:
         """Streams one sequence. Closing the generator (or cancelling its task) aborts it on every worker.
 
+        ``on_placed`` hears when it has its workers, and so when its prompt costs something; again if it gets others.
         ``cache_salt``: from ``engine.cache_salt``. Cached KV is shared among sequences of the same salt only.
 
         Raises:

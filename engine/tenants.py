@@ -6,7 +6,7 @@
       api_keys: [KEY, ...]
       requests_per_minute: 600     # every limit may be left out
       tokens_per_minute: 200000    # of prompts and answers
-      running_requests: 32
+      running_requests: 32         # at once, whatever their n: how much each may be, tokens_per_minute says
       weight: 2                    # its share where tenants take turns; 1 when left out
       highest_class: interactive   # or batch: all its requests are batch work
 

@@ -20,7 +20,7 @@ class Tenant:
     name: str  # what metrics and logs show
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None  # of prompts and answers
-    running_requests: int | None = None
+    running_requests: int | None = None  # at once; one with several choices is one
     weight: float = 1.0  # its share beside other tenants of the same class
     highest_class: ServiceClass = ServiceClass.INTERACTIVE  # BATCH: all its requests are batch work
 

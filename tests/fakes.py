@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 import tokenizers
@@ -65,6 +65,7 @@ class Script:
     deltas: tuple[TextDelta, ...] = ()
     error: Exception | None = None
     hangs: bool = False
+    waits: bool = False  # for a place, until it is closed
 
 
 class FakeEngine:
@@ -102,11 +103,15 @@ class FakeEngine:
         stop: Sequence[str] = (),
         cache_salt: bytes = b"",
         origin: Origin = SOMEBODY,
+        on_placed: Callable[[], None] = lambda: None,
     ) -> AsyncIterator[TextDelta]:
         script = self._scripts[min(len(self.calls), len(self._scripts) - 1)]
         self.calls.append(Call(tuple(prompt_token_ids), sampling, tuple(stop), cache_salt, origin))
         self.started.set()
         try:
+            if script.waits:
+                await asyncio.Event().wait()
+            on_placed()
             for delta in script.deltas:
                 await asyncio.sleep(0)
                 if delta.finish_reason is not None:

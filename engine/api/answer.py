@@ -17,6 +17,7 @@ from engine.api.replies import JsonReply, PromptTokensDetails, Usage
 from engine.api.serving import Serving
 from engine.api.sse import ClientGoneError, EventStreamReply, frame, while_connected
 from engine.outputs import OutputLogprobs
+from kvcache.errors import TwinpoolError
 from scheduler.request import FinishReason, TokenLogprobs
 
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; access logs do
@@ -73,31 +74,46 @@ class AnswerFormat(Protocol):
 
 
 class Tally:
-    """Counts the tokens of one request, exactly: from token ids."""
+    """Counts the tokens of one request, exactly: from token ids.
+
+    A prompt counts from when it is placed, for then it is computed whether or not its client stays; it does not where
+    the request fails before anything of it came.
+    """
 
     def __init__(self, jobs: Sequence[Job], num_choices: int) -> None:
         self._num_choices = num_choices
-        self._prompt_tokens = sum(len(job.prompt_token_ids) for job in jobs[::num_choices])
+        self._prompts = [len(job.prompt_token_ids) for job in jobs[::num_choices]]
+        self._placed: set[int] = set()  # prompts
+        self._answered: set[int] = set()  # those of them of which something came
         self._max_tokens = sum(job.sampling.max_tokens for job in jobs)
         self._completion_tokens = 0
         self._cached_tokens: dict[int, int] = {}  # by prompt: what none of its choices had to compute
 
+    def place(self, index: int) -> None:
+        """A choice has its workers."""
+        self._placed.add(index // self._num_choices)
+
+    def fail(self) -> None:
+        """The request was refused, or has failed."""
+        self._placed.clear()
+
     def add(self, piece: ChoiceDelta) -> None:
+        prompt = piece.index // self._num_choices
+        self._answered.add(prompt)
         self._completion_tokens += len(piece.delta.token_ids)
         if piece.delta.num_cached_tokens is not None:
-            prompt = piece.index // self._num_choices
             known = self._cached_tokens.get(prompt, piece.delta.num_cached_tokens)
             self._cached_tokens[prompt] = min(known, piece.delta.num_cached_tokens)
 
     @property
     def most_tokens(self) -> int:
         """What the request may come to, when every choice is as long as it may be."""
-        return self._prompt_tokens + self._max_tokens
+        return sum(self._prompts) + self._max_tokens
 
     @property
     def prompt_tokens(self) -> int:
-        """0 before the first token: until then nobody knows that it will be computed."""
-        return self._prompt_tokens if self._completion_tokens else 0
+        """Of the prompts that count."""
+        return sum(self._prompts[prompt] for prompt in self._placed | self._answered)
 
     @property
     def completion_tokens(self) -> int:
@@ -105,9 +121,10 @@ class Tally:
 
     @property
     def usage(self) -> Usage:
-        total = self._prompt_tokens + self._completion_tokens
+        prompt_tokens = sum(self._prompts)
+        total = prompt_tokens + self._completion_tokens
         details = PromptTokensDetails(sum(self._cached_tokens.values()))
-        return Usage(self._prompt_tokens, self._completion_tokens, total, details)
+        return Usage(prompt_tokens, self._completion_tokens, total, details)
 
 
 async def answer(
@@ -123,8 +140,8 @@ async def answer(
     Raises:
         TwinpoolError: whatever the engine raises before the first byte.
     """
-    fanout = Fanout(serving.engine, serving.metrics, started_s)
     tally = Tally(jobs, body.num_choices)
+    fanout = Fanout(serving.engine, serving.metrics, started_s, tally.place)
     pieces = _pieces(serving, fanout, jobs, tally)
     if body.stream:
         return EventStreamReply(_frames(pieces, jobs, style, tally, body.stream_options or StreamOptions()))
@@ -140,10 +157,14 @@ async def _pieces(
 ) -> AsyncGenerator[ChoiceDelta, None]:
     """All pieces of the answer, counted, under the limits of the tenant whose request it is."""
     with serving.desk.visit(jobs[0].origin.tenant, tally):
-        async with aclosing(fanout.run(jobs)) as pieces:
-            async for piece in pieces:
-                tally.add(piece)
-                yield piece
+        try:
+            async with aclosing(fanout.run(jobs)) as pieces:
+                async for piece in pieces:
+                    tally.add(piece)
+                    yield piece
+        except TwinpoolError:
+            tally.fail()
+            raise
 
 
 async def _collect(counted: AsyncGenerator[ChoiceDelta, None], jobs: Sequence[Job]) -> list[ChoiceText]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 from engine.metrics import Metrics
 from engine.outputs import SOMEBODY, Origin, TextDelta, TextEngine
@@ -36,11 +37,15 @@ class ChoiceDelta:
 
 @dataclass(frozen=True, slots=True)
 class Fanout:
-    """Runs the jobs of one request. ``started_s`` is when it came in, by the clock of ``metrics``."""
+    """Runs the jobs of one request. ``started_s`` is when it came in, by the clock of ``metrics``.
+
+    ``on_placed`` hears of every choice, by its index, that has its workers.
+    """
 
     engine: TextEngine
     metrics: Metrics
     started_s: float
+    on_placed: Callable[[int], None]
 
     async def run(self, jobs: Sequence[Job]) -> AsyncGenerator[ChoiceDelta, None]:
         """Pieces of all jobs as they come, each job's in order; every job ends with a ``finish_reason``.
@@ -78,7 +83,10 @@ class Fanout:
             await queue.put(error)
 
     async def _run_one(self, job: Job) -> AsyncGenerator[ChoiceDelta, None]:
-        stream = self.engine.generate(job.prompt_token_ids, job.sampling, job.stop, job.cache_salt, job.origin)
+        on_placed = partial(self.on_placed, job.index)
+        stream = self.engine.generate(
+            job.prompt_token_ids, job.sampling, job.stop, job.cache_salt, job.origin, on_placed
+        )
         with self.metrics.recorder(len(job.prompt_token_ids), self.started_s) as recorder:
             async with aclosing(stream) as deltas:
                 async for told in deltas:

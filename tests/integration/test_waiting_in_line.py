@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import httpx
@@ -85,6 +86,26 @@ def test_a_client_can_ask_its_place_and_leave_the_line(checkpoint: TinyCheckpoin
 def _position(cluster: LocalCluster, name: str) -> int | None:
     place = cluster.engine.queue_place("a", name)
     return place.position if place is not None else None
+
+
+def test_who_leaves_before_the_first_token_pays_for_a_prompt_that_had_its_place(checkpoint: TinyCheckpoint) -> None:
+    async def main() -> None:
+        async with local_cluster(checkpoint, colocated=1, limits=TWO_PLACES, admission=WAITING) as cluster:
+            gate = StepGate(lambda plan: True)
+            cluster.runners["colocated-0"].before_step = gate
+            async with connect(make_app(cluster)) as client:
+                tasks = [asyncio.create_task(ask(client, **{"x-request-id": f"job-{each}"})) for each in range(3)]
+                await until(lambda: len(cluster.scheduler.placements) == 2, "both places to be taken")
+                await until(lambda: _position(cluster, "job-2") == 0, "the third to wait")
+                for task in reversed(tasks):  # the one that waits first, for it would get a place
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                gate.open()
+                metrics = (await client.get("/metrics")).text
+                (tokens,) = re.findall(r'tenant_tokens_total{kind="prompt",.*tenant="a"} (\S+)', metrics)
+                assert float(tokens) == 2 * 4
+
+    asyncio.run(main())
 
 
 def test_what_is_shed_is_told_at_once(checkpoint: TinyCheckpoint) -> None:

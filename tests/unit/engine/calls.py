@@ -75,6 +75,7 @@ class RawClient:
     app: FastAPI
     path: str
     body: Any
+    key: str = ""
 
     async def run(self, gone: asyncio.Event, sent: list[dict[str, Any]], got_chunk: asyncio.Event) -> None:
         """Ends when the application is done with the request."""
@@ -103,6 +104,6 @@ class RawClient:
             "scheme": "http",
             "server": ("test", 80),
             "client": ("test", 1),
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"content-type", b"application/json"), (b"authorization", f"Bearer {self.key}".encode())],
         }
         await self.app(scope, receive, send)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any
 
@@ -19,7 +20,7 @@ from kvcache.errors import OverloadedError, RateLimitError, UnavailableError
 from scheduler.tenants import Tenant
 from scheduler.urgency import ServiceClass, Urgency
 from tests.fakes import FakeEngine, ManualClock, Script, deltas_of
-from tests.unit.engine.calls import CHAT, COMPLETIONS, HELLO, assert_openai_error, call, frames_of
+from tests.unit.engine.calls import CHAT, COMPLETIONS, HELLO, RawClient, assert_openai_error, call, frames_of
 
 KEYS = (TenantKey("key-a", "a"), TenantKey("key-a2", "a"), TenantKey("key-b", "b"))
 BODY = {"prompt": "hello", "max_tokens": 10}
@@ -133,6 +134,31 @@ def test_a_request_that_failed_gives_everything_back_but_its_count(error: Except
     assert server.post().status_code == 503
     assert server.metric('tenant_requests_running{tenant="a"}') == 0
     assert server.post().status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("script", "charged"), [(Script(hangs=True), 2), (Script(waits=True), 0)], ids=["placed", "not"]
+)
+def test_who_leaves_before_the_first_token_pays_for_the_prompts_that_were_placed(
+    script: Script, charged: int, stream: bool
+) -> None:
+    server = Server(*[script] * 4, Script(deltas_of("hello", " world")), tokens_per_minute=60)
+    body = BODY | {"prompt": ["hello", "hello"], "n": 2, "stream": stream}
+
+    async def leave() -> None:
+        gone = asyncio.Event()
+        client = RawClient(server.app, COMPLETIONS, body, "key-a")
+        request = asyncio.create_task(client.run(gone, [], asyncio.Event()))
+        await server.engine.started.wait()
+        await asyncio.sleep(0)  # the other sequences too
+        gone.set()
+        await asyncio.wait_for(request, timeout=1)
+
+    asyncio.run(leave())
+    assert len(server.engine.calls) == 4
+    assert server.metric('tenant_tokens_total{kind="prompt",tenant="a"}') == charged
+    assert limits_of(server.post("key-a", body=BODY))["x-ratelimit-remaining-tokens"] == str(60 - charged - 3)
 
 
 def test_every_choice_counts_its_answer_and_a_prompt_counts_once() -> None:
