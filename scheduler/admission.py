@@ -183,6 +183,8 @@ class AdmissionControl:
             wait_s = self._predicted_wait_s(event, now)
             if wait_s > patience_s:
                 return [self._late(event, wait_s, own_s, wait_s - patience_s)]
+        # Counting who is before it would take a walk over all that wait; those that ask again have one in common.
+        num_ahead = round(self._queue.num_ahead(event.tenant, event.urgency))
         self._num_arrivals += 1
         item = Waiting(
             event.request_id,
@@ -203,7 +205,7 @@ class AdmissionControl:
             message = f"{self._options.max_queued_requests} requests wait already."
             commands.append(RefuseRequest(left.request_id, message, Refusal.QUEUE_FULL, wait_s))
         if pushed_out is not item:
-            commands.append(self._queued(event.request_id))
+            commands.append(RequestQueued(event.request_id, num_ahead))
         return commands
 
     def _queued(self, request_id: str) -> RequestQueued:

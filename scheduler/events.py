@@ -168,7 +168,7 @@ class RequestQueued:
     """It waits; its placement or refusal will be a later command. Asking again tells the place again."""
 
     request_id: str
-    position: int  # how many are before it
+    position: int  # how many are before it; of a newcomer about so many, where several tenants wait
 
 
 class Refusal(StrEnum):

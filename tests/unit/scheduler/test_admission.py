@@ -29,6 +29,7 @@ from scheduler.events import (
 )
 from scheduler.pace import Pace
 from scheduler.placement import PlacementOptions
+from scheduler.queue import FairQueue
 from scheduler.types import CacheDelta, Placement, WorkerAddress, WorkerRole
 from scheduler.urgency import ORDINARY, ServiceClass, Urgency
 from tests.builders import make_worker
@@ -88,6 +89,15 @@ def test_asking_again_tells_the_place_or_the_placement_again() -> None:
     assert told(admission.handle(arrival("c"), 0.4)) == ["c at 0"]
     assert admission.snapshot().queued_interactive == 1
     assert admission.snapshot().workers[0].requests_in_flight == 1
+
+
+def test_a_newcomer_is_put_in_line_without_a_walk_over_all_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a thousand that come at once take no longer for each than ten."""
+    admission = make_admission()
+    monkeypatch.setattr(FairQueue, "order", None)
+    names = ["runs", *(f"r{number}" for number in range(9))]
+    words = [told(admission.handle(arrival(name), 0.0))[0] for name in names]
+    assert words == ["runs placed", *(f"r{number} at {number}" for number in range(9))]
 
 
 def test_a_client_that_is_gone_leaves_the_queue() -> None:
