@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from kvcache.errors import OverloadedError, RateLimitError, TwinpoolError, UnavailableError
@@ -61,8 +61,13 @@ class _Asked:
 
     request: RequestArrived
     placed: asyncio.Future[Placement]
+    since_s: float
     deadline_s: float = 0.0  # for the scheduler's first answer
     position: int | None = None  # in its queue; None: it has not said that it waits there
+
+    def note_wait(self, now: float) -> None:
+        """Before it is asked for elsewhere, so that its time does not begin anew there."""
+        self.request = replace(self.request, waited_s=now - self.since_s)
 
 
 @dataclass(slots=True, eq=False)
@@ -154,7 +159,7 @@ class SchedulerClient:
             RateLimitError: it would wait longer than it may, or has.
             UnavailableError: no worker for a phase.
         """
-        asked = _Asked(request, asyncio.get_running_loop().create_future())
+        asked = _Asked(request, asyncio.get_running_loop().create_future(), self._clock())
         self._asked[request.request_id] = asked
         if self._stand_in is None:
             self._ask_scheduler(asked)
@@ -239,6 +244,7 @@ class SchedulerClient:
         for live in self._live.values():
             self._put(live.told())
         for asked in waiting:
+            asked.note_wait(self._clock())
             self._ask_scheduler(asked)
 
     def _let_time_pass(self) -> None:
@@ -260,6 +266,7 @@ class SchedulerClient:
         self._unanswered.pop(request_id, None)
         if request_id not in self._here and not asked.placed.done():
             self._put(RequestEnded(request_id))
+            asked.note_wait(self._clock())
             self._ask_here(asked)
 
     # Calls

@@ -169,20 +169,20 @@ class AdmissionControl:
         if event.request_id in self._queue:
             return [self._queued(event.request_id)]
         if event.is_continued:  # it has had its turn, and lost its worker
-            return [self._admit(event, now, now)]
+            return [self._admit(event, now, now - event.waited_s)]
         commands = self.advance(now)
         if not self._has_waiting(event.urgency) and self._has_room(event, now):
-            return [*commands, self._admit(event, now, now)]
+            return [*commands, self._admit(event, now, now - event.waited_s)]
         return commands + self._enqueue(event, now)
 
     def _enqueue(self, event: RequestArrived, now: float) -> list[Command]:
         patience_s = None
         own_s = self._placer.least_prefill_s(event) if self._must_be_in_time(event) else None
         if own_s is not None:
-            patience_s = self._options.ttft_target_s - own_s
+            patience_s = self._options.ttft_target_s - own_s - event.waited_s
             wait_s = self._predicted_wait_s(event, now)
             if wait_s > patience_s:
-                return [self._late(event, wait_s, own_s, wait_s - patience_s)]
+                return [self._late(event, event.waited_s + wait_s, own_s, wait_s - patience_s)]
         # Counting who is before it would take a walk over all that wait; those that ask again have one in common.
         num_ahead = round(self._queue.num_ahead(event.tenant, event.urgency))
         self._num_arrivals += 1
@@ -192,7 +192,7 @@ class AdmissionControl:
             event.urgency,
             self._service(event),
             self._num_arrivals,
-            now,
+            now - event.waited_s,
             None if patience_s is None else now + patience_s,
         )
         self._arrived[event.request_id] = event

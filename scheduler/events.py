@@ -99,6 +99,7 @@ class RequestArrived:
     tenant: str = DEFAULT_TENANT
     urgency: Urgency = ORDINARY
     is_continued: bool = False  # it was placed before and lost its worker: it does not wait again
+    waited_s: float = 0.0  # in another's line: of whom the scheduler was away, or who stood in for it
 
 
 @message

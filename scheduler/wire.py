@@ -60,6 +60,7 @@ def _flat_event(event: Event) -> _Flat:
             event.tenant,
             event.urgency,
             event.is_continued,
+            event.waited_s,
         )
     return event
 

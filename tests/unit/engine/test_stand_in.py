@@ -211,6 +211,26 @@ def test_what_becomes_late_while_the_scheduler_is_away_is_told_so() -> None:
     run(scenario, AdmissionOptions(ttft_target_s=1.0, refuses_late=True))
 
 
+def test_time_goes_on_for_what_changes_hands() -> None:
+    """It waits 0.6 s in the scheduler's line, as long in the gateway's, and in the scheduler's again."""
+
+    async def scenario(clients: Clients, scheduler: Scheduler) -> None:
+        clients.ask(*names("r", NUM_PLACES), "late")
+        await asyncio.sleep(0.6)
+        scheduler.is_away = True
+        await asyncio.sleep(0.6)
+        scheduler.is_away = False
+        await asyncio.sleep(0.6)
+        assert not clients.client.is_scheduler_away
+        assert not clients.tasks["late"].done()
+        await asyncio.sleep(0.3)
+        with pytest.raises(RateLimitError, match="first token"):
+            clients.tasks["late"].result()
+        await clients.end_all()
+
+    run(scenario, AdmissionOptions(ttft_target_s=2.0, refuses_late=True))
+
+
 def test_what_a_slow_scheduler_placed_holds_a_place_for_whoever_stands_in() -> None:
     async def scenario(clients: Clients, scheduler: Scheduler) -> None:
         await asyncio.sleep(0.1)

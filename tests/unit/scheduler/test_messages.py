@@ -58,7 +58,7 @@ def test_the_events_of_a_call_come_out_of_a_pickle_as_they_went_in() -> None:
         PrefillDone("r"),
         RequestEnded("r", 3, 4),
         RequestArrived("r", 3, 4),
-        RequestArrived("s", 3, 4, ("a",), "b", prefixes, "tenant", Urgency(ServiceClass.BATCH, 2), is_continued=True),
+        RequestArrived("s", 3, 4, ("a",), "b", prefixes, "tenant", Urgency(ServiceClass.BATCH, 2), True, 1.5),
         WorkerReported("a", 1, WorkerLoad(running=3)),
         Tick(),
     )
@@ -82,5 +82,5 @@ def test_no_field_of_an_event_is_lost_where_it_goes_flat() -> None:
     names = {kind: [each.name for each in fields(kind)] for kind in (PrefillDone, RequestEnded, RequestArrived)}
     assert names[PrefillDone] == ["request_id"]
     assert len(names[RequestEnded]) == 3
-    assert len(names[RequestArrived]) == 9
+    assert len(names[RequestArrived]) == 10
     assert len(fields(PrefixHashes)) == 3
