@@ -238,6 +238,7 @@ class AdmissionControl:
         """Placed by another than this one: it holds a place, and its tenant pays. The controller knows of it already,
         or will be told."""
         request_id = event.placement.request_id
+        self._leave_queue(request_id)
         if request_id not in self._admitted:
             command, own = PlaceRequest(event.placement), event.urgency.service_class
             self._queue.serve_at_once(event.tenant, own, self._service(event))
@@ -264,9 +265,7 @@ class AdmissionControl:
         self._prefill_pace.done(num_tokens, now, is_over=not self._prompt_tokens.total())
 
     def _end(self, event: RequestEnded, now: float) -> None:
-        item = self._queue.remove(event.request_id)
-        if item is not None:
-            self._forget(item)
+        self._leave_queue(event.request_id)
         self._end_prefill(event.request_id, now)
         admitted = self._admitted.pop(event.request_id, None)
         if admitted is None:
@@ -279,6 +278,11 @@ class AdmissionControl:
         if event.num_output_tokens:
             mean = self._mean_output.get(tenant, OUTPUT_TOKENS_GUESS)
             self._mean_output[tenant] = mean + _OUTPUT_MEMORY * (event.num_output_tokens - mean)
+
+    def _leave_queue(self, request_id: str) -> None:
+        item = self._queue.remove(request_id)
+        if item is not None:
+            self._forget(item)
 
     def _has_waiting(self, urgency: Urgency) -> bool:
         """Whether somebody is before a newcomer of this class."""

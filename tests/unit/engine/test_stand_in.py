@@ -35,6 +35,7 @@ class Scheduler:
         self._num_starts = 0
         self.gate = asyncio.Event()
         self.gate.set()
+        self._one_by_one = asyncio.Lock()  # calls are handled in their order, as an actor does
         self.is_away = False
         self.restart()
 
@@ -46,7 +47,8 @@ class Scheduler:
         self._admission.handle(WorkerRegistered(replace(make_worker("x"), max_num_seqs=NUM_PLACES)), 0.0)
 
     async def handle(self, events: Sequence[Event], asker: str = "") -> list[list[Command]]:
-        await self.gate.wait()
+        async with self._one_by_one:
+            await self.gate.wait()
         if self.is_away:
             raise UnavailableError("restarting")
         return self._delivery.handle(events, asker, asyncio.get_running_loop().time())

@@ -148,6 +148,18 @@ def test_batch_sequences_that_a_restarted_scheduler_is_told_of_hold_no_place_aga
     assert told(admission.handle(arrival("d"), 0.0)) == ["d placed"]
 
 
+def test_what_is_told_to_run_already_waits_no_longer() -> None:
+    """A gateway may have placed what waits here: it must not be placed a second time."""
+    admission = make_admission(num_places=2)
+    for name in "ab":
+        admission.handle(arrival(name), 0.0)
+    assert told(admission.handle(arrival("c"), 0.0)) == ["c at 0"]
+    admission.handle(placed_before_a_restart("c"), 0.1)
+    for name in "abc":
+        assert told(admission.handle(RequestEnded(name), 0.2)) == []
+    assert admission.snapshot().workers[0].requests_in_flight == 0
+
+
 def test_what_runs_already_when_a_scheduler_begins_is_charged_to_its_own_tenant() -> None:
     """One that was told of waits on: the other tenant, which has had less, is next."""
     admission = make_admission(num_places=1)
