@@ -32,9 +32,7 @@ ERROR_WINDOW = 32  # samples that an error is the median of
 START_WINDOW = 64  # first tokens whose calls are learned from: queues make them differ a lot
 NEIGHBOURS_MEMORY = 0.02  # what the newest steps count in how many neighbours a worker mostly has
 DRIFT_STEP = log(1.2)  # of times, in which a worker's drift is counted
-DRIFT_SLACK = (
-    0.75  # steps by which its times may be off its drift: more than half, or it would change with every sample
-)
+DRIFT_SLACK = 0.75  # steps its times may be off: more than half, or its drift would change with every sample
 _TYPICAL_TOKENS, _TYPICAL_BATCH = 512, 8  # of a prompt, or context; sequences that decode
 _SHORTEST_S = 1e-7  # clocks may say 0
 
