@@ -1,4 +1,4 @@
-"""Options of KV that outlives a sequence or leaves its worker: prefix cache, tiers, handoffs."""
+"""Options of KV: how workers keep it, and where it outlives a sequence or leaves its worker."""
 
 from __future__ import annotations
 
@@ -9,10 +9,42 @@ from pydantic import BaseModel, ByteSize, model_validator
 from engine.option import option
 from kvcache.transfer.port_choice import PortName
 
+KVCacheDtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"]
+
 
 class KVOptions(BaseModel):
     """Part of ``engine.config.ServeConfig``."""
 
+    block_size: int = option(16, "KV cache and batching", "tokens per KV block", ge=1, le=1024)
+    prefill_block_size: int | None = option(
+        None, "KV cache and batching", "the same for prefill workers alone (default: --block-size)", ge=1, le=1024
+    )
+    decode_block_size: int | None = option(
+        None, "KV cache and batching", "the same for decode workers alone (default: --block-size)", ge=1, le=1024
+    )
+    kv_cache_memory_bytes: ByteSize | None = option(
+        None,
+        "KV cache and batching",
+        "KV cache of each worker, e.g. 512MiB (default: 1GiB; on a GPU what --gpu-memory-utilization leaves)",
+        "SIZE",
+    )
+    gpu_memory_utilization: float | None = option(
+        None,
+        "KV cache and batching",
+        "part of its GPU's memory that a worker uses in all (default: 0.9)",
+        "FRACTION",
+        gt=0,
+        le=1,
+    )
+    kv_cache_dtype: KVCacheDtype = option(
+        "auto", "KV cache and batching", "dtype of keys and values; auto is the model's", "DTYPE"
+    )
+    prefill_kv_cache_dtype: KVCacheDtype | None = option(
+        None, "KV cache and batching", "the same for prefill workers alone (default: --kv-cache-dtype)", "DTYPE"
+    )
+    decode_kv_cache_dtype: KVCacheDtype | None = option(
+        None, "KV cache and batching", "the same for decode workers alone (default: --kv-cache-dtype)", "DTYPE"
+    )
     enable_prefix_caching: bool = option(
         True, "KV cache and batching", "keep the KV of prompts and answers for prompts that begin the same"
     )
