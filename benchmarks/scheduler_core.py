@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvcache.spec import KVCacheSpec
+from scheduler.admission import AdmissionControl, AdmissionOptions
 from scheduler.cache_index import MAX_HASHES
 from scheduler.controller import ClusterController
 from scheduler.events import (
@@ -24,7 +25,7 @@ from scheduler.events import (
     WorkerRegistered,
     WorkerReported,
 )
-from scheduler.placement import PlacementOptions
+from scheduler.placement import TPOT_TARGET_S, TTFT_TARGET_S, PlacementOptions
 from scheduler.types import CacheDelta, DeviceProfile, ModelShape, PrefixHashes, WorkerInfo, WorkerLoad, WorkerRole
 from scheduler.worker_state import HEARTBEAT_INTERVAL_S
 
@@ -49,28 +50,36 @@ DEVICES = (
 
 @dataclass(frozen=True, slots=True)
 class CoreResult:
-    """``placements_per_s`` counts the time of everything that a request brings: its first token, its end, heartbeats.
+    """``placements_per_s`` counts the time of placements, ``requests_per_s`` that of everything that a request brings:
+    its first token, its end, heartbeats.
 
     Events are made beforehand, for they come from other processes.
-
-    ``placements_alone_per_s`` counts that of the placements only.
     """
 
     num_workers: int
     num_in_flight: int
     num_placements: int
     placements_per_s: float
-    placements_alone_per_s: float
-    mean_us: float  # of a placement alone, as are the next three
+    requests_per_s: float
+    mean_us: float  # of a placement, as are the next three
     p50_us: float
     p99_us: float
     max_us: float
 
 
 def measure_core(
-    num_workers: int, num_in_flight: int, num_placements: int, policy: str = "cost", seed: int = 0
+    num_workers: int,
+    num_in_flight: int,
+    num_placements: int,
+    policy: str = "cost",
+    seed: int = 0,
+    *,
+    with_admission: bool = False,
 ) -> CoreResult:
-    """Fills a cluster, then keeps it full: for every request that comes one gets its first token and one ends."""
+    """Fills a cluster, then keeps it full: for every request that comes one gets its first token and one ends.
+
+    ``with_admission``: events go through it, as in the scheduler; else the controller has them at once.
+    """
     controller = ClusterController(options=PlacementOptions(policy))
     rng = np.random.default_rng(seed)
     for info in workers(num_workers, num_in_flight):
@@ -79,7 +88,9 @@ def measure_core(
     for report in reports:
         controller.handle(report, 0.0)
     picks = rng.integers(NUM_CONVERSATIONS, size=num_in_flight + num_placements).tolist()
-    load = _Load(controller, [conversations[pick] for pick in picks], num_workers)
+    options = AdmissionOptions(num_in_flight, TTFT_TARGET_S, TPOT_TARGET_S)
+    handler = AdmissionControl(controller, options) if with_admission else controller
+    load = _Load(handler, [conversations[pick] for pick in picks], num_workers)
     for _ in range(num_in_flight):
         load.arrive()
     load.seconds.clear()
@@ -96,8 +107,8 @@ def measure_core(
         num_workers,
         num_in_flight,
         num_placements,
-        num_placements / elapsed,
         1e6 / float(microseconds.mean()),
+        num_placements / elapsed,
         float(microseconds.mean()),
         *(float(np.percentile(microseconds, share)) for share in (50, 99, 100)),
     )
@@ -106,9 +117,11 @@ def measure_core(
 class _Load:
     """Requests as they come and go, and the workers' heartbeats between them, as often as the controller orders."""
 
-    def __init__(self, controller: ClusterController, prefixes: Sequence[PrefixHashes], num_workers: int) -> None:
+    def __init__(
+        self, handler: ClusterController | AdmissionControl, prefixes: Sequence[PrefixHashes], num_workers: int
+    ) -> None:
         self.seconds: list[float] = []  # of each placement
-        self._controller = controller
+        self._handler = handler
         self._now = 0.0
         ids = [f"r{number}" for number in range(len(prefixes))]
         self._arrivals = [
@@ -129,7 +142,7 @@ class _Load:
         self._num_arrived += 1
         self._now += 1 / REQUESTS_PER_S
         started = time.perf_counter()
-        (command,) = self._controller.handle(request, self._now)
+        (command,) = self._handler.handle(request, self._now)
         self.seconds.append(time.perf_counter() - started)
         assert isinstance(command, PlaceRequest), "there is room for everybody"
         if self._num_arrived > PREFILLING:
@@ -144,7 +157,7 @@ class _Load:
         """Those that are due; and the tick that looks for silent workers."""
         while self._due[0][0] <= self._now:
             due_s, number = self._due[0]
-            for command in self._controller.handle(self._reports[number], self._now):
+            for command in self._handler.handle(self._reports[number], self._now):
                 assert isinstance(command, BeatEvery), "nothing else is asked of workers"
                 self._intervals_s[number] = command.interval_s
             heapq.heapreplace(self._due, (due_s + self._intervals_s[number], number))
@@ -153,7 +166,7 @@ class _Load:
             self._tick_s += TICK_S
 
     def _handle(self, event: Event) -> None:
-        self._controller.handle(event, self._now)
+        self._handler.handle(event, self._now)
 
 
 def workers(num_workers: int, num_in_flight: int) -> Iterator[WorkerInfo]:

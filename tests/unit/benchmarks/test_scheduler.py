@@ -79,7 +79,7 @@ def test_the_file_has_the_keys_of_all_parts_and_those_measured_when_a_later_one_
         raise ResourceError("no cluster")
 
     core = CoreResult(6, 50, 5, 900.0, 1000.0, 5.0, 4.0, 9.0, 10.0)
-    monkeypatch.setattr(scheduler, "measure_core", lambda *_args: core)
+    monkeypatch.setattr(scheduler, "measure_core", lambda *_args, **_kwargs: core)
     monkeypatch.setattr(scheduler, "measure_live", lambda *_args, **_more: LiveResult(800.0, 2.0, 9.0))
     monkeypatch.setattr(scheduler, "_cost_model_error", lambda: {"tpot_median": 0.1, "ttft_median": 0.2, "more": 1.0})
     monkeypatch.setattr(scheduler, "measure_mixed", lambda *_args: [{"two_pools": {"median": {}}}])
@@ -130,11 +130,12 @@ def test_our_servers_are_told_the_targets_of_the_load() -> None:
     assert "--ttft-target-ms 1500 --tpot-target-ms 62.5" in found.command
 
 
-def test_a_small_cluster_places_and_its_numbers_agree() -> None:
-    result = measure_core(num_workers=6, num_in_flight=250, num_placements=50)
+@pytest.mark.parametrize("with_admission", [False, True])
+def test_a_small_cluster_places_and_its_numbers_agree(with_admission: bool) -> None:
+    result = measure_core(num_workers=6, num_in_flight=250, num_placements=50, with_admission=with_admission)
     assert (result.num_workers, result.num_placements) == (6, 50)
     assert 0 < result.p50_us <= result.p99_us <= result.max_us
-    assert result.placements_per_s <= result.placements_alone_per_s == pytest.approx(1e6 / result.mean_us)
+    assert result.requests_per_s <= result.placements_per_s == pytest.approx(1e6 / result.mean_us)
 
 
 def test_the_median_is_over_the_rounds_that_have_the_number() -> None:
