@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -26,10 +26,11 @@ pytestmark = pytest.mark.e2e
 TTFT_MS, TPOT_MS = 200, 50
 # Rates so low that the tiny model takes as long on them as a large one on real devices.
 DEVICES = {
-    "compute": "{name: compute-heavy, gemm_gflop_s: 50, read_gb_s: 0.2, memory_bytes: 1GB, price_per_hour: 4}",
-    "bandwidth": "{name: bandwidth-heavy, gemm_gflop_s: 1, read_gb_s: 5, memory_bytes: 1GB, price_per_hour: 2}",
-    "cheap": "{name: slow and cheap, gemm_gflop_s: 0.5, read_gb_s: 0.5, memory_bytes: 1GB, price_per_hour: 0.2}",
+    "compute": "name: compute-heavy, gemm_gflop_s: 50, read_gb_s: 0.2, memory_bytes: 1GB",
+    "bandwidth": "name: bandwidth-heavy, gemm_gflop_s: 1, read_gb_s: 5, memory_bytes: 1GB",
+    "cheap": "name: slow and cheap, gemm_gflop_s: 0.5, read_gb_s: 0.5, memory_bytes: 1GB",
 }
+PRICES = {"compute": 4.0, "bandwidth": 2.0, "cheap": 0.2}  # per hour
 LONG, SHORT = (400, 60), (20, 5)  # tokens of prompt and answer
 
 
@@ -58,17 +59,19 @@ def placed(server: RunningServer) -> Counter[str]:
     return Counter({each.info.worker_id: each.requests_placed for each in server.cluster().workers})
 
 
-def profile_flags(folder: Path, pools: Sequence[tuple[str, str]]) -> list[str]:
+def profile_flags(folder: Path, pools: Sequence[tuple[str, str]], prices: Mapping[str, float]) -> list[str]:
     flags = []
     for flag, device in pools:
         file = folder / f"{device}.yaml"
-        file.write_text(DEVICES[device])
+        file.write_text(f"{{{DEVICES[device]}, price_per_hour: {prices[device]}}}")
         flags += [flag, str(file)]
     return flags
 
 
 @contextlib.contextmanager
-def three_devices(folder: Path, *more: str) -> Iterator[tuple[RunningServer, TinyCheckpoint]]:
+def three_devices(
+    folder: Path, *more: str, prices: Mapping[str, float] = PRICES
+) -> Iterator[tuple[RunningServer, TinyCheckpoint]]:
     tiny = saved_tiny(folder)
     pools = (
         ("--prefill-device-profile", "compute"),
@@ -77,7 +80,7 @@ def three_devices(folder: Path, *more: str) -> Iterator[tuple[RunningServer, Tin
     )
     flags = (
         *("--prefill-workers", "1", "--decode-workers", "1", "--colocated", "1", "--placement-policy", "cost"),
-        *profile_flags(folder, pools),
+        *profile_flags(folder, pools, prices),
     )
     with serving(str(tiny.path), *flags, *more, *SMALL, expected_workers=3) as server:
         names = {each.info.device.name for each in server.cluster().workers}
@@ -99,6 +102,8 @@ ALONE_S, MIXED_S = 10.0, 25.0
 JOB_TOKENS = 120
 MIXED_TTFT_S = 3.0
 MOST = 0.75  # of the work of a kind; what exceeds a device's room goes elsewhere
+# The scheduler learns that all three are as fast as this machine; at a tenth of the price the cheap one would do all.
+PRICES_OF_EQUALS = {"compute": 2.0, "bandwidth": 2.0, "cheap": 1.5}
 
 
 @pytest.mark.slow
@@ -109,7 +114,7 @@ def test_chats_and_long_prompts_keep_their_time_while_batch_work_fills_the_rest(
     99th percentile is printed, the 90th asserted: the slowest of a hundred is the one that a loaded machine held up.
     """
     targets = ("--ttft-target-ms", str(1000 * MIXED_TTFT_S), "--tpot-target-ms", "100", "--max-num-seqs", "4")
-    with three_devices(tmp_path, *targets) as (server, tiny):
+    with three_devices(tmp_path, *targets, prices=PRICES_OF_EQUALS) as (server, tiny):
         alone = (Load(server.url, tiny, 20, 20), Load(server.url, tiny, 400, 8))
         chats, prompts = Load(server.url, tiny, 20, 20), Load(server.url, tiny, 400, 8)
         jobs = Load(server.url, tiny, 20, JOB_TOKENS, {"service_tier": "flex"})
@@ -144,11 +149,11 @@ def ttfts_s(*loads: Load) -> list[float]:
 
 
 def check_shares(server: RunningServer, num_long: int, num_jobs: int) -> None:
-    """Long prompts: computed by the compute-heavy device, decoded by the bandwidth-heavy. Jobs: on the cheap one, in
-    what chats leave of it, to which they give way."""
+    """Long prompts: computed by the compute-heavy device, decoded by the bandwidth-heavy. Jobs: on the cheap one first, in
+    what chats leave of it, to which they give way, and in what is left of the others."""
     loads = {each.info.worker_id: each.load for each in server.wait_until_idle().workers}
     print(loads)
     assert loads["prefill-0"].prompt_tokens_computed >= MOST * 400 * num_long
     assert loads["decode-0"].transfers >= MOST * num_long
-    assert loads["colocated-0"].generation_tokens >= MOST * JOB_TOKENS * num_jobs
+    assert loads["colocated-0"].generation_tokens >= 0.5 * JOB_TOKENS * num_jobs
     assert loads["colocated-0"].preemptions > 0
