@@ -149,8 +149,8 @@ def ttfts_s(*loads: Load) -> list[float]:
 
 
 def check_shares(server: RunningServer, num_long: int, num_jobs: int) -> None:
-    """Long prompts: computed by the compute-heavy device, decoded by the bandwidth-heavy. Jobs: on the cheap one first, in
-    what chats leave of it, to which they give way, and in what is left of the others."""
+    """Long prompts: computed by the compute-heavy device, decoded by the bandwidth-heavy. Jobs: most of them on the
+    cheap one, in what chats leave of it, to which they give way; the rest in what is left of the others."""
     loads = {each.info.worker_id: each.load for each in server.wait_until_idle().workers}
     print(loads)
     assert loads["prefill-0"].prompt_tokens_computed >= MOST * 400 * num_long
