@@ -29,7 +29,7 @@ class MachineLimits:
 
     gemm_gflops: float  # torch, float32
     read_gb_s: float
-    peak_gflops: float | None = None  # of nothing but multiply-adds in the weights' dtype; None without a native build
+    peak_gflops: float | None = None  # of multiply-adds alone in the weights' dtype; None: not a native format
 
     def better_of(self, other: MachineLimits) -> MachineLimits:
         peaks = [peak for peak in (self.peak_gflops, other.peak_gflops) if peak is not None]
@@ -59,9 +59,9 @@ def measure_limits(weight_dtype: str = "float32") -> MachineLimits:
 
 def _peak_gflops(weight_dtype: str) -> float | None:
     library = load_library()
-    if library is None:
+    weight_format = getattr(WeightFormat, weight_dtype.upper(), None)
+    if library is None or weight_format is None:
         return None
-    weight_format = WeightFormat[weight_dtype.upper()]
     multiply = partial(library.twinpool_multiply, weight_format, MULTIPLY_ROUNDS, torch.get_num_threads())
     return 2 * multiply() / _best_seconds(multiply) / 1e9
 

@@ -180,7 +180,7 @@ class Drawing {
   // The same among all tokens.
   template <bool kExceeds>
   Reached halve(double target) {
-    float least = FLT_MIN, most = 2.0f;
+    float least = FLT_MIN, most = std::nextafter(1.0f, 2.0f);  // above every weight
     double before = 0;  // of `most` or more
     for (int i = 0; i < kHalvings; ++i) {
       uint32_t low, high;
@@ -196,6 +196,7 @@ class Drawing {
         most = middle, before = total;
     }
     gather(least, most);
+    if (count_ == 0) before = 0, gather(FLT_MIN);  // by rounding the target lies beyond the total
     std::sort(candidates_, candidates_ + count_, is_likelier);
     return find<kExceeds>(before, target);
   }
