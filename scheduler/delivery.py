@@ -26,7 +26,7 @@ class Delivery:
     def __init__(self, handler: EventHandler) -> None:
         self._handler = handler
         self._askers: dict[str, str] = {}  # of requests that wait
-        self._mail: dict[str, list[Command]] = {}  # by asker
+        self._mail: dict[str, dict[str, Command]] = {}  # by asker and request
 
     def handle(self, events: Sequence[Event], asker: str, now: float) -> list[list[Command]]:
         """The commands that follow from each event, in order.
@@ -37,12 +37,13 @@ class Delivery:
         answers = [self._answer(event, asker, now) for event in events]
         for command in self._handler.advance(now):
             self._post(command)
-        return [*answers, self._mail.pop(asker, [])] if asker else answers
+        return [*answers, [*self._mail.pop(asker, {}).values()]] if asker else answers
 
     def _answer(self, event: Event, asker: str, now: float) -> list[Command]:
         own_id = event.request_id if isinstance(event, RequestArrived) else None
         if isinstance(event, RequestEnded):
             self._askers.pop(event.request_id, None)
+            self._mail.get(asker, {}).pop(event.request_id, None)  # it may be asked for anew, in the same call even
         answers: list[Command] = []
         for command in self._handler.handle(event, now):
             request_id = request_of(command)
@@ -60,9 +61,10 @@ class Delivery:
 
     def _post(self, command: Command) -> None:
         """For whoever waits for it, with its next call."""
-        asker = self._askers.pop(request_of(command) or "", None)
+        request_id = request_of(command) or ""
+        asker = self._askers.pop(request_id, None)
         if asker is not None:
-            self._mail.setdefault(asker, []).append(command)
+            self._mail.setdefault(asker, {})[request_id] = command
 
 
 def request_of(command: Command) -> str | None:

@@ -363,3 +363,13 @@ def test_the_end_of_one_places_another_of_the_same_gateway_in_the_same_call() ->
     delivery.handle([arrival("a"), arrival("b")], "one", 0.0)
     assert [told(each) for each in delivery.handle([RequestEnded("a")], "one", 0.1)] == [[], ["b placed"]]
     assert [told(each) for each in delivery.handle([RequestEnded("b")], "one", 0.1)] == [[], []]
+
+
+def test_what_was_decided_of_one_that_has_ended_since_is_not_delivered() -> None:
+    """Its gateway may ask for it anew, and would take it for the answer."""
+    delivery = Delivery(make_admission())
+    delivery.handle([arrival("a")], "one", 0.0)
+    delivery.handle([arrival("b"), arrival("c")], "two", 0.0)
+    delivery.handle([RequestEnded("a")], "one", 0.1)
+    answers = delivery.handle([RequestEnded("b"), arrival("b")], "two", 0.2)
+    assert [told(each) for each in answers] == [[], ["b at 0"], ["c placed"]]
