@@ -63,6 +63,7 @@ class _Asked:
     placed: asyncio.Future[Placement]
     since_s: float
     deadline_s: float = 0.0  # for the scheduler's first answer
+    call: int = 0  # the first that can bring it: what came with earlier ones was said before it was asked for anew
     position: int | None = None  # in its queue; None: it has not said that it waits there
 
     def note_wait(self, now: float) -> None:
@@ -111,6 +112,7 @@ class SchedulerClient:
         self._clock = clock
         self._name = uuid.uuid4().hex
         self._outbox: list[Event] = []
+        self._num_calls = 0
         self._asked: dict[str, _Asked] = {}
         self._unanswered: dict[str, _Asked] = {}  # those of them, in order, of which the scheduler has said nothing
         self._watch: asyncio.TimerHandle | None = None  # over the first of these
@@ -200,6 +202,7 @@ class SchedulerClient:
         """Its first answer must come as soon as a request may go without one."""
         loop = asyncio.get_running_loop()
         asked.deadline_s = loop.time() + PLACE_TIMEOUT_S
+        asked.call = self._num_calls + 1
         self._unanswered[asked.request.request_id] = asked
         if self._watch is None:
             self._watch = loop.call_at(asked.deadline_s, self._end_unanswered)
@@ -249,12 +252,12 @@ class SchedulerClient:
 
     def _let_time_pass(self) -> None:
         if self._stand_in is not None:
-            self._take_all(self._stand_in.advance(self._clock()), here=True)
+            self._take_all(self._stand_in.advance(self._clock()))
             self._stand_in_timer = asyncio.get_running_loop().call_later(STAND_IN_INTERVAL_S, self._let_time_pass)
 
     def _tell_stand_in(self, event: Event) -> None:
         if self._stand_in is not None:
-            self._take_all(self._stand_in.handle(event, self._clock()), here=True)
+            self._take_all(self._stand_in.handle(event, self._clock()))
 
     def _ask_here(self, asked: _Asked) -> None:
         self._here.add(asked.request.request_id)
@@ -288,9 +291,11 @@ class SchedulerClient:
         """One of ``CALLS_AT_ONCE``; the one that polls also calls with nothing to say, while requests wait."""
         while True:
             await self._await_events(polls)
-            batch, self._outbox = self._outbox, []
+            batch = self._empty_outbox()
             if not batch and not (polls and self._has_waiting):
                 continue  # another was first
+            self._num_calls += 1
+            call = self._num_calls
             try:
                 answers = await self._scheduler.handle(batch, self._name)
             except UnavailableError as error:
@@ -302,7 +307,12 @@ class SchedulerClient:
                 self._fail(batch, TwinpoolError(f"the scheduler failed: {type(error).__name__}"))
                 continue
             for commands in answers:
-                self._take_all(commands)
+                self._take_all(commands, call)
+
+    def _empty_outbox(self) -> list[Event]:
+        """What is to be sent. Nothing is asked for that has its answer, has moved or is gone meanwhile."""
+        batch, self._outbox = self._outbox, []
+        return [event for event in batch if not isinstance(event, RequestArrived) or self._asked_by(event)]
 
     async def _await_events(self, polls: bool) -> None:
         """Until there is something to send, or time to see what became of waiting requests."""
@@ -316,14 +326,20 @@ class SchedulerClient:
                 await self._has_events.wait()
         self._has_events.clear()
 
-    def _take_all(self, commands: Iterable[Command], *, here: bool = False) -> None:
-        """Answers of the scheduler, or of whoever stands in for it. About each request one of them is heard."""
+    def _take_all(self, commands: Iterable[Command], call: int | None = None) -> None:
+        """Answers that a call of the scheduler brought, or without one those of whoever stands in for it.
+
+        About each request one of them is heard, and only what is said since it was asked last.
+        """
         for command in commands:
             request_id = request_of(command) or ""
             asked = self._asked.get(request_id)
-            if asked is not None and not asked.placed.done() and (request_id in self._here) is here:
+            if asked is None or asked.placed.done():
+                continue
+            is_here = request_id in self._here
+            if is_here if call is None else not is_here and call >= asked.call:
                 self._unanswered.pop(request_id, None)
-                self._take(asked, command, here)
+                self._take(asked, command, is_here)
 
     def _take(self, asked: _Asked, command: Command, here: bool) -> None:
         if isinstance(command, PlaceRequest):
@@ -353,9 +369,15 @@ class SchedulerClient:
     def _asked_in(self, batch: Sequence[Event]) -> Iterator[_Asked]:
         """What is still the scheduler's to answer."""
         for event in batch:
-            asked = self._asked.get(event.request_id) if isinstance(event, RequestArrived) else None
-            if asked is not None and not asked.placed.done() and asked.request.request_id not in self._here:
+            asked = self._asked_by(event) if isinstance(event, RequestArrived) else None
+            if asked is not None:
                 yield asked
+
+    def _asked_by(self, event: RequestArrived) -> _Asked | None:
+        """None where the scheduler need not answer it: the request has its answer, has moved, or is asked for anew."""
+        asked = self._asked.get(event.request_id)
+        is_open = asked is not None and asked.request is event and not asked.placed.done()
+        return asked if is_open and event.request_id not in self._here else None
 
     def _fail(self, batch: Sequence[Event], error: TwinpoolError) -> None:
         for asked in self._asked_in(batch):

@@ -70,8 +70,8 @@ class ScriptedScheduler:
         return [place(event.request_id)]
 
 
-def place(request_id: str) -> PlaceRequest:
-    return PlaceRequest(Placement(request_id, WorkerAddress("decode-0", "here:1"), None))
+def place(request_id: str, worker_id: str = "decode-0") -> PlaceRequest:
+    return PlaceRequest(Placement(request_id, WorkerAddress(worker_id, "here:1"), None))
 
 
 async def queued(client: SchedulerClient, scheduler: ScriptedScheduler, name: str) -> asyncio.Task[Placement]:
@@ -80,6 +80,44 @@ async def queued(client: SchedulerClient, scheduler: ScriptedScheduler, name: st
     placing = asyncio.create_task(client.place(arrival(name)))
     await until(lambda: client.position(name) is not None)
     return placing
+
+
+class Calls:
+    """A scheduler whose calls wait until the test answers them, in whatever order. Its cluster has one place."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Event]] = []
+        self._answers: list[asyncio.Future[list[list[Command]]]] = []
+        self.pages = asyncio.Event()
+        self.pages.set()
+
+    async def handle(self, events: Sequence[Event], asker: str = "") -> list[list[Command]]:
+        self.batches.append(list(events))
+        self._answers.append(asyncio.get_running_loop().create_future())
+        return await self._answers[-1]
+
+    async def snapshot(self) -> ClusterSnapshot:
+        await self.pages.wait()
+        controller = ClusterController(options=LEAST_LOADED, epoch=1)
+        controller.handle(WorkerRegistered(replace(make_worker("decode-0"), max_num_seqs=1)), 0.0)
+        return controller.snapshot()
+
+    async def answer(self, number: int, *commands: Command) -> None:
+        """The client has its next calls out when it returns."""
+        self._answers[number].set_result([list(commands)])
+        await asyncio.sleep(0.02)
+
+    def told_of(self, request_id: str, since: int = 0) -> list[type[Event]]:
+        """Since a call."""
+        told = [event for batch in self.batches[since:] for event in batch]
+        return [type(event) for event in told if _id_of(event) == request_id]
+
+
+def _id_of(event: Event) -> str:
+    if isinstance(event, RequestPlaced):
+        return event.placement.request_id
+    assert isinstance(event, RequestArrived | RequestEnded)
+    return event.request_id
 
 
 class RestartableScheduler:
@@ -258,7 +296,7 @@ def test_it_is_ready_while_there_are_workers_that_the_policy_places_on() -> None
 # While the scheduler is away
 
 
-def run_skipping(scenario: Scenario[RestartableScheduler], scheduler: RestartableScheduler) -> None:
+def run_skipping(scenario: Scenario[AnyScheduler], scheduler: AnyScheduler) -> None:
     async def main() -> None:
         client = SchedulerClient(scheduler, LEAST_LOADED, clock=asyncio.get_running_loop().time)
         await client.start()
@@ -345,6 +383,73 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110  the client is told nothing of its own state
             await asyncio.sleep(0.001)
+
+
+async def running(client: SchedulerClient, calls: Calls, name: str) -> None:
+    """A request that holds the one place."""
+    placing = asyncio.create_task(client.place(arrival(name)))
+    await asyncio.sleep(0.02)
+    await calls.answer(0, place(name))
+    await placing
+
+
+async def wait_out(client: SchedulerClient, calls: Calls) -> None:
+    """The scheduler stands still so long that somebody stands in for it; when it goes on, a page is answered first."""
+    calls.pages.clear()
+    await until(lambda: client.is_scheduler_away)
+    calls.pages.set()
+    await asyncio.sleep(0.02)
+    assert not client.is_scheduler_away
+
+
+@pytest.mark.parametrize("stale", [place("a", "elsewhere"), RefuseRequest("a", "sorry")])
+def test_an_answer_from_before_somebody_stood_in_is_not_heard_afterwards(stale: Command) -> None:
+    async def scenario(client: SchedulerClient, calls: Calls) -> None:
+        await running(client, calls, "before-it")
+        placing = asyncio.create_task(client.place(arrival("a")))
+        await asyncio.sleep(0.02)
+        await wait_out(client, calls)
+        await calls.answer(1, stale)
+        assert not placing.done()
+        assert calls.told_of("a") == [RequestArrived, RequestEnded, RequestArrived]
+        await calls.answer(3, place("a"))
+        assert (await placing).decode.worker_id == "decode-0"
+
+    run_skipping(scenario, Calls())
+
+
+def test_what_was_decided_of_one_that_waits_before_somebody_stood_in_is_not_heard_afterwards() -> None:
+    async def scenario(client: SchedulerClient, calls: Calls) -> None:
+        await running(client, calls, "before-it")
+        placing = asyncio.create_task(client.place(arrival("a")))
+        await asyncio.sleep(0.02)
+        await calls.answer(1, RequestQueued("a", 0))
+        assert calls.batches[2] == []
+        other = asyncio.create_task(client.place(arrival("other")))
+        await wait_out(client, calls)
+        await calls.answer(2, place("a", "elsewhere"))
+        assert not placing.done()
+        await calls.answer(4, place("a"), place("other"))
+        assert [placement.decode.worker_id for placement in (await placing, await other)] == ["decode-0", "decode-0"]
+
+    run_skipping(scenario, Calls())
+
+
+def test_what_was_not_sent_before_somebody_stood_in_is_asked_for_once_afterwards() -> None:
+    async def scenario(client: SchedulerClient, calls: Calls) -> None:
+        await running(client, calls, "before-it")
+        for name in ("one", "two"):  # as many as are under way at once
+            client.tell(RequestEnded(name))
+            await asyncio.sleep(0.02)
+        placing = asyncio.create_task(client.place(arrival("a")))
+        await wait_out(client, calls)
+        assert calls.told_of("a") == []
+        await calls.answer(1)
+        assert calls.told_of("a") == [RequestEnded, RequestArrived]
+        await calls.answer(3, place("a"))
+        await placing
+
+    run_skipping(scenario, Calls())
 
 
 def test_requests_are_placed_from_the_last_snapshot_and_know_of_each_other() -> None:
