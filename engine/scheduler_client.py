@@ -358,8 +358,11 @@ class SchedulerClient:
             self._queued[command.request_id] = asked
 
     def _answer_unavailable(self, batch: Sequence[Event], error: UnavailableError) -> None:
-        """Requests are asked for here at once, those in the queue too; what needs no answer is kept for its return."""
-        self._outbox[:0] = [event for event in batch if not isinstance(event, RequestArrived)]
+        """Requests are asked for here at once, those in the queue too; what needs no answer is kept for its return.
+
+        But for what runs: that is told then in any case, and here it might come after its end, from an earlier batch.
+        """
+        self._outbox[:0] = [event for event in batch if not isinstance(event, RequestArrived | RequestPlaced)]
         self._begin_standing_in(error.message)
         for asked in self._asked_in(batch):
             self._move_here(asked)

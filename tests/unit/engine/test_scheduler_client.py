@@ -107,6 +107,12 @@ class Calls:
         self._answers[number].set_result([list(commands)])
         await asyncio.sleep(0.02)
 
+    async def lose(self, *numbers: int) -> None:
+        """Calls that were under way when the scheduler ended."""
+        for number in numbers:
+            self._answers[number].set_exception(UnavailableError("restarting"))
+        await asyncio.sleep(0.02)
+
     def told_of(self, request_id: str, since: int = 0) -> list[type[Event]]:
         """Since a call."""
         told = [event for batch in self.batches[since:] for event in batch]
@@ -448,6 +454,19 @@ def test_what_was_not_sent_before_somebody_stood_in_is_asked_for_once_afterwards
         assert calls.told_of("a") == [RequestEnded, RequestArrived]
         await calls.answer(3, place("a"))
         await placing
+
+    run_skipping(scenario, Calls())
+
+
+def test_of_calls_that_are_lost_together_no_placement_is_told_after_its_end() -> None:
+    async def scenario(client: SchedulerClient, calls: Calls) -> None:
+        await running(client, calls, "a")
+        await wait_out(client, calls)
+        client.tell(RequestEnded("a"))
+        await asyncio.sleep(0.02)
+        assert calls.told_of("a", since=1) == [RequestPlaced, RequestEnded]
+        await calls.lose(1, 2)
+        assert calls.told_of("a", since=3) == [RequestEnded]
 
     run_skipping(scenario, Calls())
 
