@@ -60,7 +60,8 @@ class Autoscaling:
             return {}
         self._next_s = now + INTERVAL_S
         changes = {}
-        # Where one pool has grown, those that wait go on; only later it shows whether the other one lacks, too.
+        # Where one pool has grown, those that wait or were refused go on; only later it shows whether the other one
+        # lacks, too.
         is_settling = now - self._grown_at_s < COOLDOWN_S
         for load in cluster.pools:
             scaler = self._scalers.get(load.role)
@@ -74,11 +75,13 @@ class Autoscaling:
                 coming[load.role],
                 0.0 if is_settling else load.wait_s,
                 self._targets[WorkerRole.PREFILL],
+                0.0 if is_settling else load.refused,
             )
             wanted = scaler.decide(view, now)
             if wanted != counts[load.role]:
                 latency = f"latency {load.latency_s:.2g} s, target {view.target_s:g} s"
-                reason = f"{latency}, waiting {load.wait_s:.2g} s, busy {load.busyness:.0%}"
+                waiting = f"waiting {load.wait_s:.2g} s, refused {load.refused:.0%}"
+                reason = f"{latency}, {waiting}, busy {load.busyness:.0%}"
                 logger.info("Scaling %s workers from %d to %d (%s)", load.role.value, view.num_workers, wanted, reason)
                 changes[load.role] = wanted
                 if wanted > view.num_workers:

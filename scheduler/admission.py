@@ -75,6 +75,10 @@ class Placer(Protocol):
         """As ``handle`` of the request; but one whose first token would take longer than the limit is not placed."""
         ...
 
+    def refused(self, request: RequestArrived, now: float) -> None:
+        """Hears of an interactive request that was not placed for want of workers."""
+        ...
+
     def least_prefill_s(self, request: RequestArrived) -> float | None:
         """Predicted to compute what is not cached of its prompt, with nobody before it; None: nobody computes any."""
         ...
@@ -138,7 +142,7 @@ class AdmissionControl:
             event = self._forget(late)
             assert late.deadline_s is not None, "it has passed"
             own_s = late.since_s + self._options.ttft_target_s - late.deadline_s
-            commands.append(self._late(event, now - late.since_s, own_s, self._predicted_wait_s(event, now)))
+            commands.append(self._late(event, now - late.since_s, own_s, self._predicted_wait_s(event, now), now))
         for service_class in ServiceClass:
             while (item := self._queue.first(service_class)) is not None:
                 event = self._arrived[item.request_id]
@@ -182,7 +186,7 @@ class AdmissionControl:
             patience_s = self._options.ttft_target_s - own_s - event.waited_s
             wait_s = self._predicted_wait_s(event, now)
             if wait_s > patience_s:
-                return [self._late(event, event.waited_s + wait_s, own_s, wait_s - patience_s)]
+                return [self._late(event, event.waited_s + wait_s, own_s, wait_s - patience_s, now)]
         # Counting who is before it would take a walk over all that wait; those that ask again have one in common.
         num_ahead = round(self._queue.num_ahead(event.tenant, event.urgency))
         self._num_arrivals += 1
@@ -200,10 +204,7 @@ class AdmissionControl:
         pushed_out = self._queue.push(item)
         commands: list[Command] = []
         if pushed_out is not None:
-            left = self._forget(pushed_out)
-            wait_s = self._predicted_wait_s(left, now)
-            message = f"{self._options.max_queued_requests} requests wait already."
-            commands.append(RefuseRequest(left.request_id, message, Refusal.QUEUE_FULL, wait_s))
+            commands.append(self._pushed_out(self._forget(pushed_out), now))
         if pushed_out is not item:
             commands.append(RequestQueued(event.request_id, num_ahead))
         return commands
@@ -224,7 +225,8 @@ class AdmissionControl:
         command = self._placer.place(event, now, limit_s)
         if isinstance(command, FirstToken):
             wait_s = now - since_s + command.wait_s
-            return self._late(event, wait_s, command.own_s, wait_s + command.own_s - self._options.ttft_target_s)
+            retry_after_s = wait_s + command.own_s - self._options.ttft_target_s
+            return self._late(event, wait_s, command.own_s, retry_after_s, now)
         if not isinstance(command, PlaceRequest):
             return command
         book_service = self._queue.charge if event.request_id in self._queue else self._queue.serve_at_once
@@ -333,11 +335,21 @@ class AdmissionControl:
     def _service(self, event: RequestArrived | RequestPlaced) -> float:
         return event.num_prompt_tokens + OUTPUT_WEIGHT * self._expected_output(event)
 
-    def _late(self, event: RequestArrived, wait_s: float, own_s: float, retry_after_s: float) -> RefuseRequest:
+    def _pushed_out(self, event: RequestArrived, now: float) -> RefuseRequest:
+        if not event.urgency.is_batch:  # which waits for what is left over, and grows no pool
+            self._placer.refused(event, now)
+        message = f"{self._options.max_queued_requests} requests wait already."
+        return RefuseRequest(event.request_id, message, Refusal.QUEUE_FULL, self._predicted_wait_s(event, now))
+
+    def _late(
+        self, event: RequestArrived, wait_s: float, own_s: float, retry_after_s: float, now: float
+    ) -> RefuseRequest:
         target_s = self._options.ttft_target_s
         why = f"it would take {wait_s:.1f} s of waiting and {own_s:.1f} s of its own."
         if own_s > target_s:
             retry_after_s = NEVER_RETRY_S
             why = f"with nobody before it this prompt of {event.num_prompt_tokens} tokens takes {own_s:.1f} s."
+        else:
+            self._placer.refused(event, now)
         message = f"The first token cannot come within the server's target of {target_s:g} s: {why}"
         return RefuseRequest(event.request_id, message, Refusal.TTFT_TARGET, retry_after_s)

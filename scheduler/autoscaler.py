@@ -10,6 +10,7 @@ HOLD_DOWN_S = 300.0  # there was little to do for so long: a worker that is star
 COOLDOWN_S = 60.0  # after a change, until its effect shows
 LOW_BUSYNESS = 0.4  # of the pool that would be left after one has gone
 GOOD_BUSYNESS = 0.7  # what a pool that grows is sized for
+MOST_REFUSED = 0.05  # of the requests, for want of workers: those that are placed may keep every target because of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,8 @@ class PoolLimits:
 @dataclass(frozen=True, slots=True)
 class PoolView:
     """A pool now. ``latency_s`` is what is predicted for a request placed now: TTFT of a prefill pool, TPOT of a decode
-    pool; ``wait_s``, for one that comes now, until it is placed, where this pool is what it waits for. ``busyness`` is
-    the work that arrives over what the workers can do."""
+    pool; ``wait_s``, for one that comes now, until it is placed, where this pool is what it waits for; ``refused``, the
+    part that is sent away for want of this pool. ``busyness`` is the work that arrives over what the workers can do."""
 
     num_workers: int  # those that were asked for, whether or not they run already
     latency_s: float
@@ -40,11 +41,12 @@ class PoolView:
     num_coming: int = 0  # of them: they start for the first time, or wait for a node
     wait_s: float = 0.0
     wait_target_s: float = math.inf
+    refused: float = 0.0
 
     @property
     def misses_target(self) -> bool:
-        """Of those that wait before a pool its latency says nothing: it may be good because they do."""
-        return self.latency_s > self.target_s or self.wait_s > self.wait_target_s
+        """Of those that wait before a pool or are refused its latency says nothing: it may be good because of them."""
+        return self.latency_s > self.target_s or self.wait_s > self.wait_target_s or self.refused > MOST_REFUSED
 
 
 @dataclass(slots=True)

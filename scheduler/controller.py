@@ -289,6 +289,10 @@ class ClusterController:
         self._book(request.request_id, _Placed(choice, request, num_output_tokens, prefill_s), now)
         return PlaceRequest(placement)
 
+    def refused(self, request: RequestArrived, now: float) -> None:
+        """Hears of an interactive request that was not placed for want of workers: it is asked for all the same."""
+        self._demand.refuse(request.num_prompt_tokens, self._expected_output(request.max_tokens), now)
+
     def _first_token(self, choice: Choice, request: RequestArrived, prefill_s: float, now: float) -> FirstToken:
         handoff_s = 0.0
         if choice.prefill is not None:

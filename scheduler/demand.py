@@ -13,14 +13,17 @@ from scheduler.worker_table import WorkerTable
 _POOLS = (WorkerRole.PREFILL, WorkerRole.DECODE)
 MOST_ASKED = 64  # workers of a pool: each costs ten microseconds, and meanwhile no request is placed
 MEMORY_S = 30.0  # arrivals count by exp(-age / MEMORY_S)
+REFUSED_MEMORY_S = 5.0  # the same for those refused: a burst of them is forgotten before a pool grows for it
 SATURATED = 0.7  # a pool that is less busy keeps nobody waiting
 _LINE = 2.0  # prompts before one more: of a worker with a line; one may always be running
 _NEARLY = 0.9  # as busy as another pool, as far as can be told
+_FEW = 6.0  # requests that were placed: of fewer a single one that was refused says nothing
 _FEWEST = 1e-3  # requests that count: a wait has an end also where none was placed
 
 
 class DemandMeter:
-    """Counts requests as they are placed; sums fade. Low at first: what was before the first counts as nothing."""
+    """Counts requests as they are placed or refused; sums fade. Low at first: what was before the first counts as
+    nothing."""
 
     def __init__(self) -> None:
         self._at_s = 0.0  # as of then are the sums
@@ -28,6 +31,10 @@ class DemandMeter:
         self._prompt = 0.0  # tokens, as below
         self._prefill = 0.0
         self._decode = 0.0
+        self._refused_at_s = 0.0  # as above, of those refused
+        self._refused = 0.0
+        self._refused_prefill = 0.0
+        self._refused_decode = 0.0
 
     def add(self, num_prompt_tokens: int, num_cached_tokens: int, num_output_tokens: int, now: float) -> None:
         """``num_output_tokens``: as many as are expected."""
@@ -43,6 +50,28 @@ class DemandMeter:
         requests = self._requests_at(now)
         rate = (requests + num_queued) / max(1, self._requests) / MEMORY_S
         return Demand(self._prefill * rate, self._decode * rate)
+
+    def refuse(self, num_prompt_tokens: int, num_output_tokens: int, now: float) -> None:
+        """One that more workers would have kept. Caches would have had as much of its prompt as of those placed."""
+        fading = self._refused_fading(now)
+        self._refused_at_s = now
+        uncached = self._prefill / self._prompt if self._prompt else 1.0
+        self._refused = self._refused * fading + 1
+        self._refused_prefill = self._refused_prefill * fading + num_prompt_tokens * uncached
+        self._refused_decode = self._refused_decode * fading + num_output_tokens
+
+    def refused_demand(self, now: float) -> Demand:
+        """Tokens per second."""
+        rate = self._refused_fading(now) / REFUSED_MEMORY_S
+        return Demand(self._refused_prefill * rate, self._refused_decode * rate)
+
+    def refused_part(self, now: float) -> float:
+        """Of the requests that came of late."""
+        refused = self._refused * self._refused_fading(now) / REFUSED_MEMORY_S
+        return refused / (refused + max(_FEW, self._requests_at(now)) / MEMORY_S)
+
+    def _refused_fading(self, now: float) -> float:
+        return math.exp((self._refused_at_s - now) / REFUSED_MEMORY_S)
 
     def wait_s(self, num_waiting: float, now: float) -> float:
         """Until so many that wait have been placed, at the pace of late."""
@@ -113,7 +142,8 @@ def pool_loads(
         able: the ``candidates`` for the meter's sizes.
         num_queued: interactive requests that wait before the workers; batch work waits for what is left over.
     """
-    sizes, placed, asked_for = meter.sizes(), meter.demand(now), meter.demand(now, num_queued)
+    sizes, placed = meter.sizes(), meter.demand(now)
+    asked_for, refused = meter.demand(now, num_queued) + meter.refused_demand(now), meter.refused_part(now)
     asked = {role: some for role in _POOLS if (some := _asked(workers, role))}
     latencies = {role: min(_latency(each, costs, sizes, now) for each in some) for role, some in asked.items()}
     num_ahead = min((_num_ahead(each, costs, sizes, now) for each in asked.get(WorkerRole.PREFILL, ())), default=0.0)
@@ -125,12 +155,13 @@ def pool_loads(
         if role is WorkerRole.DECODE:  # for room for their KV; prompts that wait for their turn are in the latency
             num_waiting += sum(each.load.waiting for each in some) * num_workers / len(some)
         busy, wait_s = busyness(able, asked_for.of(role)), meter.wait_s(num_waiting, now)
-        loads.append(PoolLoad(role, num_workers, latencies[role], busy, wait_s))
+        refused_here = refused if role in scarce else 0.0
+        loads.append(PoolLoad(role, num_workers, latencies[role], busy, wait_s, refused_here))
     return tuple(loads)
 
 
 def _scarce(busy: Mapping[WorkerRole, float], num_ahead: float) -> set[WorkerRole]:
-    """The pools that those in the queue wait for; at least one.
+    """The pools that those in the queue wait for, and for want of which others are refused; at least one.
 
     Prefill workers where each has a line before it. Else by how busy each pool is with what was placed: the busier one,
     or both. But places are held while prompts are computed, too, so there may be too few of them where decode workers

@@ -20,6 +20,9 @@ class Demand:
     prefill_tokens_s: float
     decode_tokens_s: float
 
+    def __add__(self, other: Demand) -> Demand:
+        return Demand(self.prefill_tokens_s + other.prefill_tokens_s, self.decode_tokens_s + other.decode_tokens_s)
+
     def of(self, role: WorkerRole) -> Demand:
         """The part that workers of one role have to do."""
         is_prefill = role is WorkerRole.PREFILL

@@ -268,6 +268,7 @@ class PoolLoad:
     latency_s: float  # predicted for a request of the mean size, placed now: TTFT of prefill, TPOT of decode workers
     busyness: float  # work that arrives over what they can do; 1 is all
     wait_s: float = 0.0  # predicted for an interactive request until it gets a place, or room for its KV, here
+    refused: float = 0.0  # part of the requests that come, where more workers here would have kept them
 
 
 @message

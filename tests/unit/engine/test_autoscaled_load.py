@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+import pytest
+
 from engine.autoscaling import INTERVAL_S, Autoscaling
+from scheduler.admission import AdmissionOptions
 from scheduler.autoscaler import PoolLimits
 from scheduler.placement import PlacementOptions
 from scheduler.sim.simulator import Simulator
@@ -21,6 +24,7 @@ BATCH = Urgency(ServiceClass.BATCH)
 TTFT_TARGET_S, TPOT_TARGET_S = 2.0, 0.1
 TARGETS = {PREFILL: TTFT_TARGET_S, DECODE: TPOT_TARGET_S}
 OPTIONS = PlacementOptions("least_loaded", TTFT_TARGET_S, TPOT_TARGET_S)  # never computes prompts on decode workers
+PATIENT = AdmissionOptions(1 << 30, TTFT_TARGET_S, TPOT_TARGET_S)
 LOAD_S = 10.0  # from when a worker is asked for until it serves
 
 
@@ -35,10 +39,10 @@ def a_worker(role: WorkerRole, number: int, num_places: int = 8, num_blocks: int
 class Cluster:
     """Starts with one worker of each role."""
 
-    def __init__(self, num_places: int = 8, num_blocks: int = 4096) -> None:
+    def __init__(self, num_places: int = 8, num_blocks: int = 4096, admission: AdmissionOptions = PATIENT) -> None:
         self._make = partial(a_worker, num_places=num_places, num_blocks=num_blocks)
         workers = [self._make(PREFILL, 0), self._make(DECODE, 0)]
-        self.sim = Simulator(workers, OPTIONS, tokens_per_name=16, max_tokens=400)
+        self.sim = Simulator(workers, OPTIONS, tokens_per_name=16, max_tokens=400, admission=admission)
         self.counts = {PREFILL: 1, DECODE: 1}
         self._coming = {PREFILL: 0, DECODE: 0}
         self._autoscaling = Autoscaling({role: PoolLimits(1, 6) for role in TARGETS}, TARGETS, FakeNodeMarket())
@@ -72,6 +76,10 @@ class Cluster:
 
 def mean_ttft_s(requests: Sequence[SimulatedRequest]) -> float:
     return sum(each.ttft_s for each in requests) / len(requests)
+
+
+def num_refused(requests: Sequence[SimulatedRequest]) -> int:
+    return sum(each.refused_s is not None for each in requests)
 
 
 def test_a_decode_pool_whose_places_are_out_grows_until_nobody_waits() -> None:
@@ -113,4 +121,40 @@ def test_a_load_that_is_served_in_time_grows_nothing() -> None:
 def test_batch_work_that_waits_for_what_is_left_over_grows_nothing() -> None:
     cluster = Cluster()
     cluster.run(60, 3.0, (100, 200), BATCH)
+    assert cluster.counts == {PREFILL: 1, DECODE: 1}
+
+
+LATE = replace(PATIENT, refuses_late=True)
+FULL = replace(PATIENT, max_queued_requests=4)
+THRICE = {  # what one worker of the role can do
+    "decode workers are late": (DECODE, 6.0, (100, 200), LATE),
+    "prefill workers are late": (PREFILL, 7.5, (1000, 2), LATE),
+    "few may wait for decode workers": (DECODE, 6.0, (100, 200), FULL),
+}
+
+
+@pytest.mark.parametrize("case", THRICE)
+def test_a_pool_for_want_of_which_requests_are_refused_grows_until_hardly_any_is(case: str) -> None:
+    """Those that are placed keep every target, and no more are placed than can."""
+    role, per_second, sizes, admission = THRICE[case]
+    cluster = Cluster(admission=admission)
+    requests = cluster.run(180, per_second, sizes)
+    tenth = len(requests) // 10
+    assert num_refused(requests[:tenth]) > tenth / 3, "the load was to be too much for one"
+    assert num_refused(requests[-tenth:]) <= tenth / 20
+    assert 4 <= cluster.counts[role] <= 6
+    assert cluster.counts[DECODE if role is PREFILL else PREFILL] <= 2
+
+
+def test_prompts_that_would_be_late_on_any_number_of_workers_grow_nothing() -> None:
+    cluster = Cluster(admission=LATE)
+    requests = cluster.run(60, 2.0, (6000, 2))
+    assert num_refused(requests) == len(requests)
+    assert cluster.counts == {PREFILL: 1, DECODE: 1}
+
+
+def test_batch_work_that_finds_the_queue_full_grows_nothing() -> None:
+    cluster = Cluster(admission=FULL)
+    requests = cluster.run(60, 6.0, (100, 200), BATCH)
+    assert num_refused(requests) > len(requests) / 3
     assert cluster.counts == {PREFILL: 1, DECODE: 1}

@@ -42,8 +42,15 @@ def test_a_pool_that_misses_its_target_grows_to_what_the_work_needs() -> None:
     assert pool.changes[0][0] >= HOLD_UP_S
 
 
-def test_a_pool_that_is_waited_for_grows_and_does_not_shrink_however_good_its_latency_is() -> None:
-    view = PoolView(2, 0.1, TARGET_S, busyness=0.1, wait_s=3.0, wait_target_s=2.0)
+WANTED = {
+    "others wait for it": PoolView(2, 0.1, TARGET_S, busyness=0.1, wait_s=3.0, wait_target_s=2.0),
+    "others are refused for want of it": PoolView(2, 0.1, TARGET_S, busyness=0.1, refused=0.5),
+}
+
+
+@pytest.mark.parametrize("case", WANTED)
+def test_a_pool_that_others_want_grows_and_does_not_shrink_however_good_its_latency_is(case: str) -> None:
+    view = WANTED[case]
     scaler = PoolScaler(PoolLimits(1, 8))
     assert scaler.decide(view, 0.0) == 2
     assert scaler.decide(view, HOLD_UP_S) == 3

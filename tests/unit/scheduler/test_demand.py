@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scheduler import demand
+from scheduler.autoscaler import HOLD_UP_S, MOST_REFUSED
 from scheduler.cost_model import CostModel
 from scheduler.demand import MEMORY_S, DemandMeter, candidates, decode_rate, pool_loads
 from scheduler.types import Duty, DutyState, PoolLoad, WorkerLoad, WorkerRole
@@ -76,6 +77,40 @@ def test_a_wait_is_as_long_as_so_many_took_to_be_placed_of_late() -> None:
     assert meter.wait_s(10, now) == pytest.approx(5.0, rel=0.03)
     assert meter.wait_s(0, now) == 0.0
     assert DemandMeter().wait_s(1, 0.0) > 1000.0, "nothing was placed"
+
+
+def test_requests_that_are_refused_all_the_time_are_counted_with_what_they_ask_for() -> None:
+    """Two are placed in a second and four refused, of twice the prompt; a fifth of the prompts is cached."""
+    meter, now = metered(6 * MEMORY_S)
+    for _ in range(100):
+        now += 0.25
+        meter.refuse(200, 30, now)
+        if now % 0.5 == 0.0:
+            meter.add(100, 20, 30, now)
+    refused = meter.refused_demand(now)
+    assert refused.prefill_tokens_s == pytest.approx(4 * 200 * 0.8, rel=0.05)
+    assert refused.decode_tokens_s == pytest.approx(4 * 30, rel=0.05)
+    assert meter.refused_part(now) == pytest.approx(2 / 3, rel=0.05)
+
+
+def test_requests_that_are_refused_count_where_none_was_ever_placed() -> None:
+    meter = DemandMeter()
+    meter.refuse(100, 30, 7.0)
+    assert meter.refused_demand(7.0).prefill_tokens_s > 0.0
+    assert meter.refused_part(7.0) > MOST_REFUSED
+    assert meter.refused_part(7.0 + HOLD_UP_S) < MOST_REFUSED, "one alone would make pools grow for ever"
+
+
+def test_a_burst_of_refused_requests_is_forgotten_before_a_pool_would_grow_for_it() -> None:
+    meter, now = metered(6 * MEMORY_S)
+    for _ in range(8):
+        meter.refuse(100, 30, now)
+    assert meter.refused_part(now) > MOST_REFUSED
+    end_s = now + HOLD_UP_S - 1.0
+    while now < end_s:
+        now += 0.5
+        meter.add(100, 20, 30, now)
+    assert meter.refused_part(now) < MOST_REFUSED
 
 
 def test_a_decode_rate_is_that_of_the_largest_batch_that_keeps_the_target() -> None:
@@ -167,3 +202,16 @@ def test_what_waits_before_the_workers_or_on_decode_workers_makes_a_wait() -> No
     assert [load.wait_s for load in loads(workers, costs, meter, now)] == pytest.approx([0.0, 2.0], rel=0.03)
     waits = [load.wait_s for load in loads(workers, costs, meter, now, num_queued=60)]
     assert waits == pytest.approx([0.0, 32.0], rel=0.03), "decode workers are what these would wait for"
+
+
+def test_those_refused_are_refused_for_want_of_the_bottleneck_and_are_work_for_either_pool() -> None:
+    costs = CostModel()
+    workers = table(state("p", PREFILL, costs), state("d", DECODE, costs))
+    meter, now = metered(6 * MEMORY_S)
+    before = loads(workers, costs, meter, now)
+    assert [load.refused for load in before] == [0.0, 0.0]
+    for _ in range(10):
+        meter.refuse(100, 30, now)
+    after = loads(workers, costs, meter, now)
+    assert [load.refused for load in after] == pytest.approx([0.0, 0.5], rel=0.03)
+    assert [load.busyness for load in after] == pytest.approx([2 * load.busyness for load in before], rel=0.03)
