@@ -110,8 +110,7 @@ def candidates(
 
 def _asked(workers: WorkerTable, role: WorkerRole) -> list[WorkerState]:
     """The same ones every time, as long as nobody comes or goes: what is said of them is compared over time."""
-    active = workers.of_role(role)
-    return active[:: -(-len(active) // MOST_ASKED) or 1]
+    return workers.of_role(role)[:MOST_ASKED]
 
 
 def decode_rate(worker: WorkerState, costs: CostPredictor, context_tokens: int, tpot_target_s: float) -> float:

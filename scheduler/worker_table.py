@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
@@ -93,6 +94,26 @@ class _Members:
             self.positions[last] = position
 
 
+@dataclass(slots=True)
+class _Shuffled:
+    """Workers in an order that has to do with nothing but their ids, not with when they came either.
+
+    So the first of them are a fair sample of all, and the same ones but for one when another joins or leaves.
+    """
+
+    workers: list[WorkerState] = field(default_factory=list)
+
+    def add(self, worker: WorkerState) -> None:
+        insort(self.workers, worker, key=_shuffling)
+
+    def remove(self, worker: WorkerState) -> None:
+        del self.workers[bisect_left(self.workers, _shuffling(worker), key=_shuffling)]
+
+
+def _shuffling(worker: WorkerState) -> bytes:
+    return hashlib.sha256(worker.worker_id.encode()).digest()
+
+
 class WorkerTable:
     """Workers by id, by phase, by role, by rank within their group, and by when they were heard.
 
@@ -106,7 +127,7 @@ class WorkerTable:
         self._grouping = grouping
         self._workers: dict[str, WorkerState] = {}
         self._members = {phase: _Members() for phase in Phase}
-        self._of_role = {role: _Members() for role in WorkerRole}  # the active ones
+        self._of_role = {role: _Shuffled() for role in WorkerRole}  # the active ones
         self._heaps: dict[Phase, dict[object, _Heap]] = {phase: {} for phase in Phase}  # none is empty
         self._ranked: dict[WorkerState, list[_Member]] = {}
         self._group_of: dict[WorkerState, object] = {}  # of those ranked
@@ -223,7 +244,7 @@ class WorkerTable:
         return self._members[phase].workers
 
     def of_role(self, role: WorkerRole) -> list[WorkerState]:
-        """All active workers of a role, in no order of meaning. Do not change it."""
+        """All active workers of a role; the first so many are a fair sample of them. Do not change it."""
         return self._of_role[role].workers
 
     def best(self, phase: Phase, avoid: Collection[str] = ()) -> list[WorkerState]:

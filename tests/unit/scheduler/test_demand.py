@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from scheduler import demand
 from scheduler.autoscaler import HOLD_UP_S, MOST_REFUSED
 from scheduler.cost_model import CostModel
-from scheduler.demand import MEMORY_S, DemandMeter, candidates, decode_rate, pool_loads
+from scheduler.demand import MEMORY_S, MOST_ASKED, DemandMeter, candidates, decode_rate, pool_loads
 from scheduler.types import Duty, DutyState, PoolLoad, WorkerLoad, WorkerRole
 from scheduler.worker_state import WorkerState
 from scheduler.worker_table import WorkerTable
@@ -169,11 +171,44 @@ def test_of_a_large_pool_a_part_tells_how_busy_it_is(monkeypatch: pytest.MonkeyP
     asked: list[str] = []
     monkeypatch.setattr(demand, "_latency", lambda worker, *_: asked.append(worker.worker_id) or 0.0)
     parts = loads(workers, costs, meter, now)
-    assert asked == ["p0", "p4", "p8", "d"]
+    assert len(asked) == 4 and asked[-1] == "d"
     assert [each.num_workers for each in parts] == [10, 1]
     able = candidates(workers, costs, meter.sizes(), TPOT_TARGET_S)
     assert [each.worker_id for each in able] == asked, "roles are planned by others than tell how busy pools are"
     assert [each.busyness for each in parts] == pytest.approx([each.busyness for each in whole])
+
+
+@pytest.mark.parametrize("num_kinds", [2, 3, 4])
+def test_of_kinds_of_workers_that_come_in_turn_each_is_asked_as_often_as_there_are_of_it(num_kinds: int) -> None:
+    """Every second one, or every fourth, would all be of one kind."""
+    costs = CostModel()
+    speeds = [100.0 * 2**kind for kind in range(num_kinds)]
+    pool = [
+        state(f"p{number:03}", PREFILL, costs, gemm_gflop_s=speeds[number % num_kinds])
+        for number in range(MOST_ASKED * num_kinds)
+    ]
+    workers = table(*pool)
+    able = candidates(workers, costs, (100, 115), TPOT_TARGET_S)
+    assert len(able) == MOST_ASKED
+    of_all = sum(100 / costs.prefill_seconds(each.worker_id, 100) for each in pool)
+    assert sum(each.prefill_tokens_s for each in able) == pytest.approx(of_all, rel=0.15)
+    kinds = Counter(int(each.worker_id[1:]) % num_kinds for each in able)
+    assert len(kinds) == num_kinds and min(kinds.values()) > MOST_ASKED / num_kinds / 2
+
+
+def test_the_same_workers_are_asked_in_whatever_order_they_came_and_all_but_one_when_one_goes() -> None:
+    costs = CostModel()
+    pool = [state(f"p{number}", PREFILL, costs) for number in range(3 * MOST_ASKED)]
+    workers, turned = table(*pool), table(*reversed(pool))
+
+    def asked(of: WorkerTable) -> set[str]:
+        return {each.worker_id for each in candidates(of, costs, (100, 115), TPOT_TARGET_S)}
+
+    before = asked(workers)
+    assert before == asked(turned)
+    gone = next(each for each in pool if each.worker_id in before)
+    workers.remove(gone)
+    assert len(before - asked(workers)) == 1
 
 
 SCARCE = {
