@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -99,7 +100,8 @@ def test_two_servers_share_a_cluster_and_learn_their_state_back(nodes: Nodes, ti
         with traffic(first, tiny), traffic(second, tiny):
             for scheduler in _schedulers():
                 scheduler.kill()
-            learned_s = [_relearned_s(server, epoch) for server, epoch in zip((first, second), epochs, strict=True)]
+            with ThreadPoolExecutor() as watchers:  # or the second would be looked at once the first is done
+                learned_s = list(watchers.map(_relearned_s, (first, second), epochs))
         print(f"learned again {learned_s} s after the new schedulers began")
         assert max(learned_s) <= MOST_LEARNED_S
         assert leader.info == first.workers(WorkerRole.COLOCATED)[0].info
