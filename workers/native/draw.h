@@ -150,14 +150,18 @@ class Drawing {
   // Of weights of at least `least`.
   double sum_from(float least) const {
     double total = 0;
-    for (int64_t first = 0; first < size_; first += kDrawBlock) {
-      Vec sums = {};
-      for (int64_t i = first, end = std::min(first + kDrawBlock, size_); i < end; i += kLanes) {
-        const Vec weights = load(weights_ + i);
-        sums += weights >= least ? weights : Vec{};
-      }
-      total += sum(sums);
+    const auto counted = [&](int64_t i) {
+      const Vec weights = load(weights_ + i);
+      return weights >= least ? weights : Vec{};
+    };
+    int64_t first = 0;
+    for (; first + kDrawBlock <= size_; first += kDrawBlock) {
+      Vec sums[4] = {};  // additions that do not wait for each other
+      for (int64_t i = first; i < first + kDrawBlock; i += 4 * kLanes)
+        for (int part = 0; part < 4; ++part) sums[part] += counted(i + part * kLanes);
+      total += sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
     }
+    for (; first < size_; first += kLanes) total += sum(counted(first));
     return total;
   }
 
