@@ -19,7 +19,6 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Protocol
@@ -40,7 +39,7 @@ from benchmarks.engine_work import (
     open_engine,
     seconds_of,
 )
-from benchmarks.machine import describe_machine, describe_versions
+from benchmarks.machine import describe_run, describe_versions
 from kvcache.errors import ConfigError, ResourceError
 from workers.model.checkpoint import DEFAULT_MODEL, describe_checkpoint, prepare_checkpoint
 
@@ -340,13 +339,11 @@ def _run(arguments: Sequence[str]) -> int:
     flags = parse_flags(arguments)
     systems = asyncio.run(measure(flags, prepare_checkpoint(flags.model)))
     result = Result(
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
         model=Path(flags.model).name,
         threads=flags.threads,
         systems=systems,
         ratios=ratios(systems),
-        machine=describe_machine(),
-        versions=describe_versions("torch", "transformers", "numpy"),
+        **describe_run("torch", "transformers", "numpy"),
     )
     Console().print(result_table(result))
     write_json(flags.json, result)

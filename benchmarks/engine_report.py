@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
@@ -15,7 +14,7 @@ from benchmarks.engine_options import LONG_CONTEXT, PYTHON_BATCH, DecodeCase, Op
 from benchmarks.engine_profile import ModelSplit
 from benchmarks.engine_ready import FreshProcess
 from benchmarks.engine_work import MAX_BATCHED_TOKENS, PIECES, StepTimes, fractions_of_step, median_step, seconds_of
-from benchmarks.machine import describe_machine, describe_versions
+from benchmarks.machine import describe_run
 
 Run = list[StepTimes]
 
@@ -94,7 +93,6 @@ def build_result(
     parts = median_fractions(measured.decode[options.python_case]) if options.python_case is not None else None
     folder = Path(options.model)
     return Result(
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
         model=folder.resolve().name if folder.is_dir() else options.model,
         dtype=options.dtype,
         kv_cache_dtype=options.kv_cache_dtype,
@@ -113,8 +111,7 @@ def build_result(
         peak_memory_bytes=max(process.peak_memory_bytes for process in fresh_processes),
         limits=measured.limits,
         fraction_of_limit=fractions_of_limit(options, costs, measured),
-        machine=describe_machine(),
-        versions=describe_versions("torch", "transformers", "numpy"),
+        **describe_run("torch", "transformers", "numpy"),
     )
 
 

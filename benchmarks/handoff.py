@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
@@ -37,7 +36,7 @@ from benchmarks.handoff_links import (
 from benchmarks.handoff_model import ChunkCost, model_70b
 from benchmarks.handoff_transfers import BufferMemory, Sender, Together
 from benchmarks.handoff_ttft import TwoAndOne
-from benchmarks.machine import describe_machine, describe_versions
+from benchmarks.machine import describe_run
 from kvcache.spec import KVCacheSpec
 from kvcache.transfer.allocator import keep_message_buffers
 from kvcache.transfer.grpc_port import GrpcPort
@@ -180,7 +179,6 @@ def build_result(
     cost = ChunkCost(MAX_CHUNK_BYTES / rates.median("shm") / 1e9, median(rates.message_s))
     together = rates.together
     return Result(
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
         grpc_gb_s=rates.median("grpc"),
         grpc_bare_gb_s=best_bare,
         grpc_of_bare=rates.median("grpc") / best_bare,
@@ -202,8 +200,7 @@ def build_result(
         chunk_cost=cost,
         llama_70b_ttft_ratio=model_70b(cost),
         runs=options.runs,
-        machine=describe_machine(),
-        versions=describe_versions("grpcio", "numpy", "torch", "xxhash"),
+        **describe_run("grpcio", "numpy", "torch", "xxhash"),
     )
 
 

@@ -11,17 +11,26 @@ import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import TypedDict
 
 DISTRIBUTION = "twinpool"
 
 
-def describe_run(*distributions: str) -> dict[str, object]:
+class RunDescription(TypedDict):
     """When, where and with what: what every result file carries."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": describe_machine(),
-        "versions": describe_versions(*distributions),
-    }
+
+    date: str
+    machine: dict[str, str | int]
+    versions: dict[str, str]
+
+
+def describe_run(*distributions: str) -> RunDescription:
+    """Of this moment. ``distributions``: as for ``describe_versions``."""
+    return RunDescription(
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=describe_machine(),
+        versions=describe_versions(*distributions),
+    )
 
 
 def describe_machine() -> dict[str, str | int]:

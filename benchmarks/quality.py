@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         report: dict[str, object] = {"model": options.model, "tokens": options.tokens, "window": WINDOW}
         report |= {name: asdict(quality) for name, quality in result.items()}
-        report |= describe_run("torch", "transformers")
+        report |= {**describe_run("torch", "transformers")}
         options.json.write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2))
     return 0
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 
-from benchmarks.machine import describe_machine, describe_versions
+from benchmarks.machine import describe_run
 from benchmarks.measurements import RequestOutcome, SummaryValue
 from benchmarks.options import Options
 from benchmarks.workload import PlannedRequest, offered_rate
@@ -24,8 +23,9 @@ def build_result(
     """Everything that is known about a run. Free of paths, keys and host names but for ``base_url``."""
     rate = offered_rate(plan) if options.trace is not None else options.request_rate
     limits = options.goodput
+    described = describe_run("aiohttp", "numpy")
     result: Result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": described["date"],
         "backend": "openai",
         "endpoint_type": options.endpoint.value,
         "base_url": options.base_url,
@@ -42,8 +42,8 @@ def build_result(
         "shortened_prompts": num_cut,
         "goodput_limits_ms": {"ttft": limits.ttft_ms, "tpot": limits.tpot_ms, "e2el": limits.e2el_ms},
         **summary,
-        "machine": describe_machine(),
-        "versions": describe_versions("aiohttp", "numpy"),
+        "machine": described["machine"],
+        "versions": described["versions"],
     }
     return result
 

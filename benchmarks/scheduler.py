@@ -169,7 +169,7 @@ def measure_capacity_part(settings: Settings) -> Iterator[Report]:
 
 
 def _circumstances() -> Report:
-    return describe_run("ray")
+    return {**describe_run("ray")}
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -179,7 +179,7 @@ def _run(arguments: Sequence[str]) -> int:
     print(f"TTFT {result.ttft_median:.1%}, TPOT {result.tpot_median:.1%} median error, {result.requests} requests")
     for worker_id, errors in result.workers.items():
         print(f"{worker_id}: {errors}")
-    write_json(flags.json, describe_run("ray") | {"cost_model_error": result})
+    write_json(flags.json, {**describe_run("ray"), "cost_model_error": result})
     return 0
 
 
