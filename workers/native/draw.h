@@ -1,9 +1,9 @@
-// Draws a token from a row of logits: the weights exp(logit / temperature), without those that min_p, top_k and top_p drop.
-// workers/model/sampler.py says what these are, and has the same in portable form.
+// Draws a token from a row of logits: the weights exp(logit / temperature), without those that min_p, top_k and top_p
+// drop. workers/model/sampler.py says what these are, and has the same in portable form.
 //
-// The vocabulary is never sorted. Where few tokens have nearly all of the weight, as mostly, these few are; elsewhere the
-// weight at which a running sum over the likeliest reaches a target is found by halving: positive floats are ordered as
-// their bits are.
+// The vocabulary is never sorted. Where few tokens have nearly all of the weight, as mostly, these few are; elsewhere
+// the weight at which a running sum over the likeliest reaches a target is found by halving: positive floats are ordered
+// as their bits are.
 #pragma once
 
 #include "interface.h"
@@ -13,10 +13,10 @@
 
 namespace {
 
-constexpr int64_t kDrawBlock = 256;     // weights whose sum is skipped at once
-constexpr float kNarrowing = 1e-3f;     // candidates are looked for among weights of so much of the largest first
+constexpr int64_t kDrawBlock = 256;  // weights whose sum is skipped at once
+constexpr float kNarrowing = 1e-3f;  // candidates are looked for among weights of so much of the largest first
 constexpr int64_t kFewCandidates = 1024;
-constexpr int kHalvings = 24;           // of 30 bits
+constexpr int kHalvings = 24;  // of 30 bits
 
 struct Candidate {
   float weight;
@@ -47,7 +47,8 @@ inline uint32_t lanes_from(Vec values, float least) {
 class Drawing {
  public:
   // `weights`: a multiple of kLanes floats, `size` at least; `candidates`: `size` of them.
-  Drawing(int64_t size, float* weights, Candidate* candidates) : size_(size), weights_(weights), candidates_(candidates) {}
+  Drawing(int64_t size, float* weights, Candidate* candidates)
+      : size_(size), weights_(weights), candidates_(candidates) {}
 
   int64_t draw(const TwinpoolDraw& row) {
     weigh(row);
@@ -61,7 +62,7 @@ class Drawing {
       }
       total = sum_of_candidates();
     } else {
-      for (int64_t at = 0; at < size_; at += kDrawBlock) total += sum_of_block(at);
+      total = sum_of_all();
       gather_until([&] { return sum_of_candidates() >= row.top_p * total; });
     }
     const bool are_few = row.top_k > 0 || count_ <= kFewCandidates;
@@ -97,11 +98,15 @@ class Drawing {
     return sum(sums);
   }
 
-  // Where the running sum in the order of the vocabulary exceeds `threshold` of the total; the place of a weight above 0.
-  int64_t draw_in_order(double threshold) const {
+  double sum_of_all() const {
     double total = 0;
     for (int64_t at = 0; at < size_; at += kDrawBlock) total += sum_of_block(at);
-    double left = threshold * total;
+    return total;
+  }
+
+  // Where the running sum in the order of the vocabulary exceeds `threshold` of the total: a weight above 0.
+  int64_t draw_in_order(double threshold) const {
+    double left = threshold * sum_of_all();
     int64_t found = 0;  // the last block that is not all zeros, where rounding leaves something at the end
     for (int64_t at = 0; at < size_; at += kDrawBlock) {
       const double of_block = sum_of_block(at);

@@ -152,13 +152,7 @@ def _declare(path: Path) -> ctypes.CDLL:
         raise ResourceError(f"{path.name} was built from another version of decoder.cpp; install Twinpool again.")
     library.twinpool_draw_bytes.argtypes = [ctypes.c_int64]
     library.twinpool_draw_bytes.restype = ctypes.c_int64
-    library.twinpool_draw.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-        ctypes.c_int,
-    ]
+    library.twinpool_draw.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int]
     library.twinpool_draw.restype = None
     library.twinpool_multiply.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int]
     library.twinpool_multiply.restype = ctypes.c_int64

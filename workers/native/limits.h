@@ -1,4 +1,5 @@
-// What a processor can do at most, for whoever measures something else against it: loops that only multiply, or only read.
+// What a processor can do at most, for whoever measures something else against it: loops that only multiply, or only
+// read.
 #pragma once
 
 #include "packed.h"
@@ -6,7 +7,7 @@
 namespace {
 
 constexpr int kIndependent = kTileRows;  // sums that do not wait for each other
-constexpr int kReadVectors = 8;     // likewise
+constexpr int kReadVectors = 8;              // likewise
 
 // A compiler that does not know what is in `value` computes it.
 template <typename Value>
@@ -31,8 +32,8 @@ void repeat(int64_t rounds, Add&& add) {
     }
 }
 
-// `rounds` times kIndependent products of vectors, as the linear layers of a format multiply. Returns how many numbers were
-// multiplied.
+// `rounds` times kIndependent products of vectors, as the linear layers of a format multiply. Returns how many numbers
+// were multiplied.
 inline int64_t multiply(Format format, int64_t rounds) {
 #if defined(__AVX512BF16__)
   if (format == kBfloat16) {
