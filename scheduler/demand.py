@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from scheduler.planner import Candidate, Demand, busyness
 from scheduler.types import PoolLoad, WorkerRole
@@ -21,71 +22,77 @@ _FEW = 6.0  # requests that were placed: of fewer a single one that was refused 
 _FEWEST = 1e-3  # requests that count: a wait has an end also where none was placed
 
 
+@dataclass(slots=True)
+class _FadingSums:
+    """Of requests and their tokens, each counted by exp(-age / memory_s)."""
+
+    memory_s: float
+    at_s: float = 0.0  # as of then are the sums
+    requests: float = 0.0
+    prompt: float = 0.0  # tokens, as below
+    prefill: float = 0.0
+    decode: float = 0.0
+
+    def left(self, now: float) -> float:
+        """How much of the sums counts now."""
+        return math.exp((self.at_s - now) / self.memory_s)
+
+    def add(self, prompt: float, prefill: float, decode: float, now: float) -> None:
+        left = self.left(now)
+        self.at_s = now
+        self.requests = self.requests * left + 1
+        self.prompt = self.prompt * left + prompt
+        self.prefill = self.prefill * left + prefill
+        self.decode = self.decode * left + decode
+
+
 class DemandMeter:
     """Counts requests as they are placed or refused; sums fade. Low at first: what was before the first counts as
     nothing."""
 
     def __init__(self) -> None:
-        self._at_s = 0.0  # as of then are the sums
-        self._requests = 0.0
-        self._prompt = 0.0  # tokens, as below
-        self._prefill = 0.0
-        self._decode = 0.0
-        self._refused_at_s = 0.0  # as above, of those refused
-        self._refused = 0.0
-        self._refused_prefill = 0.0
-        self._refused_decode = 0.0
+        self._placed = _FadingSums(MEMORY_S)
+        self._refused = _FadingSums(REFUSED_MEMORY_S)
 
     def add(self, num_prompt_tokens: int, num_cached_tokens: int, num_output_tokens: int, now: float) -> None:
         """``num_output_tokens``: as many as are expected."""
-        fading = math.exp((self._at_s - now) / MEMORY_S)
-        self._at_s = now
-        self._requests = self._requests * fading + 1
-        self._prompt = self._prompt * fading + num_prompt_tokens
-        self._prefill = self._prefill * fading + num_prompt_tokens - num_cached_tokens
-        self._decode = self._decode * fading + num_output_tokens
+        self._placed.add(num_prompt_tokens, num_prompt_tokens - num_cached_tokens, num_output_tokens, now)
 
     def demand(self, now: float, num_queued: int = 0) -> Demand:
         """Tokens per second. ``num_queued``: so many more came just now, each of the mean size."""
-        requests = self._requests_at(now)
-        rate = (requests + num_queued) / max(1, self._requests) / MEMORY_S
-        return Demand(self._prefill * rate, self._decode * rate)
+        placed = self._placed
+        rate = (self._requests_at(now) + num_queued) / max(1, placed.requests) / MEMORY_S
+        return Demand(placed.prefill * rate, placed.decode * rate)
 
     def refuse(self, num_prompt_tokens: int, num_output_tokens: int, now: float) -> None:
         """One that more workers would have kept. Caches would have had as much of its prompt as of those placed."""
-        fading = self._refused_fading(now)
-        self._refused_at_s = now
-        uncached = self._prefill / self._prompt if self._prompt else 1.0
-        self._refused = self._refused * fading + 1
-        self._refused_prefill = self._refused_prefill * fading + num_prompt_tokens * uncached
-        self._refused_decode = self._refused_decode * fading + num_output_tokens
+        uncached = self._placed.prefill / self._placed.prompt if self._placed.prompt else 1.0
+        self._refused.add(num_prompt_tokens, num_prompt_tokens * uncached, num_output_tokens, now)
 
     def refused_demand(self, now: float) -> Demand:
         """Tokens per second."""
-        rate = self._refused_fading(now) / REFUSED_MEMORY_S
-        return Demand(self._refused_prefill * rate, self._refused_decode * rate)
+        rate = self._refused.left(now) / REFUSED_MEMORY_S
+        return Demand(self._refused.prefill * rate, self._refused.decode * rate)
 
     def refused_part(self, now: float) -> float:
         """Of the requests that came of late."""
-        refused = self._refused * self._refused_fading(now) / REFUSED_MEMORY_S
+        refused = self._refused.requests * self._refused.left(now) / REFUSED_MEMORY_S
         return refused / (refused + max(_FEW, self._requests_at(now)) / MEMORY_S)
-
-    def _refused_fading(self, now: float) -> float:
-        return math.exp((self._refused_at_s - now) / REFUSED_MEMORY_S)
 
     def wait_s(self, num_waiting: float, now: float) -> float:
         """Until so many that wait have been placed, at the pace of late."""
         return num_waiting * MEMORY_S / max(_FEWEST, self._requests_at(now))
 
-    def _requests_at(self, now: float) -> float:
-        return self._requests * math.exp((self._at_s - now) / MEMORY_S)
-
     def sizes(self) -> tuple[int, int]:
         """Mean tokens of a prompt and of a sequence halfway through its answer; 1 at least."""
-        if not self._requests:
+        placed = self._placed
+        if not placed.requests:
             return 1, 1
-        prompt = self._prompt / self._requests
-        return max(1, round(prompt)), max(1, round(prompt + self._decode / self._requests / 2))
+        prompt = placed.prompt / placed.requests
+        return max(1, round(prompt)), max(1, round(prompt + placed.decode / placed.requests / 2))
+
+    def _requests_at(self, now: float) -> float:
+        return self._placed.requests * self._placed.left(now)
 
 
 def candidates(
